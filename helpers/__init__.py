@@ -1,0 +1,1 @@
+"""The code behind the notebooks: each chapter imports what earlier chapters derived."""

@@ -1,0 +1,102 @@
+"""ChatGLM3 as transformers' ``GlmForCausalLM``: the weight map, both ways.
+
+The networks are the same; only names differ, and that ChatGLM3 keeps q, k and v in one matrix. transformers applies
+the map while it streams a checkpoint in, and its reverse while it writes one, under ZeRO-3 too.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GlmForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
+
+from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
+from helpers.chatglm3.config import ChatGLM3Config
+
+
+class SplitQueryKeyValue(ConversionOps):
+    """Split the fused ``query_key_value`` by rows into q, k and v.
+
+    transformers' own ``Split`` reads the row counts off the model's parameters, which are empty under ZeRO-3; the
+    configuration always knows them.
+    """
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: ChatGLM3Config,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        (fused,) = input_dict.values()
+        fused = fused[0] if isinstance(fused, list) else fused
+        # Views of rows: no copy, and contiguous.
+        return dict(zip(target_patterns, fused.split(config.qkv_rows, dim=0), strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Concatenate(0)
+
+
+def weight_map() -> list[WeightRenaming | WeightConverter]:
+    """Published tensor names to ``GlmForCausalLM``'s, in the order in which they are applied."""
+    return [
+        WeightRenaming("transformer.embedding.word_embeddings", "model.embed_tokens"),
+        WeightRenaming("transformer.output_layer", "lm_head"),
+        WeightRenaming("transformer.encoder.final_layernorm", "model.norm"),
+        WeightRenaming("transformer.encoder.layers", "model.layers"),
+        WeightRenaming("self_attention.dense", "self_attn.o_proj"),
+        WeightRenaming("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
+        WeightRenaming("mlp.dense_4h_to_h", "mlp.down_proj"),
+        WeightConverter(
+            "self_attention.query_key_value",
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            [SplitQueryKeyValue()],
+        ),
+    ]
+
+
+register_checkpoint_conversion_mapping(ChatGLM3Config.model_type, weight_map(), overwrite=True)
+
+
+class ChatGLM3ForCausalLM(GlmForCausalLM):
+    """``GlmForCausalLM`` whose checkpoints are in ChatGLM3's published layout.
+
+    ``from_pretrained`` takes a folder or a hub name and is strict: before any weight is read, every tensor's name and
+    shape is compared with the configuration, and a missing, extra or misshapen one is a UserError that names it.
+    """
+
+    config_class = ChatGLM3Config
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # noqa: RUF012
+
+    def __init__(self, config: ChatGLM3Config) -> None:
+        super().__init__(config)
+        # Half of each head is rotated, in pairs. A wrong partial_rotary_factor would load and answer nonsense.
+        frequencies = self.model.rotary_emb.inv_freq.numel()
+        assert frequencies == config.head_dim // 4, f"{frequencies} rotary frequencies for head_dim {config.head_dim}"
+        self.generation_config = GenerationConfig(
+            eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> "ChatGLM3ForCausalLM":
+        hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        folder = resolve_folder(pretrained_model_name_or_path, **hub)
+        check_checkpoint(folder)
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # An adapter's adapter_config.json names its base by this: the hub's name, not this machine's cache, or a path
+        # that is right from every working directory.
+        local = Path(pretrained_model_name_or_path).is_dir()
+        model.name_or_path = str(folder.resolve() if local else pretrained_model_name_or_path)
+        model.config.name_or_path = model.name_or_path
+        # A generation_config.json that knows only </s> would let the model play the user as well.
+        model.generation_config.eos_token_id = model.config.eos_token_id
+        return loaded

@@ -1,0 +1,45 @@
+"""What several test files need: a small random checkpoint in the published layout, and its tokenizer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from small_chatglm import random_lora, random_model, small_config, small_tokenizer
+
+from helpers.chatglm3 import ChatGLMTokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> ChatGLMTokenizer:
+    """A tokenizer of about 400 pieces."""
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory, tokenizer) -> Path:
+    """Folder of a random checkpoint in the published layout, float32, with its tokenizer. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("small_checkpoint")
+    random_model(small_config(eos_token_id=tokenizer.stop_token_ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, small_checkpoint) -> Path:
+    """Output folder of a run on ``small_checkpoint``: checkpoint-2 and checkpoint-10, and 20 that was not finished."""
+    output = tmp_path_factory.mktemp("small_run")
+    for step in (2, 10):
+        random_lora(small_checkpoint, seed=step).save_pretrained(output / f"checkpoint-{step}")
+        (output / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (output / "checkpoint-20").mkdir()
+    return output
+
+
+@pytest.fixture
+def progress_bars_afterwards() -> Iterator[None]:
+    """Undo what a command that ran inside the test did for its own output."""
+    yield
+    datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
