@@ -1,0 +1,214 @@
+"""What this machine has, and which backend, precision and settings follow from it.
+
+Only :func:`describe` and :func:`apply_nccl_environment` look at the machine; everything else decides from what they
+found. Describing asks NVML, so that no CUDA context is created.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.errors import UserError
+from helpers.memory.nvml import Nvml, open_nvml
+from helpers.memory.timeline import GIB
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that torch can use; ``total_bytes`` is None where nothing tells it apart from the host's memory."""
+
+    name: str
+    total_bytes: int | None
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a process here can use; JSON-ready through ``dataclasses.asdict``.
+
+    ``gpus`` is in torch's order and holds only what torch can use. ``driver`` is the NVIDIA driver's version.
+    ``notes`` are lines a user should read, for instance why a GPU stays unused.
+    """
+
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    cpu_cores: int
+    ram_bytes: int
+    system: str
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+
+    def summary(self) -> str:
+        """A few lines for the top of a notebook: GPUs, CPU, versions, what follows, notes."""
+        lines = [f"GPU       {line}" for line in _gpu_lines(self)]
+        lines.append(f"CPU       {self.cpu_cores} cores, {self.ram_bytes / GIB:.1f} GiB of memory, {self.system}")
+        lines.append("versions  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()))
+        nprocs = default_nprocs(self)
+        precision = {"bf16": "bf16", "fp16": "fp16 with loss scaling", "no": "fp32"}[mixed_precision(self)]
+        lines.append(
+            f"so        {nprocs} rank{'s' if nprocs > 1 else ''} over {backend_for(nprocs, self)}, {precision}"
+        )
+        return "\n".join(lines + [f"note      {note}" for note in self.notes])
+
+
+def _gpu_lines(machine: Machine) -> list[str]:
+    lines = []
+    for gpu, count in Counter(machine.gpus).items():
+        memory = "memory not told by NVML" if gpu.total_bytes is None else f"{gpu.total_bytes / GIB:.1f} GiB"
+        major, minor = gpu.capability
+        lines.append(f"{count} x {gpu.name}, {memory}, compute capability {major}.{minor}, driver {machine.driver}")
+    return lines or ["none"]
+
+
+def describe(nvml: Nvml | None = None) -> Machine:
+    """Look at this machine and at the installed packages, without creating a CUDA context."""
+    import torch  # here, so that importing this module stays light
+
+    nvml = nvml or open_nvml()
+    gpus, notes = _gpus_from_torch(nvml) if nvml.unavailable else _gpus_from_nvml(nvml, torch.version.cuda)
+    return Machine(
+        gpus=gpus,
+        driver=nvml.driver,
+        cpu_cores=_cpu_cores(),
+        ram_bytes=_ram_bytes(),
+        system=f"{platform.system()} {platform.machine()}",
+        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        notes=tuple(notes),
+    )
+
+
+def _gpus_from_nvml(nvml: Nvml, torch_cuda: str | None) -> tuple[tuple[Gpu, ...], list[str]]:
+    devices = nvml.visible()
+    readings = [nvml.memory(device) for device in devices]
+    gpus = tuple(
+        Gpu(device.name, reading.total if reading else None, device.capability)
+        for device, reading in zip(devices, readings, strict=True)
+    )
+    hidden = len(nvml.installed_names())
+    if not gpus:
+        return (), [f"{hidden} GPU(s) installed, none visible: CUDA_VISIBLE_DEVICES hides them"] if hidden else []
+    obstacle = cuda_obstacle(torch_cuda, nvml.cuda)
+    if obstacle:
+        return (), [f"{len(gpus)} GPU(s) stay unused ({gpus[0].name}): {obstacle}"]
+    if len({gpu.name for gpu in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        return gpus, ["GPUs of several models: set CUDA_DEVICE_ORDER=PCI_BUS_ID, or torch and NVML number them apart"]
+    return gpus, []
+
+
+def _gpus_from_torch(nvml: Nvml) -> tuple[tuple[Gpu, ...], list[str]]:
+    """For GPUs without NVML (AMD's, some containers): torch has to be asked, which may create a context."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return (), [str(nvml.unavailable)]
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = tuple(Gpu(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in properties)
+    return gpus, [str(nvml.unavailable)]
+
+
+def cuda_obstacle(torch_cuda: str | None, driver_cuda: tuple[int, int] | None) -> str | None:
+    """Why this torch cannot use the GPUs of this driver, with the remedy, or None.
+
+    ``torch_cuda`` is ``torch.version.cuda``. A driver runs every CUDA version up to its own, and newer minor versions
+    of its own major one (NVIDIA, CUDA Compatibility).
+    """
+    if torch_cuda is None:
+        return "the installed torch is built without CUDA; install the CUDA build of torch"
+    if driver_cuda is not None and int(torch_cuda.split(".")[0]) > driver_cuda[0]:
+        supported = ".".join(map(str, driver_cuda))
+        return f"torch is built for CUDA {torch_cuda}, the driver knows CUDA {supported}; update the NVIDIA driver"
+    return None
+
+
+def default_nprocs(machine: Machine) -> int:
+    """One rank per GPU; two on a CPU, the fewest that show anything."""
+    return len(machine.gpus) or 2
+
+
+def backend_for(nprocs: int, machine: Machine) -> str:
+    """``"nccl"`` when every rank can have a GPU of its own, else ``"gloo"`` on the CPU."""
+    if nprocs < 1:
+        raise UserError(f"nprocs is {nprocs}; a job needs at least 1 rank")
+    return "nccl" if nprocs <= len(machine.gpus) else "gloo"
+
+
+def mixed_precision(machine: Machine) -> str:
+    """``"bf16"``, ``"fp16"`` or ``"no"``, as the HF Trainer and accelerate name them.
+
+    bf16 needs compute capability 8.0 (Ampere) on every GPU. ``"fp16"`` must be run with loss scaling, or small
+    gradients become 0 and large ones inf. ``"no"`` is fp32, on the CPU.
+    """
+    if not machine.gpus:
+        return "no"
+    return "bf16" if all(gpu.capability >= (8, 0) for gpu in machine.gpus) else "fp16"
+
+
+# accelerate's own test is `"RTX 40" in name`, which the professional RTX 4000 cards meet, too.
+NO_PEER_TO_PEER = re.compile(r"GeForce RTX [34]0|RTX 40")
+
+
+def nccl_environment(gpu_names: Sequence[str]) -> dict[str, str]:
+    """The variables that NCCL needs on a machine with these GPUs (all installed ones, visible or not).
+
+    Consumer cards of the RTX 30 and 40 series have no peer-to-peer over PCIe; with older drivers NCCL tries it and
+    hangs. accelerate 1.15 refuses to start when two or more GPUs are installed, one of them an "RTX 40", under a
+    driver before 550.40.07, and either variable is not set.
+    """
+    affected = len(gpu_names) > 1 and any(NO_PEER_TO_PEER.search(name) for name in gpu_names)
+    return {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"} if affected else {}
+
+
+def apply_nccl_environment(nvml: Nvml | None = None, environ: MutableMapping[str, str] | None = None) -> str | None:
+    """Set what :func:`nccl_environment` asks for here, before NCCL starts; what the user set already stays.
+
+    Returns the line that says what was set, None when there was nothing to set.
+    """
+    # Not a default argument: datasets' map with several processes puts another object in os.environ's place.
+    environ = os.environ if environ is None else environ
+    names = (nvml or open_nvml()).installed_names()
+    missing = {name: value for name, value in nccl_environment(names).items() if name not in environ}
+    if not missing:
+        return None
+    environ.update(missing)
+    card = next(name for name in names if NO_PEER_TO_PEER.search(name))
+    settings = " ".join(f"{name}={value}" for name, value in missing.items())
+    return (
+        f"{card}: set {settings}, since such cards have no peer-to-peer over PCIe "
+        f"(with an NVLink bridge between them, set NCCL_P2P_DISABLE=0 yourself)"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_cores() -> int:
+    """Cores that this process may use: the machine's, less what affinity or a container's quota withholds."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _cgroup("cpu.max").partition(" ")
+    return min(available, max(1, int(quota) // int(period))) if quota.isdigit() else available
+
+
+def _ram_bytes() -> int:
+    """Memory that this process may use: the machine's, or a container's limit where it is lower."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup("memory.max")
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+def _cgroup(name: str) -> str:
+    """A limit of the container (control groups, version 2); "max" or empty where there is none."""
+    try:
+        return Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""Where the bytes go: what NVML sees of a GPU."""

@@ -1,0 +1,126 @@
+"""Phases of a job ("load model", "train"), marked by its ranks and read by whoever draws the memory curve.
+
+Every rank appends to a file of its own, on the wall clock (``time.time()``), so that another process on the same
+machine can lay the phases over what it sampled meanwhile.
+"""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.errors import UserError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``name`` ran on ``rank`` from ``start`` to ``end`` (``time.time()``); ``end`` is None when it never ended."""
+
+    name: str
+    rank: int
+    start: float
+    end: float | None
+
+
+class PhaseLog:
+    """Appends the phases of one rank to ``path``; see :func:`read_phases`."""
+
+    def __init__(self, path: str | Path, rank: int = 0) -> None:
+        self.path = Path(path)
+        self.rank = rank
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Mark the block as phase ``name``; phases may nest. The end is marked when the block raises, too."""
+        self._append("begin", name)
+        try:
+            yield
+        finally:
+            self._append("end", name)
+
+    def _append(self, event: str, name: str) -> None:
+        record = {"event": event, "name": name, "rank": self.rank, "time": time.time(), "pid": os.getpid()}
+        # One write call on a descriptor opened for appending: a reader never sees half a line, and a rank that is
+        # killed leaves whole lines behind.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(record, ensure_ascii=False) + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+
+def read_phases(paths: Iterable[str | Path]) -> list[Phase]:
+    """The phases in the given files, ordered by start. A file without records is no error, a missing one is.
+
+    A phase of a process that died has no end. Where a later process went on with the same file (a resumed run), the
+    phase ended at that process's first mark at the latest, and this is taken for its end.
+
+    Raises :class:`UserError` naming file and line where a line is not a phase mark.
+    """
+    phases = [phase for path in paths for phase in _read_file(Path(path))]
+    return sorted(phases, key=lambda phase: (phase.start, phase.rank))
+
+
+def _read_file(path: Path) -> Iterator[Phase]:
+    open_phases: list[Phase] = []
+    process = None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the phase log {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            mark = json.loads(line)
+            event, moment = mark["event"], float(mark["time"])
+            phase = Phase(mark["name"], mark["rank"], moment, None)
+            if event not in ("begin", "end"):
+                raise ValueError(f"event {event!r}")
+            if mark["pid"] != process:
+                yield from (_ended(left_open, moment) for left_open in open_phases)
+                open_phases, process = [], mark["pid"]
+            if event == "begin":
+                open_phases.append(phase)
+            else:
+                # The innermost open phase of this name: marks nest like the blocks that wrote them.
+                begun = next(i for i in reversed(range(len(open_phases))) if open_phases[i].name == phase.name)
+                yield _ended(open_phases.pop(begun), moment)
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise UserError(
+                f"{path} line {number} is not a phase mark: {line[:80]!r}; delete the file and run again"
+            ) from error
+    yield from open_phases
+
+
+def _ended(phase: Phase, moment: float) -> Phase:
+    return Phase(phase.name, phase.rank, phase.start, moment)
+
+
+def across_ranks(phases: Iterable[Phase]) -> list[Phase]:
+    """One phase for all ranks: the n-th time a rank ran ``name`` joins the n-th time the others did.
+
+    It lasts from the first rank's start to the last rank's end, and has no end where one rank's has none. The
+    result carries the rank that started first and is ordered by start.
+    """
+    occurrence: dict[tuple[str, int], int] = defaultdict(int)
+    joined: dict[tuple[str, int], list[Phase]] = defaultdict(list)
+    for phase in sorted(phases, key=lambda phase: phase.start):
+        number = occurrence[phase.name, phase.rank]
+        occurrence[phase.name, phase.rank] += 1
+        joined[phase.name, number].append(phase)
+    return sorted(
+        (
+            Phase(name, group[0].rank, group[0].start, _latest([phase.end for phase in group]))
+            for (name, _), group in joined.items()
+        ),
+        key=lambda phase: phase.start,
+    )
+
+
+def _latest(ends: list[float | None]) -> float | None:
+    known = [end for end in ends if end is not None]
+    return max(known) if len(known) == len(ends) else None

@@ -1,0 +1,388 @@
+"""Every figure of the course, in one style: legible on a projector, one palette, safe for colour-blind readers.
+
+Functions take plain data and return a :class:`CourseFigure`. Nothing here touches pyplot or a backend, so figures are
+the same from a script, a rank or a notebook, and none is left open.
+"""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from helpers.errors import UserError
+from helpers.files import replacing
+from helpers.memory.phases import Phase, across_ranks
+from helpers.memory.timeline import GIB, GpuCurve, Timeline
+
+# Okabe and Ito's palette (Color Universal Design, 2008), its yellow, which is too pale for lines, replaced by grey.
+BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#000000",
+    "#8C8C8C",
+)
+RANK_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY)
+# Where the bytes go: the same colour for the same category in every chapter.
+CATEGORY_COLOURS = {
+    "parameters": BLUE,
+    "gradients": ORANGE,
+    "optimizer states": GREEN,
+    "activations": VERMILION,
+    "buffers": PURPLE,
+    "other": GREY,
+}
+
+TEXT_SIZE = 13
+SMALL_SIZE = 11.5
+TITLE_SIZE = 15
+DPI = 110
+FEW_POINTS = 12  # up to here every point gets a marker, and no smoothing
+
+
+class CourseFigure(Figure):
+    """A figure that notebooks show as PNG by itself."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=DPI)
+        return buffer.getvalue()
+
+
+def save_figure(fig: Figure, path: str | Path) -> None:
+    """Write ``fig`` in the format of the path's suffix (.png, .svg, .pdf); an older file stays until it is whole."""
+    suffix = Path(path).suffix.lstrip(".").lower()
+    if suffix not in fig.canvas.get_supported_filetypes():
+        raise UserError(f"cannot write a figure to {path}: give a name that ends in .png, .svg or .pdf")
+    with replacing(path) as temporary:
+        fig.savefig(temporary, format=suffix, dpi=DPI)
+
+
+def loss_and_memory(metrics: Sequence[Mapping], title: str) -> CourseFigure:
+    """Loss on the left and memory per rank on the right, over the optimizer step.
+
+    ``metrics`` are the records of a run's metrics.jsonl: ``step`` and, where measured, ``loss``, ``eval_loss``,
+    ``nvml_used_gib`` and ``resident_gib`` (lists, one value per rank). Where a step comes twice (a run resumed from an
+    earlier checkpoint), the later record counts. Memory is NVML's where any rank has it, else the resident memory of
+    the processes. Raises :class:`UserError` when there is no record.
+    """
+    if not metrics:
+        raise UserError("there are no metrics to draw: the run has not logged a step (see logging_steps)")
+    records = _by_step(metrics)
+    fig = _figure(title, width=13, height=5.2)
+    loss_axes, memory_axes = fig.subplots(1, 2)
+    _draw_loss(loss_axes, records)
+    _draw_rank_memory(memory_axes, records)
+    for axes in (loss_axes, memory_axes):
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        axes.margins(x=0.02)
+    return fig
+
+
+def _by_step(metrics: Sequence[Mapping]) -> dict[int, dict]:
+    """Records of one step joined, in order of steps; values that are None are left out."""
+    records: dict[int, dict] = {}
+    for record in metrics:
+        known = {key: value for key, value in record.items() if value is not None}
+        records.setdefault(record["step"], {}).update(known)
+    return dict(sorted(records.items()))
+
+
+def _draw_loss(axes: Axes, records: Mapping[int, Mapping]) -> None:
+    train = {step: record["loss"] for step, record in records.items() if "loss" in record}
+    dev = {step: record["eval_loss"] for step, record in records.items() if "eval_loss" in record}
+    broken = [step for step, loss in train.items() if not math.isfinite(loss)]
+    # NaN leaves a gap in the line, where leaving the step out would draw across it.
+    losses = [loss if math.isfinite(loss) else math.nan for loss in train.values()]
+    if len(train) == len(broken):
+        axes.set_yticks([])  # there is no scale where there is no number
+    elif len(train) <= FEW_POINTS:
+        axes.plot(list(train), losses, "o-", color=BLUE, linewidth=1.6, label="loss")
+    else:
+        axes.plot(list(train), losses, color=BLUE, linewidth=1.0, alpha=0.4, label="loss")
+        axes.plot(list(train), smoothed(losses), color=BLUE, linewidth=2.6, label="loss, smoothed")
+    if dev:
+        axes.plot(list(dev), list(dev.values()), "D--", color=VERMILION, markersize=8, linewidth=1.2, label="dev loss")
+    if broken:
+        axes.plot(
+            broken,
+            [0.03] * len(broken),
+            "x",
+            transform=axes.get_xaxis_transform(),
+            color=BLACK,
+            markersize=8,
+            markeredgewidth=1.6,
+            label=f"not finite ({len(broken)}x)",
+        )
+    _label(axes, "Loss", "optimizer step", "loss (nats per token)")
+    _legend_below(axes)
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """At each place the value of the straight line fitted to a tenth of ``values`` around it (least squares).
+
+    Unlike a running mean it is neither late where the curve falls nor drawn to the last value where it ends. NaN
+    stays NaN and enters no fit.
+    """
+    y = np.asarray(values, dtype=float)
+    known = ~np.isnan(y)
+    reach = max(2, len(y) // 20)
+    low = np.maximum(np.arange(len(y)) - reach, 0)
+    high = np.minimum(np.arange(len(y)) + reach + 1, len(y))
+
+    def window_sum(terms: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0.0], np.cumsum(np.where(known, terms, 0.0))])
+        return total[high] - total[low]
+
+    # Places count from -1 to 1 and values from their mean, so that differences of the sums lose no digits.
+    x = np.linspace(-1.0, 1.0, len(y))
+    mean = np.nanmean(y)
+    count, sum_x, sum_y = window_sum(np.ones_like(y)), window_sum(x), window_sum(y - mean)
+    spread = count * window_sum(x * x) - sum_x**2
+    slope = (count * window_sum(x * (y - mean)) - sum_x * sum_y) / np.where(spread > 0, spread, np.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        line = mean + (sum_y + slope * (count * x - sum_x)) / count
+    return np.where(known, line, np.nan)
+
+
+def _draw_rank_memory(axes: Axes, records: Mapping[int, Mapping]) -> None:
+    from_nvml = any(value is not None for record in records.values() for value in record.get("nvml_used_gib", []))
+    key = "nvml_used_gib" if from_nvml else "resident_gib"
+    measured = {step: record[key] for step, record in records.items() if key in record}
+    ranks = max((len(values) for values in measured.values()), default=0)
+    for rank in range(ranks):
+        values = [row[rank] if rank < len(row) and row[rank] is not None else math.nan for row in measured.values()]
+        highest = max((value for value in values if not math.isnan(value)), default=math.nan)
+        axes.plot(
+            list(measured),
+            values,
+            marker="o" if len(measured) <= FEW_POINTS else None,
+            label=f"rank {rank}, at most {highest:.1f} GiB",
+            color=RANK_COLOURS[rank % len(RANK_COLOURS)],
+            # Ranks that do the same lie on one another: later ones are thinner, so that each stays visible.
+            linewidth=1.5 + (4.0 * (ranks - 1 - rank) / (ranks - 1) if ranks > 1 else 1.0),
+        )
+    top = axes.get_ylim()[1]
+    axes.set_ylim(0, 1.05 * top)
+    if from_nvml:
+        _label(axes, "Memory of each rank's GPU", "optimizer step", "used, read from NVML (GiB)")
+    else:
+        _label(axes, "Memory of each rank's process", "optimizer step", "resident set in host memory (GiB)")
+    _legend_below(axes)
+
+
+# Paul Tol's light scheme: pale enough to lie behind curves in any of RANK_COLOURS.
+PHASE_TINTS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#44BB99", "#99DDFF", "#BBCC33", "#AAAAAA")
+NARROWEST_PHASE = 0.004  # of the axis: what lasted less is drawn this wide, or it could not be seen
+
+
+def memory_timeline(timeline: Timeline, phases: Sequence[Phase], title: str) -> CourseFigure:
+    """Used memory of every GPU over the seconds of a job, with the phases that its ranks marked.
+
+    Each GPU has a row of its own on one common scale, since GPUs that do the same would hide one another. A band above
+    has one row per phase name, so that names never meet however short a phase; phases of several ranks are drawn as
+    one, from the first rank's start to the last one's end. Beside each curve stand its baseline and its peak. Without
+    curves the figure says why.
+    """
+    spans = _phase_spans(timeline, phases)
+    names = list(dict.fromkeys(name for name, _, _ in spans))
+    tints = {name: PHASE_TINTS[row % len(PHASE_TINTS)] for row, name in enumerate(names)}
+    band_heights = [0.1 + 0.27 * len(names)] if names else []
+    row_heights = [max(1.0, 4.2 / len(timeline.gpus))] * len(timeline.gpus) if timeline.gpus else [1.6]
+    fig = _figure(title, width=13, height=1.2 + sum(band_heights + row_heights) + 0.2 * len(row_heights))
+    panels = fig.subplots(
+        len(band_heights + row_heights), 1, sharex=True, squeeze=False, height_ratios=band_heights + row_heights
+    )[:, 0]
+    if names:
+        _draw_phase_band(panels[0], spans, names, tints)
+    rows = panels[len(band_heights) :]
+    for axes in rows:
+        _label(axes, "", "", "GiB")
+        for name, start, end in spans:
+            axes.axvspan(start, end, color=tints[name], alpha=0.22, linewidth=0)
+    for axes, gpu, colour in zip(rows, timeline.gpus, cycle(RANK_COLOURS), strict=False):
+        _draw_gpu_curve(axes, gpu, colour, small=len(timeline.gpus) > 2)
+        axes.set_ylim(0, 1.12 * max(other.peak for other in timeline.gpus) / GIB)
+    rows[0].set_title("used memory of each GPU, read from NVML", fontsize=TEXT_SIZE, loc="left")
+    if not timeline.gpus:
+        rows[0].set_yticks([])
+        rows[0].text(
+            0.5, 0.5, timeline.note, transform=rows[0].transAxes, ha="center", va="center", fontsize=TEXT_SIZE
+        ).set_bbox({"facecolor": "white", "edgecolor": "none"})
+    rows[-1].set_xlabel("seconds", fontsize=TEXT_SIZE)
+    rows[-1].set_xlim(0, _axis_end(timeline))
+    return fig
+
+
+def _draw_gpu_curve(axes: Axes, gpu: GpuCurve, colour: str, small: bool) -> None:
+    axes.plot(gpu.seconds, [used / GIB for used in gpu.used], color=colour, linewidth=1.8)
+    for second, used, marker in ((gpu.seconds[0], gpu.baseline, "o"), (gpu.peak_seconds, gpu.peak, "^")):
+        axes.plot(second, used / GIB, marker, color=colour, markersize=9, markeredgecolor="white", clip_on=False)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4 if small else 6, steps=[1, 2, 5, 10]))
+    axes.text(
+        1.01,
+        0.5,
+        f"GPU {gpu.index}\n\u25cf before {gpu.baseline / GIB:.1f} GiB\n\u25b2 peak {gpu.peak / GIB:.1f} GiB",
+        transform=axes.transAxes,
+        va="center",
+        fontsize=SMALL_SIZE,
+        color=colour,
+    )
+
+
+def _axis_end(timeline: Timeline) -> float:
+    return max(timeline.duration, 0.01)
+
+
+def _phase_spans(timeline: Timeline, phases: Sequence[Phase]) -> list[tuple[str, float, float]]:
+    """(name, start, end) in seconds of the timeline, cut to it; what never ended lasts to its end."""
+    end_of_axis = _axis_end(timeline)
+    spans = []
+    for phase in across_ranks(phases):
+        start = phase.start - timeline.start
+        end = end_of_axis if phase.end is None else phase.end - timeline.start
+        if end >= 0 and start <= end_of_axis:
+            start, end = max(start, 0.0), min(end, end_of_axis)
+            spans.append((phase.name, start, max(end, start + NARROWEST_PHASE * end_of_axis)))
+    return spans
+
+
+def _draw_phase_band(
+    axes: Axes, spans: Sequence[tuple[str, float, float]], rows: Sequence[str], tints: Mapping[str, str]
+) -> None:
+    for name, start, end in spans:
+        axes.broken_barh([(start, end - start)], (rows.index(name) - 0.4, 0.8), color=tints[name])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0, labelsize=TEXT_SIZE)
+    axes.tick_params(axis="x", length=0, labelbottom=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str) -> CourseFigure:
+    """One stacked bar of GiB per configuration: ``{configuration: {category: GiB}}``.
+
+    Categories keep the order of the first bar and the colours of ``CATEGORY_COLOURS``; others get grey shades. Each
+    bar's sum stands at its end. Raises :class:`UserError` where there is no bar or a part is negative.
+    """
+    if not bars:
+        raise UserError("there are no bars to draw")
+    categories = list(dict.fromkeys(category for parts in bars.values() for category in parts))
+    fig = _figure(title, width=13, height=1.9 + 0.75 * len(bars))
+    axes = fig.subplots()
+    greys = cycle(("#8C8C8C", "#BDBDBD", "#DADADA"))
+    left = dict.fromkeys(bars, 0.0)
+    for category in categories:
+        widths = [parts.get(category, 0.0) for parts in bars.values()]
+        if min(widths) < 0:
+            raise UserError(f"{category!r} of a bar is {min(widths):.2f} GiB; memory cannot be negative")
+        colour = CATEGORY_COLOURS.get(category) or next(greys)
+        axes.barh(list(bars), widths, left=list(left.values()), color=colour, height=0.62, label=category)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
+    for place, total in enumerate(left.values()):
+        axes.text(total, place, f" {total:.1f} GiB", va="center", fontsize=TEXT_SIZE)
+    axes.invert_yaxis()
+    _label(axes, "", "GPU memory (GiB)", "")
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
+    axes.set_xlim(0, 1.12 * max(left.values()))
+    fig.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(categories)),
+        fontsize=SMALL_SIZE,
+        frameon=False,
+    )
+    return fig
+
+
+def token_lengths(lengths: Sequence[int], limit: int, title: str) -> CourseFigure:
+    """How long the rows of a data set are, in tokens, and where they are cut (``limit``)."""
+    fig = _figure(title, width=9, height=4.4)
+    axes = fig.subplots()
+    axes.hist(lengths, bins=min(40, max(lengths) - min(lengths) + 1), color=BLUE)
+    mean = sum(lengths) / len(lengths)
+    axes.axvline(mean, color=BLACK, linewidth=2, label=f"mean, {mean:.0f} tokens")
+    if limit <= 1.5 * max(lengths):
+        axes.axvline(limit, color=VERMILION, linewidth=2, linestyle="--", label=f"cut at {limit} tokens")
+    _label(axes, "", "tokens of a row", "rows")
+    _legend_below(axes)
+    return fig
+
+
+def score_bars(base: Mapping[str, float], tuned: Mapping[str, float]) -> CourseFigure:
+    """The base model's and the tuned model's scores side by side, one group per metric, all on 0-100.
+
+    Keys name the metrics ("rouge-l", "bleu-4") and must be the same in both. Raises :class:`UserError` where they are
+    not, or where a score is no number from 0 to 100.
+    """
+    if set(base) != set(tuned) or not base:
+        raise UserError(f"scores of different metrics: base has {sorted(base)}, tuned has {sorted(tuned)}")
+    for model, scores in (("base", base), ("tuned", tuned)):
+        for metric, score in scores.items():
+            if not 0 <= score <= 100:
+                raise UserError(f"{metric} of the {model} model is {score}; scores are percentages from 0 to 100")
+    fig = _figure("Base model and tuned model on the same rows", width=9, height=5)
+    axes = fig.subplots()
+    width = 0.38
+    for offset, label, scores, colour in ((-width / 2, "base", base, GREY), (width / 2, "tuned", tuned, BLUE)):
+        positions = [place + offset for place in range(len(base))]
+        bars = axes.bar(positions, [scores[metric] for metric in base], width, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=TEXT_SIZE)
+    _label(axes, "", "", "score (0-100, higher is better)")
+    axes.set_xticks(range(len(base)), [_metric_name(metric) for metric in base], fontsize=TEXT_SIZE)
+    axes.set_ylim(0, max(1.0, 1.12 * max(*base.values(), *tuned.values())))
+    _legend_below(axes)
+    return fig
+
+
+def _metric_name(key: str) -> str:
+    """ "rouge-l", "rouge_l" and "rougeL" are all ROUGE-L."""
+    return re.sub(r"(ROUGE|BLEU)[-_]?", r"\1-", key.upper())
+
+
+def _figure(title: str, width: float, height: float) -> CourseFigure:
+    fig = CourseFigure(figsize=(width, height), layout="constrained")
+    fig.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    fig.suptitle(title, fontsize=TITLE_SIZE, fontweight="bold")
+    return fig
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=TEXT_SIZE)
+    axes.set_xlabel(x, fontsize=TEXT_SIZE)
+    axes.set_ylabel(y, fontsize=TEXT_SIZE)
+    axes.tick_params(labelsize=SMALL_SIZE)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_below(axes: Axes) -> None:
+    """A legend under the axis label, in as many columns as fit: it never covers a curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    figure_width = axes.figure.get_figwidth() / axes.get_gridspec().ncols
+    columns = max(1, int(figure_width * 72 / (SMALL_SIZE * (4 + 0.55 * max(map(len, labels))))))
+    axes.legend(
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=min(columns, len(labels)),
+        fontsize=SMALL_SIZE,
+        frameon=False,
+    )

@@ -1,0 +1,336 @@
+"""helpers.plots: what the figures show, with which units, for ordinary and for odd input."""
+
+import math
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from fake_nvml import GIB
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.errors import UserError
+from helpers.memory.phases import Phase
+from helpers.memory.timeline import GpuCurve, Timeline
+from helpers.plots import (
+    CATEGORY_COLOURS,
+    RANK_COLOURS,
+    loss_and_memory,
+    memory_bars,
+    memory_timeline,
+    save_figure,
+    score_bars,
+    smoothed,
+    token_lengths,
+)
+
+
+def record(step, loss=None, nvml=(None, None), resident=(1.0, 1.25), **more):
+    return {"step": step, "loss": loss, "nvml_used_gib": list(nvml), "resident_gib": list(resident), **more}
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+
+
+# --- loss and memory
+
+
+def test_a_short_run_shows_every_point_with_units():
+    metrics = [record(10, 4.5), record(20, 4.0), {"step": 20, "eval_loss": 4.2}, record(30, 3.5)]
+    fig = loss_and_memory(metrics, "LoRA on two ranks")
+    loss, memory = fig.axes
+    assert fig.get_suptitle() == "LoRA on two ranks"
+    assert (loss.get_xlabel(), loss.get_ylabel()) == ("optimizer step", "loss (nats per token)")
+    assert lines(loss)["loss"].get_xydata().tolist() == [[10, 4.5], [20, 4.0], [30, 3.5]]
+    assert lines(loss)["loss"].get_marker() == "o"
+    assert lines(loss)["dev loss"].get_xydata().tolist() == [[20, 4.2]]
+    assert legend(loss) == ["loss", "dev loss"]
+    assert memory.get_xlabel() == "optimizer step"
+
+
+def test_without_nvml_the_resident_memory_is_shown_and_called_so():
+    memory = loss_and_memory([record(1, 2.0), record(2, 1.9, resident=(1.5, 1.75))], "CPU").axes[1]
+    assert memory.get_ylabel() == "resident set in host memory (GiB)"
+    assert memory.get_title() == "Memory of each rank's process"
+    assert lines(memory)["rank 1, at most 1.8 GiB"].get_ydata().tolist() == [1.25, 1.75]
+    assert memory.get_ylim()[0] == 0
+
+
+def test_with_nvml_its_figures_are_shown_and_a_missing_one_is_a_gap():
+    metrics = [record(1, 2.0, nvml=(30.0, None)), record(2, 1.9, nvml=(32.5, 31.0))]
+    memory = loss_and_memory(metrics, "GPU").axes[1]
+    assert memory.get_ylabel() == "used, read from NVML (GiB)"
+    assert lines(memory)["rank 0, at most 32.5 GiB"].get_ydata().tolist() == [30.0, 32.5]
+    second = lines(memory)["rank 1, at most 31.0 GiB"].get_ydata()
+    assert math.isnan(second[0]) and second[1] == 31.0
+
+
+def test_a_long_run_is_smoothed_over_its_raw_loss():
+    metrics = [record(step, 5 - step / 400 + 0.2 * math.sin(step)) for step in range(1, 801)]
+    loss = loss_and_memory(metrics, "long").axes[0]
+    assert legend(loss) == ["loss", "loss, smoothed"]
+    assert lines(loss)["loss"].get_linewidth() < lines(loss)["loss, smoothed"].get_linewidth()
+    assert lines(loss)["loss, smoothed"].get_ydata() == pytest.approx(
+        [5 - step / 400 for step in range(1, 801)], abs=0.1
+    )
+
+
+def test_loss_that_is_not_finite_is_a_gap_with_a_mark():
+    metrics = [record(step, math.nan if step in (7, 8) else math.inf if step == 9 else 3.0) for step in range(1, 31)]
+    loss = loss_and_memory(metrics, "fp16 without loss scaling").axes[0]
+    assert lines(loss)["not finite (3x)"].get_xdata().tolist() == [7, 8, 9]
+    assert np.isnan(lines(loss)["loss"].get_ydata()[6:9]).all()
+    assert np.isnan(lines(loss)["loss, smoothed"].get_ydata()[6:9]).all()
+
+
+def test_a_run_that_is_nan_throughout_shows_only_the_marks():
+    loss = loss_and_memory([record(1, math.nan), record(2, math.nan)], "nan").axes[0]
+    assert legend(loss) == ["not finite (2x)"]
+    assert list(loss.get_yticks()) == []
+
+
+def test_one_record_is_visible():
+    loss, memory = loss_and_memory([record(10, 3.0)], "one").axes
+    assert lines(loss)["loss"].get_marker() == lines(memory)["rank 0, at most 1.0 GiB"].get_marker() == "o"
+    assert loss.get_xlim()[0] < 10 < loss.get_xlim()[1]
+
+
+def test_eight_ranks_have_eight_colours_and_none_is_hidden():
+    values = [30.0] * 8
+    memory = loss_and_memory([record(step, 3.0, nvml=values, resident=values) for step in (1, 2)], "8").axes[1]
+    assert len({line.get_color() for line in memory.lines}) == 8
+    assert all(below.get_linewidth() > above.get_linewidth() for below, above in pairwise(memory.lines))
+
+
+def test_after_a_resume_the_later_record_of_a_step_counts():
+    metrics = [record(10, 4.0), record(20, 3.9), record(30, 9.9), record(20, 3.8), record(30, 3.7)]
+    loss = loss_and_memory(metrics, "resumed").axes[0]
+    assert lines(loss)["loss"].get_xydata().tolist() == [[10, 4.0], [20, 3.8], [30, 3.7]]
+
+
+def test_no_record_is_one_clear_line():
+    with pytest.raises(UserError, match="no metrics to draw"):
+        loss_and_memory([], "empty")
+
+
+FLOATS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=32))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), FLOATS, FLOATS, st.lists(FLOATS, max_size=3)), min_size=1, max_size=30))
+def test_any_records_can_be_drawn(rows):
+    metrics = [
+        {"step": step, "loss": loss, "eval_loss": dev, "nvml_used_gib": gpus, "resident_gib": [1.0]}
+        for step, loss, dev, gpus in rows
+    ]
+    loss_and_memory(metrics, "any").draw_without_rendering()
+
+
+@given(st.lists(st.floats(-100, 100), min_size=3, max_size=200))
+def test_smoothing_keeps_straight_lines_and_stays_finite(values):
+    assert np.isfinite(smoothed(values)).all()
+    line = [3.0 - 0.25 * place for place in range(len(values))]
+    assert smoothed(line) == pytest.approx(line)
+    line[1] = math.nan
+    assert np.isnan(smoothed(line)).tolist() == np.isnan(line).tolist()
+
+
+# --- timeline
+
+
+def timeline(gpus, duration=100.0, note=None):
+    curves = [
+        GpuCurve(index, "NVIDIA H100", 80 * GIB, [0.0, 40.0, 100.0], [GIB, (30 + index) * GIB, 2 * GIB])
+        for index in range(gpus)
+    ]
+    return Timeline(1000.0, duration, curves, note)
+
+
+def boxes(band):
+    """(row name, start, end) of every bar in the band of phases."""
+    names = [label.get_text() for label in band.get_yticklabels()]
+    found = []
+    for collection in band.collections:
+        for path in collection.get_paths():
+            box = path.get_extents()
+            found.append((names[round((box.y0 + box.y1) / 2)], box.x0, box.x1))
+    return found
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_every_gpu_has_its_curve_in_gib_with_baseline_and_peak(gpus):
+    fig = memory_timeline(timeline(gpus), [], "a run")
+    assert len(fig.axes) == gpus
+    for index, axes in enumerate(fig.axes):
+        assert axes.lines[0].get_xydata().tolist() == [[0, 1], [40, 30 + index], [100, 2]]
+        assert axes.get_ylabel() == "GiB"
+        assert axes.texts[0].get_text() == f"GPU {index}\n● before 1.0 GiB\n▲ peak {30 + index}.0 GiB"
+        assert [tuple(line.get_xydata()[0]) for line in axes.lines[1:]] == [(0, 1), (40, 30 + index)]
+        assert axes.get_ylim() == fig.axes[0].get_ylim()
+    assert fig.axes[-1].get_xlabel() == "seconds"
+    assert fig.axes[-1].get_xlim() == (0, 100)
+    assert fig.axes[0].get_title(loc="left") == "used memory of each GPU, read from NVML"
+
+
+def test_phases_stand_in_a_band_above_and_shade_the_curves():
+    phases = [Phase("load model", rank, 1000 + rank, 1020 + rank) for rank in (0, 1)]
+    phases += [Phase("train", 0, 1022, None), Phase("evaluate", 0, 1050, 1055), Phase("evaluate", 0, 1080, 1085)]
+    fig = memory_timeline(timeline(1), phases, "a run")
+    band, curve = fig.axes
+    assert boxes(band) == [
+        ("load model", 0, 21),
+        ("train", 22, 100),
+        ("evaluate", 50, 55),
+        ("evaluate", 80, 85),
+    ]
+    assert len(curve.patches) == 4
+
+
+def test_phases_are_cut_to_the_timeline_and_short_ones_stay_visible():
+    phases = [Phase("before", 0, 900, 990), Phase("early", 0, 990, 1010), Phase("blink", 0, 1050, 1050.001)]
+    band = memory_timeline(timeline(1), [*phases, Phase("after", 0, 1200, 1300)], "a run").axes[0]
+    early, blink = boxes(band)
+    assert early == ("early", 0, 10)
+    assert blink[2] - blink[1] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_no_text_overlaps_another(gpus):
+    names = ["start processes", "load model", "DeepSpeed initialize", "first all-reduce", "train", "evaluate", "save"]
+    phases = [Phase(name, 0, 1050 + number / 100, 1050.005 + number / 100) for number, name in enumerate(names)]
+    fig = memory_timeline(timeline(gpus), phases, "a run with many short phases")
+    fig.draw_without_rendering()
+    texts = [fig.texts[0], fig.axes[1]._left_title]
+    for axes in fig.axes:
+        texts += [*axes.texts, axes.xaxis.label, axes.yaxis.label]
+        low, high = sorted(axes.get_ylim())
+        # Ticks beyond the limits have labels, too, which are never drawn.
+        texts += [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    texts += fig.axes[-1].get_xticklabels()
+    extents = [text.get_window_extent() for text in texts if text.get_visible() and text.get_text()]
+    assert len(extents) > 10
+    for number, box in enumerate(extents):
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1
+        assert not any(box.overlaps(other) for other in extents[number + 1 :])
+
+
+def test_without_curves_the_figure_says_why_and_keeps_the_phases():
+    fig = memory_timeline(timeline(0, note="NVML: not available"), [Phase("train", 0, 1010, 1090)], "CPU")
+    band, empty = fig.axes
+    assert [text.get_text() for text in empty.texts] == ["NVML: not available"]
+    assert boxes(band) == [("train", 10, 90)]
+    assert list(empty.get_yticks()) == []
+
+
+def test_a_timeline_of_one_sample_can_be_drawn(tmp_path):
+    one = Timeline(1000.0, 0.0, [GpuCurve(0, "x", GIB, [0.0], [GIB])], None)
+    save_figure(memory_timeline(one, [Phase("train", 0, 1000.0, 1000.0)], "short"), tmp_path / "one.png")
+
+
+# --- scores
+
+BASE = {"rouge-1": 24.1, "rouge-2": 5.2, "rouge-l": 18.6, "bleu-4": 0.0}
+TUNED = {"bleu-4": 20.2, "rouge-1": 45.9, "rouge-2": 24.5, "rouge-l": 41.0}
+
+
+def test_scores_stand_side_by_side_with_their_numbers():
+    [axes] = score_bars(BASE, TUNED).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU-4"]
+    assert [bar.get_height() for bar in axes.patches] == [24.1, 5.2, 18.6, 0.0, 45.9, 24.5, 41.0, 20.2]
+    assert [text.get_text() for text in axes.texts][-1] == "20.2"
+    assert legend(axes) == ["base", "tuned"]
+    assert axes.get_ylabel() == "score (0-100, higher is better)"
+    assert axes.get_ylim()[0] == 0
+
+
+def test_other_spellings_of_a_metric_have_the_same_name():
+    [axes] = score_bars({"rougeL": 1.0, "bleu_4": 2.0}, {"rougeL": 1.0, "bleu_4": 2.0}).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["ROUGE-L", "BLEU-4"]
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "says"),
+    [
+        ({"rouge-1": 1.0}, {"bleu-4": 1.0}, "scores of different metrics"),
+        ({}, {}, "scores of different metrics"),
+        ({"rouge-1": 0.4}, {"rouge-1": 140.0}, "rouge-1 of the tuned model is 140"),
+        ({"rouge-1": math.nan}, {"rouge-1": 1.0}, "rouge-1 of the base model is nan"),
+    ],
+)
+def test_wrong_scores_are_named(base, tuned, says):
+    with pytest.raises(UserError, match=says):
+        score_bars(base, tuned)
+
+
+# --- files, style, notebooks
+
+
+def test_a_figure_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    fig = score_bars(BASE, TUNED)
+    target = tmp_path / "figures" / "scores.png"
+    save_figure(fig, target)
+    first = target.read_bytes()
+    assert first.startswith(b"\x89PNG")
+
+    def fails(path, **options):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(fig, "savefig", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_figure(fig, target)
+    assert target.read_bytes() == first
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["figure.txt", "figure"])
+def test_an_unknown_picture_format_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=r"ends in \.png"):
+        save_figure(score_bars(BASE, TUNED), tmp_path / name)
+
+
+def test_notebooks_get_a_png_of_modest_size():
+    picture = memory_timeline(timeline(8), [], "a run")._repr_png_()
+    assert picture.startswith(b"\x89PNG") and len(picture) < 300_000
+
+
+def test_colours_are_distinct():
+    assert len(set(RANK_COLOURS)) == len(RANK_COLOURS) == 8
+    assert len(set(CATEGORY_COLOURS.values())) == len(CATEGORY_COLOURS) == 6
+
+
+def test_pyplot_and_its_backends_are_left_alone():
+    script = (
+        "import sys, helpers.plots as plots; plots.score_bars({'bleu-4': 1.0}, {'bleu-4': 2.0})._repr_png_(); "
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_memory_bars_stack_to_the_sum_that_stands_beside_them():
+    bars = {"DDP": {"parameters": 11.6, "activations": 4.0, "other": 1.0}, "ZeRO-3": {"parameters": 5.8, "other": 1.5}}
+    axes = memory_bars(bars, "title").axes[0]
+    widths = [patch.get_width() for patch in axes.patches]
+    assert widths == pytest.approx([11.6, 5.8, 4.0, 0.0, 1.0, 1.5])
+    assert axes.patches[2].get_x() == 11.6 and axes.patches[5].get_x() == pytest.approx(5.8)
+    assert [text.get_text().strip() for text in axes.texts] == ["16.6 GiB", "7.3 GiB"]
+    assert "GiB" in axes.get_xlabel()
+    with pytest.raises(UserError, match="negative"):
+        memory_bars({"DDP": {"parameters": -1.0}}, "title")
+    with pytest.raises(UserError, match="no bars"):
+        memory_bars({}, "title")
+
+
+def test_token_lengths_shows_the_limit_only_where_it_is_near():
+    near = token_lengths([10, 20, 30], 25, "title").axes[0]
+    far = token_lengths([10, 20, 30], 700, "title").axes[0]
+    assert sum(patch.get_height() for patch in near.patches) == 3
+    assert [line.get_label() for line in near.lines] == ["mean, 20 tokens", "cut at 25 tokens"]
+    assert [line.get_label() for line in far.lines] == ["mean, 20 tokens"]
