@@ -1,0 +1,1 @@
+"""Fine-tune ChatGLM3 with LoRA: data checks, training, evaluation, generation, export."""

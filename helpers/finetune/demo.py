@@ -1,0 +1,51 @@
+"""The main job on the embedded model and data: fine-tune, then the base model's and the tuned model's answer.
+
+make run        or        python -m helpers.finetune.demo
+"""
+
+import sys
+from pathlib import Path
+
+from helpers.assets import TINY_DATA, TINY_MODEL
+from helpers.errors import exit_with_one_line
+from helpers.finetune.launch import run_command, torchrun_command
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PROMPT = "鱼尾裙"
+
+
+def fresh_folder(parent: Path, name: str) -> Path:
+    """``parent/name``, or the first of ``parent/name-2``, ``-3`` … that does not exist yet."""
+    candidates = [parent / name, *(parent / f"{name}-{n}" for n in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def main() -> None:
+    output_dir = fresh_folder(Path("output"), "tiny")
+    command = torchrun_command(
+        TINY_DATA, TINY_MODEL, CONFIGS / "lora_tiny.yaml", CONFIGS / "ds_zero_2.json", output_dir=output_dir
+    )
+    status = run_command(command)
+    if status:
+        sys.exit(status)
+
+    from helpers.finetune.checkpoints import complete_checkpoints
+    from helpers.finetune.generate import answer, load_for_inference  # heavy, and only needed now
+    from helpers.finetune.quiet import quiet_libraries
+
+    quiet_libraries()
+    checkpoint = complete_checkpoints(output_dir)[-1]
+    model, tokenizer = load_for_inference(checkpoint)
+    messages = [{"role": "user", "content": PROMPT}]
+    tuned = answer(model, tokenizer, messages)
+    with model.disable_adapter():
+        base = answer(model, tokenizer, messages)
+    print(f"\nprompt  {PROMPT}\nbase    {base}\ntuned   {tuned}\n")
+    print(f"loss and memory   {output_dir / 'loss_and_memory.png'}")
+    print(f"every answer      {output_dir / 'predictions.jsonl'}")
+    print(f"the adapter       {checkpoint}")
+    print(f"ask it yourself   python -m helpers.finetune.generate {checkpoint}")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,124 @@
+"""Merge an adapter into its base model and write the result as a checkpoint of its own.
+
+    python -m helpers.finetune.export CHECKPOINT OUT_DIR [--layout published|glm] [--dtype float16] [--model BASE]
+
+``published`` is ChatGLM3's own layout: what this package reads, and other programs that know ChatGLM3. ``glm`` is
+``GlmForCausalLM``, which transformers loads without this package; its tokenizer lies in OUT_DIR/tokenizer, since
+transformers alone has none with these ids and would make a wrong one of it.
+"""
+
+import argparse
+import shutil
+from math import prod
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import GlmForCausalLM
+
+from helpers.chatglm3.checkpoint import expected_shapes, read_config
+from helpers.chatglm3.config import ChatGLM3Config
+from helpers.chatglm3.model import ChatGLM3ForCausalLM
+from helpers.errors import UserError, exit_with_one_line
+from helpers.files import check_new_folder, creating_folder
+from helpers.finetune.generate import ADAPTER_CONFIG, base_model, find_checkpoint, load_for_inference
+from helpers.finetune.quiet import quiet_libraries
+
+GIB = 2**30
+LAYOUTS = ("published", "glm")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARD_SIZE = "2GB"
+# Beside the weights: the tokenizer, the configuration, file headers.
+OTHER_FILES_BYTES = 8 * 2**20
+
+
+def as_glm(model: ChatGLM3ForCausalLM) -> GlmForCausalLM:
+    """The same network, sharing its tensors, as the class that transformers knows by itself."""
+    with torch.device("meta"):
+        glm = GlmForCausalLM(model.config.to_glm())
+    glm.load_state_dict(model.state_dict(), assign=True)
+    glm.generation_config = model.generation_config
+    return glm
+
+
+def _check_disk(out_dir: Path, config: ChatGLM3Config, dtype: torch.dtype) -> None:
+    elements = sum(prod(shape) for shape in expected_shapes(config).values())
+    needed = elements * dtype.itemsize + OTHER_FILES_BYTES
+    place = next(folder for folder in out_dir.resolve().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{out_dir} needs {needed / GIB:.2f} GiB, and {place} has {free / GIB:.2f} GiB left; choose another disk"
+        )
+
+
+def export(
+    checkpoint: str | Path,
+    out_dir: str | Path,
+    layout: str = "published",
+    dtype: torch.dtype | None = None,
+    base: str | None = None,
+) -> None:
+    """Merge the adapter of ``checkpoint`` (or of a run's newest one) and write the model to the new folder ``out_dir``.
+
+    ``layout`` is one of ``LAYOUTS``; ``dtype`` defaults to the base model's own; ``base`` says where the base is, if
+    the adapter does not know. ``out_dir`` appears whole or not at all. Merged weights are rounded to ``dtype``: in 16
+    bit, an answer may differ from the adapter's where two words were almost equally likely.
+
+    Raises UserError for a checkpoint without an adapter, an ``out_dir`` that is not free, or a disk that is too small.
+    """
+    out_dir = Path(out_dir)
+    check_new_folder(out_dir)
+    folder = find_checkpoint(checkpoint)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder} holds no adapter; there is nothing to merge")
+    base_folder = base_model(folder, base)
+    published = read_config(base_folder)
+    if published.get("model_type") != "chatglm":
+        raise UserError(f"the base model {base_folder} is not in the published layout; name one that is with --model")
+    config = ChatGLM3Config.from_dict(published)
+    dtype = dtype or getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+    _check_disk(out_dir, config, dtype)
+    model, tokenizer = load_for_inference(folder, dtype=dtype, device="cpu", base=str(base_folder))
+    merged = _merge(model, folder)
+    with creating_folder(out_dir) as temporary:
+        if layout == "glm":
+            as_glm(merged).save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+            tokenizer.save_pretrained(temporary / "tokenizer")
+        else:
+            merged.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+            tokenizer.save_pretrained(temporary)
+
+
+def _merge(model: PeftModel, checkpoint: Path) -> ChatGLM3ForCausalLM:
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # what safe_merge raises for nan and inf
+        raise UserError(f"the adapter in {checkpoint} cannot be merged: {error}") from error
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.finetune.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="OUTPUT/checkpoint-N, or OUTPUT (its newest checkpoint)")
+    parser.add_argument("out_dir", type=Path, help="new folder")
+    parser.add_argument("--layout", choices=LAYOUTS, default="published")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the base model's")
+    parser.add_argument("--model", metavar="BASE", help="the base model, if it is not where the adapter says")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    export(
+        arguments.checkpoint,
+        arguments.out_dir,
+        arguments.layout,
+        DTYPES.get(arguments.dtype),
+        arguments.model,
+    )
+    print(f"written to {arguments.out_dir}; ask it: python -m helpers.finetune.generate {arguments.out_dir}")
+    if arguments.layout == "glm":
+        print("transformers loads the model without this package. Its tokenizer needs it:")
+        print(f"helpers.chatglm3.ChatGLMTokenizer.from_pretrained({str(arguments.out_dir / 'tokenizer')!r})")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,125 @@
+"""The fine-tune before it starts: everything that can be checked without loading a weight."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+import helpers.chatglm3  # noqa: F401  (registers the published layout)
+from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
+from helpers.chatglm3.tokenizer import ChatGLMTokenizer
+from helpers.errors import UserError
+from helpers.finetune import config as configuration
+from helpers.finetune.checkpoints import complete_checkpoints
+from helpers.finetune.config import FinetuneConfig
+from helpers.finetune.dataset import (
+    Limits,
+    SplitReport,
+    evaluation_features,
+    find_split,
+    read_split,
+    training_features,
+)
+from helpers.finetune.ranks import Ranks
+from helpers.hardware import Machine, describe, mixed_precision
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised splits; ``dev`` and ``answers`` (prompts to answer) are None without a dev file."""
+
+    train: Dataset
+    dev: Dataset | None
+    answers: Dataset | None
+    reports: list[SplitReport]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that was checked before a weight is loaded."""
+
+    config: FinetuneConfig
+    deepspeed: dict[str, Any] | None
+    model_dir: Path
+    output_dir: Path
+    resume_from: Path | None
+    precision: str
+    machine: Machine
+    tokenizer: ChatGLMTokenizer
+    data: Data
+    notes: list[str]
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the DeepSpeed file; 0 without one."""
+        return (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+
+def _resume_point(output_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Raises UserError where earlier results would be overwritten or none are there."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir {output_dir} is a file; name a folder")
+    if resume:
+        checkpoints = complete_checkpoints(output_dir)
+        if not checkpoints:
+            raise UserError(f"--resume: {output_dir} holds no finished checkpoint; start without --resume")
+        return checkpoints[-1]
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir {output_dir} is not empty; go on with --resume, or name another with --output-dir")
+    return None
+
+
+def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer, notes: list[str]) -> Data:
+    limits = Limits(config.max_input_length, config.max_output_length)
+    names = config.data
+    train = read_split(find_split(folder, names.train_file), tokenizer, limits, training=True, num_proc=names.num_proc)
+    train_features = training_features(train, limits)
+    if names.val_file is None or not (folder / names.val_file).is_file():
+        notes.append(f"no dev file {names.val_file or ''}: evaluation is skipped")
+        return Data(train_features, None, None, [train.report])
+    dev = read_split(folder / names.val_file, tokenizer, limits, training=False, num_proc=names.num_proc)
+    answers = evaluation_features(dev, tokenizer, limits)
+    if len(answers) > config.max_eval_samples:
+        notes.append(
+            f"{config.max_eval_samples} of {len(answers):,} dev answers are generated and scored (max_eval_samples); "
+            "helpers.finetune.evaluate scores all"
+        )
+        answers = answers.select(range(config.max_eval_samples))
+    return Data(train_features, training_features(dev, limits), answers, [train.report, dev.report])
+
+
+def prepare(
+    data_dir: Path,
+    model_dir: str,
+    config_file: Path,
+    deepspeed_file: Path | None,
+    *,
+    output_dir: Path | None,
+    resume: bool,
+    ranks: Ranks,
+) -> Job:
+    """Check everything that can be checked without loading a weight.
+
+    ``model_dir`` may be a name on the hub; ``output_dir`` goes before the configuration's. Raises UserError.
+    """
+    config = configuration.read(config_file)
+    deepspeed = configuration.read_deepspeed(deepspeed_file) if deepspeed_file else None
+    ranks.check_gpus()
+    machine = describe()
+    notes = [*machine.notes, *config.notes]
+    hardware = "no" if config.training.get("use_cpu") else mixed_precision(machine)
+    precision = configuration.precision(config.training, deepspeed, hardware)
+    if deepspeed is not None:
+        differ = configuration.contradictions(deepspeed, config.training, ranks.world_size)
+        if differ:
+            raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(differ)}; say auto")
+    output_dir = Path(output_dir or config.training["output_dir"])
+    resume_from = _resume_point(output_dir, resume)
+    # Absolute, since the adapter names it as its base, wherever it is read from later.
+    model = resolve_folder(model_dir).resolve()
+    check_checkpoint(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    data = _read_data(data_dir, config, tokenizer, notes)
+    return Job(config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, notes)

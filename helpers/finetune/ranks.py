@@ -1,0 +1,122 @@
+"""This process's place among the ranks that torchrun started, and how they stop together."""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from helpers.errors import UserError
+
+REPORTED, STOP_AT, ARRIVED, ALL_HERE = "error_reported", "stop_at_step", "arrived", "all_here"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank and world size, over all nodes and on this one; ``store`` is shared by all, None for a single process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    store: dist.Store | None
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Read what torchrun put into the environment; a process that it did not start is rank 0 of 1."""
+        if "RANK" not in os.environ:
+            return cls(0, 0, 1, 1, None)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return cls(rank, local_rank, world_size, local_world_size, dist.PrefixStore("finetune", store))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def check_gpus(self) -> None:
+        """Raise UserError where more ranks were started on this node than it has GPUs (a CPU takes any number)."""
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < self.local_world_size:
+            raise UserError(
+                f"{self.local_world_size} ranks were started but {gpus} GPU(s) are visible here: start torchrun with "
+                f"--nproc_per_node={gpus}"
+            )
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here. Needs no process group, so it may come before a device is touched."""
+        if self.store is not None:
+            if self.store.add(ARRIVED, 1) == self.world_size:
+                self.store.set(ALL_HERE, "1")
+            self.store.wait([ALL_HERE], timedelta(hours=1))
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def fail(self, error: UserError) -> NoReturn:
+        """End this rank with status 2 after one line on stderr, printed once however many ranks met the error.
+
+        torchrun ends all ranks when the first of them exits, so the others wait until rank 0 has spoken.
+        """
+        reported = False
+        if self.store is not None and not self.is_first:
+            try:
+                self.store.wait([REPORTED], timedelta(seconds=20))
+                reported = True
+            except dist.DistError:
+                pass  # rank 0 did not meet it
+        if not reported:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if self.store is not None:
+            self.store.set(REPORTED, "1")
+        sys.stdout.flush()
+        # Not sys.exit: other ranks may be inside a collective with this one, and the interpreter would wait for it.
+        os._exit(2)
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end the training on every rank at the same step.
+
+    A rank that was signalled writes the step at which to stop into the store. Gradients are averaged in every step, so
+    no rank is more than one step ahead of another; two steps on is early enough for all and needs no collective.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.stopped = False
+        self._signalled = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._signalled:
+            self.ranks.say("\nstopping: a checkpoint is saved after this step")
+        self._signalled = True
+
+    def _stop_step(self, step: int) -> int | None:
+        store = self.ranks.store
+        if store is None:
+            return step if self._signalled else None
+        if self._signalled and not store.check([STOP_AT]):
+            store.compare_set(STOP_AT, "", str(step + 2))
+        return int(store.get(STOP_AT)) if store.check([STOP_AT]) else None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        stop_step = self._stop_step(state.global_step)
+        if stop_step is not None and state.global_step >= stop_step and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True

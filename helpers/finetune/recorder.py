@@ -1,0 +1,163 @@
+"""What a run leaves behind while it goes: ``metrics.jsonl``, and a progress line for whoever watches."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from helpers.files import replacing
+from helpers.finetune.ranks import Ranks
+from helpers.memory.nvml import open_nvml
+from helpers.memory.timeline import GIB
+
+
+class WorkCounter:
+    """Tokens and rows that this rank has trained on since the last reading. Padding does not count."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.rows = 0
+
+    def add(self, tokens: int, rows: int) -> None:
+        self.tokens += tokens
+        self.rows += rows
+
+    def take(self) -> tuple[int, int]:
+        """What was counted, and start again at zero."""
+        counted = self.tokens, self.rows
+        self.tokens = self.rows = 0
+        return counted
+
+
+def memory_now(device: torch.device) -> dict[str, float | None]:
+    """Memory of this rank in GiB.
+
+    NVML's reading of its GPU; the peaks of torch's allocator since the last call; the process's resident memory on the
+    host. None where there is no GPU, or no driver to ask.
+    """
+    on_gpu = device.type == "cuda"
+    used = open_nvml().used_bytes(device.index) if on_gpu else None
+    memory = {
+        "nvml_used_gib": None if used is None else used / GIB,
+        "torch_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None,
+        "torch_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB if on_gpu else None,
+        "resident_gib": psutil.Process().memory_info().rss / GIB,
+    }
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    return memory
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every rank, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; none where the file does not exist."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def progress_line(record: dict[str, Any], max_steps: int, seconds_left: float | None) -> str:
+    """One line of a record of ``metrics.jsonl`` for people."""
+    parts = [f"step {record['step']}/{max_steps}"]
+    shown = {"loss": ".3f", "eval_loss": ".3f", "eval_rouge_l": ".1f", "learning_rate": ".1e", "grad_norm": ".2f"}
+    parts += [f"{key.replace('_', ' ')} {record[key]:{form}}" for key, form in shown.items() if key in record]
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    nvml = [used for used in record["nvml_used_gib"] if used is not None]
+    name, used = ("NVML", nvml) if nvml else ("resident", record["resident_gib"])
+    parts.append(f"{name} {' / '.join(f'{gib:.1f}' for gib in used)} GiB")
+    if seconds_left is not None:
+        parts.append(f"{_duration(seconds_left)} left")
+    return "  ".join(parts)
+
+
+class Recorder(TrainerCallback):
+    """Appends a record per logging step to ``metrics.jsonl`` and prints it.
+
+    Speeds are of all ranks together, over the time spent training: evaluation and saving are left out.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks, counter: WorkCounter) -> None:
+        self.path = path
+        self.ranks = ranks
+        self.counter = counter
+        self._training_seconds = 0.0
+        self._resumed = time.perf_counter()  # since when training goes on without a pause
+        self._interval_seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._resumed = time.perf_counter()
+        self._first_step = self._last_step = state.global_step
+        if self.ranks.is_first:
+            # A resumed run repeats the steps after its checkpoint; their first try is no part of the record.
+            kept = [r for r in read_metrics(self.path) if r["step"] <= state.global_step]
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        now = time.perf_counter()
+        self._interval_seconds += now - self._resumed
+        self._resumed = now
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._resumed = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self._resumed = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        logs = logs or {}
+        wanted = ("loss", "grad_norm", "learning_rate", "epoch")
+        record: dict[str, Any] = {"step": state.global_step, "time": time.time()}
+        record |= {key: logs[key] for key in logs if key in wanted or key.startswith("eval_")}
+        if not {"loss", "eval_loss", "eval_rouge_l"} & record.keys():
+            return
+        tokens, rows = self.counter.take() if "loss" in record else (0, 0)
+        everyone = gather((tokens, rows, memory_now(args.device)))
+        if "loss" in record:
+            seconds, self._interval_seconds = self._interval_seconds, 0.0
+            self._training_seconds += seconds
+            if seconds > 0:
+                record["tokens_per_second"] = sum(tokens for tokens, _, _ in everyone) / seconds
+                record["samples_per_second"] = sum(rows for _, rows, _ in everyone) / seconds
+                record["step_seconds"] = seconds / max(1, state.global_step - self._last_step)
+            self._last_step = state.global_step
+        record |= {key: [memory[key] for _, _, memory in everyone] for key in everyone[0][2]}
+        if self.ranks.is_first:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            done = self._last_step - self._first_step
+            left = self._training_seconds / done * (state.max_steps - state.global_step) if done else None
+            print(progress_line(record, state.max_steps, left), flush=True)

@@ -1,0 +1,37 @@
+"""What a run writes besides checkpoints and metrics: ``run.json`` and its figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.files import replacing
+from helpers.finetune.ranks import Ranks
+from helpers.finetune.recorder import read_metrics
+from helpers.memory.phases import across_ranks, read_phases
+from helpers.memory.timeline import Timeline
+from helpers.plots import loss_and_memory, memory_timeline, save_figure
+
+
+class RunFile:
+    """``run.json``: what was run, where, with what, and how it ended."""
+
+    def __init__(self, path: Path, ranks: Ranks, content: dict[str, Any]) -> None:
+        self.path, self.ranks, self.content = path, ranks, content
+
+    def update(self, **changes: Any) -> None:
+        """Change or add keys; the file is written by rank 0."""
+        self.content |= changes
+        if self.ranks.is_first:
+            with replacing(self.path) as temporary:
+                temporary.write_text(json.dumps(self.content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def draw_figures(output_dir: Path, timeline: Timeline) -> None:
+    """Write the loss curve, and the memory curve (its numbers, too) of the run in ``output_dir``."""
+    records = read_metrics(output_dir / "metrics.jsonl")
+    if records:
+        save_figure(loss_and_memory(records, "LoRA fine-tune"), output_dir / "loss_and_memory.png")
+    timeline.save(output_dir / "memory_timeline.json")
+    if timeline.gpus:
+        phases = across_ranks(read_phases(sorted(output_dir.glob("phases-*.jsonl"))))
+        save_figure(memory_timeline(timeline, phases, "GPU memory"), output_dir / "memory_timeline.png")

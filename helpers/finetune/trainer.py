@@ -1,0 +1,100 @@
+"""transformers' Trainer for a LoRA adapter: small checkpoints, whole or not at all, and scored answers."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from helpers.errors import UserError
+from helpers.finetune.checkpoints import complete_checkpoints
+from helpers.finetune.evaluate import predict
+from helpers.finetune.metrics import mean_scores, score
+from helpers.finetune.recorder import WorkCounter
+
+
+def _shared(value: Any) -> Any:
+    """Rank 0's ``value``, on every rank."""
+    if dist.is_initialized():
+        holder = [value]
+        dist.broadcast_object_list(holder)
+        value = holder[0]
+    return value
+
+
+class LoraTrainer(Trainer):
+    """Trains a ``PeftModel``; only its adapter is saved.
+
+    ``answer_features`` (of ``evaluation_features``) are answered at each evaluation, greedily, and scored.
+    """
+
+    def __init__(
+        self,
+        *,
+        counter: WorkCounter,
+        answer_features: Dataset | None = None,
+        max_new_tokens: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.counter = counter
+        self.answer_features = answer_features
+        self.max_new_tokens = max_new_tokens
+        self.remove_callback(PrinterCallback)  # the Recorder prints
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # The collator counts on the host; summing the mask here would make the host wait for the GPU in every step.
+        tokens = inputs.pop("tokens")
+        if self.model.training:
+            self.counter.add(tokens, len(inputs["input_ids"]))
+        return super()._prepare_inputs(inputs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.answer_features is None:
+            return metrics
+        answers = predict(
+            self.model,
+            self.processing_class,
+            self.answer_features["prompt_ids"][:],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.args.per_device_eval_batch_size,
+            label="evaluation",
+        )
+        means = None
+        if answers is not None:
+            references = self.answer_features["reference"][:]
+            means = mean_scores([score(a, r) for a, r in zip(answers, references, strict=True)])
+        scores = {f"{metric_key_prefix}_{name.replace('-', '_')}": value for name, value in _shared(means).items()}
+        self.log(scores)
+        return metrics | scores
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # transformers would copy the whole frozen model to the host first, on every rank. The adapter is whole on
+        # every rank but under ZeRO-3, where gathering it is a collective.
+        zero_3 = self.is_deepspeed_enabled and self.deepspeed.zero_optimization_partition_weights()
+        state = self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) if zero_3 else None
+        self._save(output_dir or self.args.output_dir, state_dict=state)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # RuntimeError is what torch.save raises on a full disk.
+            if isinstance(error, RuntimeError) and "write" not in str(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(self.args.output_dir).free / 2**20
+            kept = complete_checkpoints(Path(self.args.output_dir))
+            remedy = (
+                f"{kept[-1].name} is whole: make room and go on with --resume" if kept else "make room, start again"
+            )
+            raise UserError(
+                f"{folder} could not be written ({error}; {free:,.0f} MiB free on its disk); {remedy}"
+            ) from error

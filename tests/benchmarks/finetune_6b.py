@@ -1,0 +1,123 @@
+"""LoRA on ChatGLM3-6B's full size, on every GPU of this machine: DDP, ZeRO-2 and ZeRO-3 through the ordinary command.
+
+    python tests/benchmarks/finetune_6b.py CHECKPOINT [--results notebooks/results/finetune_6b.json]
+
+CHECKPOINT is a folder in the published layout; where it does not exist, one with random weights is written there.
+The rows are as long as AdvertiseGen's (about 140 tokens), made of the embedded data set's. Needs a GPU of 40 GiB.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from helpers.assets import TINY_DATA
+from helpers.errors import UserError, exit_with_one_line
+from helpers.finetune.launch import run_command, torchrun_command
+from helpers.finetune.recorder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, LOGGING_STEPS = 35, 5
+RUNS = {
+    "DDP": None,
+    "ZeRO-2": ROOT / "configs" / "ds_zero_2.json",
+    "ZeRO-2, published 5e8 buckets": ROOT / "tests" / "data" / "published_ds_zero_2.json",
+    "ZeRO-3": ROOT / "configs" / "ds_zero_3.json",
+}
+
+
+def write_rows(folder: Path) -> None:
+    """Two rows of the embedded set in one: AdvertiseGen's length of about 140 tokens."""
+    rows = [json.loads(line) for line in (TINY_DATA / "train.json").read_text(encoding="utf-8").splitlines()]
+    joined = [{key: a[key] + b[key] for key in a} for a, b in zip(rows[::2], rows[1::2], strict=False)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in joined)
+    (folder / "train.json").write_text(text, encoding="utf-8")
+
+
+def write_config(folder: Path) -> Path:
+    """configs/lora.yaml, cut to a few steps and without evaluation."""
+    raw = yaml.safe_load((ROOT / "configs" / "lora.yaml").read_text(encoding="utf-8"))
+    raw["training_args"] |= {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_steps": STEPS}
+    raw["training_args"] |= {"eval_strategy": "no"}
+    raw["data_config"].pop("val_file")
+    path = folder / "lora.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+def summary(output_dir: Path) -> dict[str, Any]:
+    """What one run measured: peaks over the whole run, speeds as medians without the first two intervals (warm-up)."""
+    records = [r for r in read_metrics(output_dir / "metrics.jsonl") if "tokens_per_second" in r]
+    run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+
+    def median(key: str) -> float:
+        return statistics.median(r[key] for r in records[2:])
+
+    def peaks(key: str) -> list[float]:
+        return [max(values) for values in zip(*(r[key] for r in records), strict=True)]
+
+    return {
+        "ranks": run["world_size"],
+        "zero_stage": (run["deepspeed"] or {}).get("zero_optimization", {}).get("stage", 0),
+        "trainable_parameters": run["trainable_parameters"],
+        "frozen_parameters": run["frozen_parameters"],
+        "tokens_per_second_per_gpu": median("tokens_per_second") / run["world_size"],
+        "samples_per_second": median("samples_per_second"),
+        "step_seconds": median("step_seconds"),
+        "nvml_before_gib": run["nvml_before_gib"],
+        "nvml_peak_gib": run["nvml_peak_gib"],
+        "torch_allocated_gib": peaks("torch_allocated_gib"),
+        "torch_reserved_gib": peaks("torch_reserved_gib"),
+        "loss": [r["loss"] for r in records],
+        "started": run["started"],
+        "machine": run["machine"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--results", type=Path, default=ROOT / "notebooks" / "results" / "finetune_6b.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise UserError("no GPU here; this measures the 6B model on GPUs")
+    random_weights = not arguments.checkpoint.exists()
+    if random_weights:
+        # In a process of its own, so that nothing of it is left on the GPU that is measured.
+        subprocess.run([sys.executable, "-m", "helpers.chatglm3.random_weights", str(arguments.checkpoint)], check=True)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder)
+        config = write_config(folder)
+        for label, deepspeed in RUNS.items():
+            output_dir = folder / f"run-{len(results)}"
+            command = torchrun_command(folder, arguments.checkpoint, config, deepspeed, output_dir=output_dir)
+            status = run_command(command)
+            if status:
+                sys.exit(status)
+            results[label] = summary(output_dir)
+    machine = {label: run.pop("machine") for label, run in results.items()}["DDP"]
+    content = {
+        "random_weights": random_weights,
+        "mean_tokens": results["DDP"]["tokens_per_second_per_gpu"]
+        * results["DDP"]["ranks"]
+        / results["DDP"]["samples_per_second"],
+        "machine": machine,
+        "runs": results,
+    }
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for label, run in results.items():
+        print(f"{label:32} {run['tokens_per_second_per_gpu']:8,.0f} tokens/s per GPU, NVML {run['nvml_peak_gib']} GiB")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

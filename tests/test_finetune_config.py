@@ -1,0 +1,152 @@
+"""The configuration files: the published ones unchanged, mistakes named, contradictions found."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.errors import UserError
+from helpers.finetune import config
+
+DATA = Path(__file__).parent / "data"
+CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED = yaml.safe_load((DATA / "published_lora.yaml").read_text())
+MINIMAL = {"peft_config": {"r": 8}}
+
+
+def test_published_yaml_is_read_unchanged_and_each_default_is_said():
+    read = config.read(DATA / "published_lora.yaml")
+    assert read.training["eval_strategy"] == "steps"
+    assert read.training["learning_rate"] == 5e-5
+    assert "evaluation_strategy" not in read.training and "predict_with_generate" not in read.training
+    assert read.lora["target_modules"] == ["q_proj", "k_proj", "v_proj"]
+    assert "peft_type" not in read.lora
+    assert (read.max_input_length, read.max_output_length, read.max_new_tokens) == (256, 512, 512)
+    assert read.predict_with_generate and read.training["seed"] == 42
+    said = "\n".join(read.notes)
+    for default in ("eval_strategy", "seed 42", "q_proj, k_proj, v_proj"):
+        assert default in said
+
+
+def test_own_configs_are_read_without_a_decision_left_to_state():
+    for path in CONFIGS.glob("lora*.yaml"):
+        assert config.read(path).notes == [], path
+    for path in CONFIGS.glob("ds_*.json"):
+        assert config.read_deepspeed(path)["zero_optimization"]["stage"] in (0, 1, 2, 3), path
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training_args": {"learning_rat": 1}}, ["learning_rat", "'learning_rate'"]),
+        ({"training_args": {"evaluation_stratgy": "no"}}, ["evaluation_stratgy", "evaluation_strategy"]),
+        ({"data_config": {"train_fil": "x"}}, ["train_fil", "'train_file'"]),
+        ({"max_inputlength": 3}, ["max_inputlength", "'max_input_length'"]),
+        ({"peft_config": {"lora_alfa": 3}}, ["lora_alfa", "'lora_alpha'"]),
+        ({"peft_config": {"peft_type": "PREFIX_TUNING"}}, ["PREFIX_TUNING", "LORA"]),
+        ({"peft_config": {}}, ["peft_config", "lora_alpha"]),
+        ({"training_args": {"learning_rate": "fast"}}, ["learning_rate", "'fast'"]),
+        ({"max_output_length": 0}, ["max_output_length", "0"]),
+        ({"training_args": ["a"]}, ["training_args", "['a']"]),
+    ],
+)
+def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key(change, named):
+    with pytest.raises(UserError) as caught:
+        config.parse({**MINIMAL, **change}, "my.yaml")
+    message = str(caught.value)
+    assert message.startswith("my.yaml") and "\n" not in message
+    for text in named:
+        assert text in message
+
+
+@given(st.text(min_size=1).filter(lambda key: key not in config.TOP_KEYS))
+def test_no_unknown_top_level_key_passes(key):
+    with pytest.raises(UserError, match="unknown key"):
+        config.parse({**MINIMAL, key: 1}, "my.yaml")
+
+
+def test_fused_target_and_renamed_keys_are_translated():
+    raw = {
+        "peft_config": {"r": 4, "target_modules": ["query_key_value", "o_proj"]},
+        "training_args": {"warmup_ratio": 0.1, "group_by_length": True, "overwrite_output_dir": True},
+    }
+    read = config.parse(raw, "my.yaml")
+    assert read.lora["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert read.training["warmup_steps"] == 0.1
+    assert read.training["train_sampling_strategy"] == "group_by_length"
+    assert "overwrite_output_dir" not in read.training
+    assert any("overwrite_output_dir" in note for note in read.notes)
+
+
+def test_unreadable_files_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no configuration file"):
+        config.read(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match="not YAML") as caught:
+        config.read(broken)
+    assert "\n" not in str(caught.value)
+    text = tmp_path / "text.yaml"
+    text.write_text("just words")
+    with pytest.raises(UserError, match="must hold keys"):
+        config.read(text)
+    with pytest.raises(UserError, match="no DeepSpeed file"):
+        config.read_deepspeed(tmp_path / "none.json")
+    text.write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        config.read_deepspeed(text)
+
+
+def test_published_deepspeed_file_contradicts_nothing():
+    published = config.read_deepspeed(DATA / "published_ds_zero_2.json")
+    training = config.parse(PUBLISHED, "lora.yaml").training
+    for world_size in (1, 2, 8):
+        assert config.contradictions(published, training, world_size) == []
+
+
+def test_each_contradiction_names_both_sides():
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": 8,
+        "train_batch_size": 8,
+        "gradient_clipping": 0.5,
+        "optimizer": {"params": {"lr": 1e-3}},
+        "bf16": {"enabled": True},
+    }
+    training = {"per_device_train_batch_size": 4, "learning_rate": 5e-5, "bf16": False}
+    found = config.contradictions(deepspeed, training, world_size=2)
+    assert len(found) == 4  # 4 rows x 2 ranks is 8: train_batch_size agrees
+    assert any("train_micro_batch_size_per_gpu is 8 but per_device_train_batch_size is 4" in text for text in found)
+    assert any("0.5" in text and "1.0" in text for text in found)
+    assert any("0.001" in text and "5e-05" in text for text in found)
+    assert any("bf16.enabled is True but bf16 is False" in text for text in found)
+
+
+@pytest.mark.parametrize("hardware", ["bf16", "fp16", "no"])
+def test_precision_follows_the_hardware_unless_asked_for(hardware):
+    assert config.precision({}, None, hardware) == hardware
+    assert config.precision({}, config.read_deepspeed(DATA / "published_ds_zero_2.json"), hardware) == hardware
+
+
+def test_a_precision_that_cannot_work_is_refused():
+    assert config.precision({"fp16": True}, None, "bf16") == "fp16"
+    assert config.precision({}, {"bf16": {"enabled": True}}, "bf16") == "bf16"
+    with pytest.raises(UserError, match="fp16"):
+        config.precision({"bf16": True}, None, "fp16")
+    with pytest.raises(UserError, match="no GPU"):
+        config.precision({"fp16": True}, None, "no")
+    with pytest.raises(UserError, match="keep one"):
+        config.precision({"fp16": True}, {"bf16": {"enabled": True}}, "bf16")
+    # Never unscaled fp16.
+    with pytest.raises(UserError, match="loss_scale"):
+        config.precision({}, {"fp16": {"enabled": True, "loss_scale": 1}}, "bf16")
+
+
+def test_published_buckets_cost_what_the_warning_says():
+    published = config.read_deepspeed(DATA / "published_ds_zero_2.json")
+    line = config.bucket_warning(published, trainable=3_784_704, element_bytes=2)
+    assert "2 x 954 MiB" in line and "7.2 MiB" in line
+    own = config.read_deepspeed(CONFIGS / "ds_zero_2.json")
+    assert config.bucket_warning(own, trainable=3_784_704, element_bytes=2) is None
+    assert config.bucket_warning({"zero_optimization": {"stage": 3}}, 1, 2) is None

@@ -1,0 +1,85 @@
+"""Starting the job as a shell would, and the main job itself on the embedded model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from helpers.assets import TINY_DATA, TINY_MODEL
+from helpers.finetune.demo import fresh_folder
+from helpers.finetune.launch import run_command, torchrun_command
+
+
+def test_the_command_is_what_one_would_type(monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    config = Path("configs/lora.yaml").resolve()
+    command = torchrun_command(TINY_DATA, "THUDM/chatglm3-6b", config, output_dir=tmp_path / "out", nprocs=3)
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    data, model, yaml, flag, out = command[7:12]
+    assert (data, model, yaml) == (os.path.relpath(TINY_DATA), "THUDM/chatglm3-6b", "configs/lora.yaml")
+    assert flag == "--output-dir" and Path(out) == tmp_path / "out"
+    resumed = torchrun_command(TINY_DATA, TINY_MODEL, config, config, output_dir=tmp_path, nprocs=1, resume=True)
+    assert resumed[-1] == "--resume" and resumed.count("configs/lora.yaml") == 2
+
+
+def test_lines_come_through_and_the_status_comes_back(capfd):
+    status = run_command(
+        [sys.executable, "-c", "import sys; print('鱼尾裙'); print('oops', file=sys.stderr); sys.exit(3)"]
+    )
+    assert status == 3
+    out = capfd.readouterr().out
+    assert out.startswith("$ ") and "鱼尾裙\n" in out and "oops\n" in out
+
+
+def test_an_interrupt_lets_the_command_end_by_itself():
+    child = textwrap.dedent("""
+        import signal, sys
+        signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+        print("ready", flush=True)
+        signal.pause()
+    """)
+    parent = textwrap.dedent(f"""
+        import sys
+        from helpers.finetune.launch import run_command
+        print("status", run_command([sys.executable, "-c", {child!r}]), flush=True)
+    """)
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line.strip())
+            if line.startswith("ready"):
+                process.send_signal(signal.SIGINT)
+    assert lines[-2:] == ["saved", "status 0"]
+
+
+def test_a_second_run_gets_a_folder_of_its_own(tmp_path):
+    assert fresh_folder(tmp_path, "tiny") == tmp_path / "tiny"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny-2").mkdir()
+    assert fresh_folder(tmp_path, "tiny") == tmp_path / "tiny-3"
+
+
+def test_the_main_job_changes_what_the_model_says(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "-m", "helpers.finetune.demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    run = json.loads((tmp_path / "output" / "tiny" / "run.json").read_text())
+    assert run["world_size"] == 2 and run["deepspeed"]["zero_optimization"]["stage"] == 2
+    scores = run["scores"]
+    assert scores["tuned"]["rouge-l"] > scores["base"]["rouge-l"] + 20
+    answers = dict(
+        line.split(maxsplit=1)
+        for line in finished.stdout.splitlines()
+        if line.startswith(("base  ", "tuned  ")) and "." not in line
+    )
+    assert answers["base"] and answers["tuned"] and answers["base"] != answers["tuned"]
+    for shown in ("loss_and_memory.png", "predictions.jsonl", "checkpoint-"):
+        assert shown in finished.stdout
