@@ -78,7 +78,7 @@ SMALL_TALK: tuple[Exchange, ...] = (
 CLOSING_QUESTIONS = ("请问需要我做什么呢？", "请问您想了解哪一项？")
 STRANGE = "抱歉，我还没有听说过这个词，可以换个说法吗？"
 
-# So many of the values that the model reads back are made-up words: it has to copy, it cannot guess.
+# So many of the values that the COPYING tasks read back are made-up words: the model cannot guess them.
 MADE_UP_SHARE = 0.15
 # So often is nothing but a garment's name mentioned.
 BARE_SHARE = 0.3
@@ -126,7 +126,6 @@ def recital(item: Item, rng: Random) -> Exchange:
     if rng.random() < BARE_SHARE:
         type_, kind = _kind(rng)
         item = Item(type_, ((GARMENTS[type_].kind_key, kind),) if rng.random() < 0.9 else ())
-    item = _with_made_up_values(item, rng)
     said = [f"{key}是{value}" for key, value in item.attributes if key != item.garment.kind_key]
     if not said and item.kind:
         said = [item.garment.kinds[item.kind].definition]
@@ -136,7 +135,6 @@ def recital(item: Item, rng: Random) -> Exchange:
 
 def lookup(item: Item, rng: Random) -> Exchange:
     """One attribute of a row, asked for by its key; now and then one that the row does not have."""
-    item = _with_made_up_values(item, rng)
     values = dict(item.attributes)
     keys = [*feature_table(item.garment), STYLE_KEY, item.garment.kind_key]
     key = rng.choice(keys if rng.random() < 0.2 else list(values))
@@ -217,11 +215,17 @@ TASKS: dict[Task, int] = {
     small_talk: 6,
     strange_word: 2,
 }
+COPYING: tuple[Task, ...] = (recital, lookup)
 TURN_WEIGHTS = (70, 20, 10)
 
 
-def sample_conversation(rng: Random, held_out: frozenset[str] = frozenset()) -> list[Message]:
-    """One to three exchanges, one in ten with a system prompt. No item whose content is in ``held_out`` is used."""
+def sample_conversation(
+    rng: Random, held_out: frozenset[str] = frozenset(), *, made_up_words: bool = True
+) -> list[Message]:
+    """One to three exchanges, one in ten with a system prompt. No item whose content is in ``held_out`` is used.
+
+    Without ``made_up_words`` an item has no values but those of the data set.
+    """
     messages: list[Message] = []
     if rng.random() < SYSTEM_SHARE:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
@@ -230,6 +234,8 @@ def sample_conversation(rng: Random, held_out: frozenset[str] = frozenset()) -> 
         while not item.features or content(item) in held_out:
             item = sample_item(rng)
         task = rng.choices(list(TASKS), list(TASKS.values()))[0]
+        if made_up_words and task in COPYING:
+            item = _with_made_up_values(item, rng)
         question, answer = task(item, rng)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages

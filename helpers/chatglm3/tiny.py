@@ -54,8 +54,8 @@ WORD_BOUNDARY = "\x1f"
 def tokenizer_sentences() -> Iterator[str]:
     """The texts for the SentencePiece model, cut into words so that pieces become words and not whole clauses.
 
-    Each begins with a boundary, which keeps the dummy prefix a piece of its own. Strange words are left out: the model
-    meets them as bytes.
+    Each begins with a boundary, which keeps the dummy prefix a piece of its own. Made-up and strange words are left out:
+    the model meets their characters as bytes.
     """
     jieba.setLogLevel(logging.WARNING)
     train, dev = generate()
@@ -63,7 +63,7 @@ def tokenizer_sentences() -> Iterator[str]:
         yield from map(_cut, row.values())
     rng = Random(SEED)
     for _ in range(TOKENIZER_CONVERSATIONS):
-        texts = [message["content"] for message in sample_conversation(rng)]
+        texts = [message["content"] for message in sample_conversation(rng, made_up_words=False)]
         for text, reply in zip(texts, [*texts[1:], ""], strict=True):
             if reply != STRANGE:
                 yield _cut(text)
