@@ -219,7 +219,6 @@ def test_an_adapter_with_nan_is_not_merged(tmp_path, adapter):
 @pytest.mark.parametrize("layout", ["published", "glm"])
 def test_the_command_says_what_to_do_next(tmp_path, small_run, monkeypatch, capsys, layout):
     out = tmp_path / "out"
-    monkeypatch.setattr(export_module, "quiet_libraries", lambda: None)  # would last for the tests after this one
     monkeypatch.setattr(sys, "argv", ["export", str(small_run), str(out), "--layout", layout, "--dtype", "bfloat16"])
     exit_with_one_line(export_module.main)
     said = capsys.readouterr().out

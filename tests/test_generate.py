@@ -28,7 +28,6 @@ ASKED = [{"role": "user", "content": "鱼尾裙"}]
 def run_main(monkeypatch, *arguments, typed=""):
     monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    monkeypatch.setattr(generate, "quiet_libraries", lambda: None)  # would last for the tests after this one
     exit_with_one_line(generate.main)
 
 

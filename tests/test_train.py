@@ -33,6 +33,8 @@ CONFIG = {
     "training_args": {
         "max_steps": STEPS,
         "learning_rate": 1e-2,
+        # Adam divides by a gradient's size: with the usual 1e-8, the rounding of a tiny one becomes a whole step.
+        "adam_epsilon": 1e-3,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "logging_steps": 1,

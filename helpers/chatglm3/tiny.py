@@ -54,8 +54,8 @@ WORD_BOUNDARY = "\x1f"
 def tokenizer_sentences() -> Iterator[str]:
     """The texts for the SentencePiece model, cut into words so that pieces become words and not whole clauses.
 
-    Each begins with a boundary, which keeps the dummy prefix a piece of its own. Made-up and strange words are left out:
-    the model meets their characters as bytes.
+    Each begins with a boundary, which keeps the dummy prefix a piece of its own. Made-up and strange words are left
+    out: the model meets their characters as bytes.
     """
     jieba.setLogLevel(logging.WARNING)
     train, dev = generate()

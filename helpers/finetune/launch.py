@@ -35,13 +35,18 @@ def torchrun_command(
     ]
 
 
+def as_typed(command: list[str]) -> str:
+    """A command of :func:`torchrun_command` (or any other) as one would type it into a shell."""
+    words = ["torchrun" if word == "torch.distributed.run" else word for word in command]
+    return shlex.join(words[2:] if words[1:2] == ["-m"] else words)
+
+
 def run_command(command: list[str]) -> int:
     """Run ``command``, print its lines as they come (in a notebook too), return its exit status.
 
     A Ctrl-C or a kernel interrupt is passed on, and the command gets the time to save a checkpoint.
     """
-    shown = ["torchrun" if part == "torch.distributed.run" else part for part in command]
-    print("$ " + shlex.join(shown[2:] if shown[1:2] == ["-m"] else shown), flush=True)
+    print(f"$ {as_typed(command)}", flush=True)
     # One thread a rank, as torchrun would choose, but without its warning.
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen(

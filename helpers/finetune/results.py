@@ -69,6 +69,8 @@ def markdown_table(results: dict[str, Any]) -> str:
         f"{versions['torch']}, transformers {versions['transformers']}, deepspeed {versions['deepspeed']}. Padding is "
         "not counted as tokens. NVML's peak is without what the GPU used before."
     )
+    if all(run["ranks"] == 1 for run in results["runs"].values()):
+        lines[-1] += " With one rank there is nobody to share with: DDP sends nothing, and ZeRO partitions nothing."
     return "\n".join(lines)
 
 

@@ -19,9 +19,12 @@ import torch
 import yaml
 
 from helpers.assets import TINY_DATA
+from helpers.chatglm3.tokenizer import is_published_tokenizer
 from helpers.errors import UserError, exit_with_one_line
+from helpers.files import replacing
 from helpers.finetune.launch import run_command, torchrun_command
 from helpers.finetune.recorder import read_metrics
+from helpers.finetune.results import RESULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LOGGING_STEPS = 35, 5
@@ -81,41 +84,44 @@ def summary(output_dir: Path) -> dict[str, Any]:
     }
 
 
+def write_results(path: Path, checkpoint: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """The runs so far and what they have in common; a checkpoint without the published tokenizer has random weights."""
+    machine = next(iter(runs.values()))["machine"]
+    ddp = runs["DDP"]
+    content = {
+        "random_weights": not is_published_tokenizer(checkpoint / "tokenizer.model"),
+        "mean_tokens": ddp["tokens_per_second_per_gpu"] * ddp["ranks"] / ddp["samples_per_second"],
+        "machine": machine,
+        "runs": {label: {key: run[key] for key in run if key != "machine"} for label, run in runs.items()},
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--results", type=Path, default=ROOT / "notebooks" / "results" / "finetune_6b.json")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("no GPU here; this measures the 6B model on GPUs")
-    random_weights = not arguments.checkpoint.exists()
-    if random_weights:
+    if not arguments.checkpoint.exists():
         # In a process of its own, so that nothing of it is left on the GPU that is measured.
         subprocess.run([sys.executable, "-m", "helpers.chatglm3.random_weights", str(arguments.checkpoint)], check=True)
-    results: dict[str, Any] = {}
+    runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)
         config = write_config(folder)
         for label, deepspeed in RUNS.items():
-            output_dir = folder / f"run-{len(results)}"
+            output_dir = folder / f"run-{len(runs)}"
             command = torchrun_command(folder, arguments.checkpoint, config, deepspeed, output_dir=output_dir)
             status = run_command(command)
             if status:
                 sys.exit(status)
-            results[label] = summary(output_dir)
-    machine = {label: run.pop("machine") for label, run in results.items()}["DDP"]
-    content = {
-        "random_weights": random_weights,
-        "mean_tokens": results["DDP"]["tokens_per_second_per_gpu"]
-        * results["DDP"]["ranks"]
-        / results["DDP"]["samples_per_second"],
-        "machine": machine,
-        "runs": results,
-    }
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    arguments.results.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for label, run in results.items():
+            runs[label] = summary(output_dir)
+            write_results(arguments.results, arguments.checkpoint, runs)
+    for label, run in runs.items():
         print(f"{label:32} {run['tokens_per_second_per_gpu']:8,.0f} tokens/s per GPU, NVML {run['nvml_peak_gib']} GiB")
 
 
