@@ -39,7 +39,8 @@ CATEGORY_COLOURS = {
     "gradients": ORANGE,
     "optimizer states": GREEN,
     "activations": VERMILION,
-    "buffers": PURPLE,
+    "communication buffers": PURPLE,
+    "buffers": SKY,
     "other": GREY,
 }
 
@@ -312,7 +313,9 @@ def token_lengths(lengths: Sequence[int], limit: int, title: str) -> CourseFigur
     """How long the rows of a data set are, in tokens, and where they are cut (``limit``)."""
     fig = _figure(title, width=9, height=4.4)
     axes = fig.subplots()
-    axes.hist(lengths, bins=min(40, max(lengths) - min(lengths) + 1), color=BLUE)
+    # Bars of whole tokens: with others, some would count one length more than their neighbours do.
+    width = -(-(max(lengths) - min(lengths) + 1) // 40)
+    axes.hist(lengths, bins=np.arange(min(lengths), max(lengths) + width + 1, width) - 0.5, color=BLUE)
     mean = sum(lengths) / len(lengths)
     axes.axvline(mean, color=BLACK, linewidth=2, label=f"mean, {mean:.0f} tokens")
     if limit <= 1.5 * max(lengths):

@@ -303,7 +303,7 @@ def test_notebooks_get_a_png_of_modest_size():
 
 def test_colours_are_distinct():
     assert len(set(RANK_COLOURS)) == len(RANK_COLOURS) == 8
-    assert len(set(CATEGORY_COLOURS.values())) == len(CATEGORY_COLOURS) == 6
+    assert len(set(CATEGORY_COLOURS.values())) == len(CATEGORY_COLOURS) == 7
 
 
 def test_pyplot_and_its_backends_are_left_alone():

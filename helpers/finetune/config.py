@@ -244,21 +244,33 @@ def precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardwa
     return chosen
 
 
-def bucket_warning(deepspeed: dict[str, Any], trainable: int, element_bytes: int) -> str | None:
-    """A line on what oversized communication buckets cost in GPU memory, or None where they fit or cost little.
+def bucket_bytes(deepspeed: dict[str, Any], element_bytes: int) -> int:
+    """Bytes that DeepSpeed's ZeRO-1/2 allocates on every rank for gradients on their way, however small they are.
 
-    DeepSpeed's ZeRO-1/2 allocates ``reduce_bucket_size`` elements once, twice with ``overlap_comm``, however small the
-    model's gradients are. ``trainable`` is a number of parameters.
+    ``reduce_bucket_size`` elements once, twice with ``overlap_comm`` (``setup_buckets`` of DeepSpeed's
+    ``stage_1_and_2.py``). 0 for the other stages, which allocate what they need, and for "auto".
     """
     zero = deepspeed.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size", 5e8)
-    if zero.get("stage", 0) not in (1, 2) or bucket == "auto" or bucket <= 2 * trainable:
+    if zero.get("stage", 0) not in (1, 2) or bucket == "auto":
+        return 0
+    return (2 if zero.get("overlap_comm") else 1) * int(bucket) * element_bytes
+
+
+def bucket_warning(deepspeed: dict[str, Any], trainable: int, element_bytes: int) -> str | None:
+    """A line on what oversized communication buckets cost in memory, or None where they fit or cost little.
+
+    ``trainable`` is a number of parameters.
+    """
+    taken = bucket_bytes(deepspeed, element_bytes)
+    zero = deepspeed.get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size", 5e8)
+    if taken < WORTH_A_WARNING_MIB * 2**20 or bucket <= 2 * trainable:
         return None
     buffers = 2 if zero.get("overlap_comm") else 1
-    mib = buffers * bucket * element_bytes / 2**20
-    if mib < WORTH_A_WARNING_MIB:
-        return None
+    mib = taken / 2**20
     return (
-        f"reduce_bucket_size {bucket:.0e} takes {buffers} x {mib / buffers:,.0f} MiB on every GPU for gradients of "
-        f"{trainable * element_bytes / 2**20:,.1f} MiB; {trainable:.0e} would do and save {mib:,.0f} MiB"
+        f"reduce_bucket_size {bucket:.0e} takes {buffers} x {mib / buffers:,.0f} MiB on every rank for gradients of "
+        f"{trainable * element_bytes / 2**20:,.1f} MiB; {trainable:.0e} would do and save "
+        f"{mib * (1 - trainable / bucket):,.0f} MiB"
     )

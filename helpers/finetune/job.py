@@ -77,7 +77,8 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
     train = read_split(find_split(folder, names.train_file), tokenizer, limits, training=True, num_proc=names.num_proc)
     train_features = training_features(train, limits)
     if names.val_file is None or not (folder / names.val_file).is_file():
-        notes.append(f"no dev file {names.val_file or ''}: evaluation is skipped")
+        missing = f"no file {names.val_file} in {folder}" if names.val_file else "no val_file given"
+        notes.append(f"{missing}: evaluation is skipped")
         return Data(train_features, None, None, [train.report])
     dev = read_split(folder / names.val_file, tokenizer, limits, training=False, num_proc=names.num_proc)
     answers = evaluation_features(dev, tokenizer, limits)

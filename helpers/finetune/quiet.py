@@ -1,19 +1,22 @@
-"""Leave the lines of our own commands readable."""
+"""Leave the lines of our own commands and notebooks readable."""
 
 import os
 import warnings
 
-import datasets
-import torch
-import transformers
-
 
 def quiet_libraries() -> None:
     """No progress bars of libraries, and no warnings that only library authors can act on."""
+    # In a notebook tqdm warns, when a library imports it, that it cannot draw its bars as widgets.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+    # One process drives one GPU here, so the current device is the right one.
+    warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)
+
+    import datasets  # here, after the filters: some warn while they are imported
+    import torch
+    import transformers
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise warns that it had to guess
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-    # One process drives one GPU here, so the current device is the right one.
-    warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)

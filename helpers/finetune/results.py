@@ -30,18 +30,20 @@ def read_results(path: Path = RESULTS) -> dict[str, Any]:
 def memory_parts(run: dict[str, Any]) -> dict[str, float]:
     """GiB of one run's fullest GPU, by what holds them; they add up to NVML's peak less what was used before.
 
-    The first two are computed (2 bytes a frozen parameter, partitioned by ZeRO-3; 16 a trained one), the rest is what
-    torch's allocator and NVML counted beyond them.
+    The first three are computed (2 bytes a frozen parameter, partitioned by ZeRO-3; 16 a trained one; ZeRO-2's buckets
+    at the size in its file), the rest is what torch's allocator and NVML counted beyond them.
     """
     gpu = max(range(len(run["nvml_peak_gib"])), key=lambda i: run["nvml_peak_gib"][i])
     allocated, reserved = run["torch_allocated_gib"][gpu], run["torch_reserved_gib"][gpu]
     used = run["nvml_peak_gib"][gpu] - run["nvml_before_gib"][gpu]
     weights = 2 * run["frozen_parameters"] / GIB / (run["ranks"] if run["zero_stage"] == 3 else 1)
     adapter = TRAINED_BYTES * run["trainable_parameters"] / GIB
+    buckets = run["bucket_bytes"] / GIB
     return {
         "parameters": weights,
         "optimizer states": adapter,
-        "activations": allocated - weights - adapter,
+        "communication buffers": buckets,
+        "activations": allocated - weights - adapter - buckets,
         "allocator cache": reserved - allocated,
         "CUDA context and NCCL": used - reserved,
     }

@@ -22,6 +22,7 @@ from helpers.assets import TINY_DATA
 from helpers.chatglm3.tokenizer import is_published_tokenizer
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
+from helpers.finetune.config import bucket_bytes
 from helpers.finetune.launch import run_command, torchrun_command
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.results import RESULTS
@@ -59,6 +60,7 @@ def summary(output_dir: Path) -> dict[str, Any]:
     """What one run measured: peaks over the whole run, speeds as medians without the first two intervals (warm-up)."""
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if "tokens_per_second" in r]
     run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+    deepspeed = run["deepspeed"] or {}
 
     def median(key: str) -> float:
         return statistics.median(r[key] for r in records[2:])
@@ -68,7 +70,8 @@ def summary(output_dir: Path) -> dict[str, Any]:
 
     return {
         "ranks": run["world_size"],
-        "zero_stage": (run["deepspeed"] or {}).get("zero_optimization", {}).get("stage", 0),
+        "zero_stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
+        "bucket_bytes": bucket_bytes(deepspeed, element_bytes=2) if deepspeed else 0,
         "trainable_parameters": run["trainable_parameters"],
         "frozen_parameters": run["frozen_parameters"],
         "tokens_per_second_per_gpu": median("tokens_per_second") / run["world_size"],
