@@ -1,6 +1,7 @@
 # make run          sets up .venv and fine-tunes the embedded model, then compares its answer with the base model's
 # make test         sets up .venv and runs every test, the notebooks included
 # make benchmark    measures the fine-tune of the 6B model on this machine's GPUs; CHECKPOINT=folder for real weights
+# make notebooks    executes every notebook in place, outputs as they are committed
 # make lab          opens the course in JupyterLab
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -9,7 +10,7 @@ FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < 
 PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
     "$$name" -c '$(FITS)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
 
-.PHONY: run test benchmark lab clean
+.PHONY: run test benchmark notebooks lab clean
 
 run: $(VENV)/installed
 	$(RUN) -m helpers.finetune.demo
@@ -22,6 +23,10 @@ test: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(RUN) tests/benchmarks/finetune_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
+
+notebooks: $(VENV)/installed
+	$(VENV)/bin/jupyter nbconvert --to notebook --inplace --execute --coalesce-streams \
+	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lab: $(VENV)/installed
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks

@@ -48,7 +48,7 @@ TEXT_SIZE = 13
 SMALL_SIZE = 11.5
 TITLE_SIZE = 15
 DPI = 110
-FEW_POINTS = 12  # up to here every point gets a marker, and no smoothing
+FEW_POINTS = 40  # up to here every point gets a marker, and no smoothing
 
 
 class CourseFigure(Figure):

@@ -83,7 +83,7 @@ def test_a_long_run_is_smoothed_over_its_raw_loss():
 
 
 def test_loss_that_is_not_finite_is_a_gap_with_a_mark():
-    metrics = [record(step, math.nan if step in (7, 8) else math.inf if step == 9 else 3.0) for step in range(1, 31)]
+    metrics = [record(step, math.nan if step in (7, 8) else math.inf if step == 9 else 3.0) for step in range(1, 61)]
     loss = loss_and_memory(metrics, "fp16 without loss scaling").axes[0]
     assert lines(loss)["not finite (3x)"].get_xdata().tolist() == [7, 8, 9]
     assert np.isnan(lines(loss)["loss"].get_ydata()[6:9]).all()

@@ -4,6 +4,7 @@ import pytest
 
 from helpers.errors import UserError
 from helpers.finetune.results import BEGIN, END, RESULTS, ROOT, markdown_table, memory_parts, read_results, with_table
+from helpers.memory.timeline import GIB
 
 
 def test_the_parts_of_a_bar_add_up_to_what_nvml_counted():
@@ -15,9 +16,14 @@ def test_the_parts_of_a_bar_add_up_to_what_nvml_counted():
 
 
 def test_zero_2_takes_hardly_more_memory_than_ddp():
-    runs = read_results()["runs"]
-    # Both allocate the same through torch; what differs is outside of it.
-    assert max(runs["ZeRO-2"]["torch_allocated_gib"]) - max(runs["DDP"]["torch_allocated_gib"]) < 200 / 1024
+    used = {label: sum(memory_parts(run).values()) for label, run in read_results()["runs"].items()}
+    assert used["ZeRO-2"] - used["DDP"] < 200 / 1024
+
+
+def test_the_published_buckets_cost_no_more_than_their_size():
+    ours, published = (read_results()["runs"][f"ZeRO-2{name}"] for name in ("", ", published 5e8 buckets"))
+    added = max(published["torch_allocated_gib"]) - max(ours["torch_allocated_gib"])
+    assert 0.5 < added < published["bucket_bytes"] / GIB
 
 
 def test_the_readme_shows_the_newest_measurements():

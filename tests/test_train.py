@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_chatglm import random_model, small_config
 
 from helpers.assets import TINY_DATA
 from helpers.errors import UserError
@@ -252,6 +253,15 @@ def test_bad_input_is_one_line_before_a_weight_is_loaded(tmp_path, data_dir, sma
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     four = Ranks(rank=0, local_rank=0, world_size=4, local_world_size=4, store=None)
     assert "--nproc_per_node=2" in refused(data_dir, small_checkpoint, config, ranks=four)
+
+
+def test_a_6b_vocabulary_with_another_tokenizer_is_a_warning_in_one_line(tmp_path, data_dir, tokenizer):
+    folder = tmp_path / "model"
+    random_model(small_config(vocab_size=65024, hidden_size=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prepared = prepare(data_dir, folder, write_config(tmp_path))
+    (note,) = [note for note in prepared.notes if note.startswith("warning:")]
+    assert "tokenizer.model is not the tokenizer published with ChatGLM3-6B" in note and "\n" not in note
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])

@@ -1,5 +1,6 @@
 """The fine-tune before it starts: everything that can be checked without loading a weight."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,10 @@ def prepare(
     resume_from = _resume_point(output_dir, resume)
     # Absolute, since the adapter names it as its base, wherever it is read from later.
     model = resolve_folder(model_dir).resolve()
-    check_checkpoint(model)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        check_checkpoint(model)
+    notes += [f"warning: {warning.message}" for warning in warned]
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = _read_data(data_dir, config, tokenizer, notes)
     return Job(config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, notes)

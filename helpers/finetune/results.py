@@ -59,8 +59,10 @@ def markdown_table(results: dict[str, Any]) -> str:
     ]
     for label, run in results["runs"].items():
         used = max(p - b for p, b in zip(run["nvml_peak_gib"], run["nvml_before_gib"], strict=True))
+        slowest, fastest = run["tokens_per_second_per_gpu_range"]
         lines.append(
-            f"| {label} | {run['ranks']} | {run['tokens_per_second_per_gpu']:,.0f} | {run['step_seconds']:.2f} "
+            f"| {label} | {run['ranks']} | {run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f}) "
+            f"| {run['step_seconds']:.2f} "
             f"| {used:.2f} | {max(run['torch_reserved_gib']):.2f} | {max(run['torch_allocated_gib']):.2f} |"
         )
     versions = results["machine"]["versions"]
@@ -69,7 +71,8 @@ def markdown_table(results: dict[str, Any]) -> str:
     lines.append(
         f"{len(gpus)} x {gpus[0]['name']}, {weights}, rows of {results['mean_tokens']:.0f} tokens in the mean; torch "
         f"{versions['torch']}, transformers {versions['transformers']}, deepspeed {versions['deepspeed']}. Padding is "
-        "not counted as tokens. NVML's peak is without what the GPU used before."
+        "not counted as tokens. Speeds are medians over the intervals of a run (slowest to fastest): where two ranges "
+        "overlap, nothing is said about which is faster. NVML's peak is without what the GPU used before."
     )
     if all(run["ranks"] == 1 for run in results["runs"].values()):
         lines[-1] += " With one rank there is nobody to share with: DDP sends nothing, and ZeRO partitions nothing."

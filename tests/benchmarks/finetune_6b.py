@@ -28,7 +28,7 @@ from helpers.finetune.recorder import read_metrics
 from helpers.finetune.results import RESULTS
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, LOGGING_STEPS = 35, 5
+STEPS, LOGGING_STEPS, WARM_UP_INTERVALS = 35, 5, 2
 RUNS = {
     "DDP": None,
     "ZeRO-2": ROOT / "configs" / "ds_zero_2.json",
@@ -57,26 +57,28 @@ def write_config(folder: Path) -> Path:
 
 
 def summary(output_dir: Path) -> dict[str, Any]:
-    """What one run measured: peaks over the whole run, speeds as medians without the first two intervals (warm-up)."""
+    """What one run measured: peaks over the whole run; speeds as medians, without the warm-up."""
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if "tokens_per_second" in r]
     run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     deepspeed = run["deepspeed"] or {}
 
-    def median(key: str) -> float:
-        return statistics.median(r[key] for r in records[2:])
+    def steady(key: str) -> list[float]:
+        return [r[key] for r in records[WARM_UP_INTERVALS:]]
 
     def peaks(key: str) -> list[float]:
         return [max(values) for values in zip(*(r[key] for r in records), strict=True)]
 
+    speeds = [speed / run["world_size"] for speed in steady("tokens_per_second")]
     return {
         "ranks": run["world_size"],
         "zero_stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
         "bucket_bytes": bucket_bytes(deepspeed, element_bytes=2) if deepspeed else 0,
         "trainable_parameters": run["trainable_parameters"],
         "frozen_parameters": run["frozen_parameters"],
-        "tokens_per_second_per_gpu": median("tokens_per_second") / run["world_size"],
-        "samples_per_second": median("samples_per_second"),
-        "step_seconds": median("step_seconds"),
+        "tokens_per_second_per_gpu": statistics.median(speeds),
+        "tokens_per_second_per_gpu_range": [min(speeds), max(speeds)],
+        "samples_per_second": statistics.median(steady("samples_per_second")),
+        "step_seconds": statistics.median(steady("step_seconds")),
         "nvml_before_gib": run["nvml_before_gib"],
         "nvml_peak_gib": run["nvml_peak_gib"],
         "torch_allocated_gib": peaks("torch_allocated_gib"),
