@@ -1,5 +1,6 @@
-"""The one exception that means: the input is wrong, and here is what to do about it."""
+"""What commands do about wrong input: one exception with the remedy in it, one line, one exit status."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -18,3 +19,10 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, as a ``type`` of argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)

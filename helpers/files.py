@@ -35,6 +35,17 @@ def check_new_folder(path: str | Path) -> None:
         raise UserError(f"{path} {'is not empty' if path.is_dir() else 'is a file'}; name a new folder")
 
 
+def check_disk_space(path: str | Path, needed_bytes: int) -> None:
+    """Raise UserError unless the disk on which the new ``path`` will lie has so many bytes left."""
+    place = next(folder for folder in Path(path).resolve().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{path} needs {needed_bytes / 2**30:.2f} GiB, and {place} has {free / 2**30:.2f} GiB left; "
+            "choose another disk"
+        )
+
+
 @contextmanager
 def creating_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; when the block ends well it becomes ``path`` in one step.

@@ -167,7 +167,7 @@ def test_an_empty_folder_is_free(tmp_path, adapter):
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_read(tmp_path, adapter, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: usage(2**30, 2**30, 2**20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 2**20))
     monkeypatch.setattr(export_module, "load_for_inference", None)
     with pytest.raises(UserError, match=r"out needs 0\.01 GiB, and .* has 0\.00 GiB left; choose another disk"):
         export(adapter, tmp_path / "new" / "out")

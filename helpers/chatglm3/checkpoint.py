@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import warnings
+from math import prod
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -24,6 +25,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# Beside the weights: the tokenizer, the configuration, file headers.
+OTHER_FILES_BYTES = 8 * 2**20
 # Derived from the configuration; in every published checkpoint, and used by none of today's code.
 IGNORED = "transformer.rotary_pos_emb.inv_freq"
 
@@ -50,6 +53,12 @@ def expected_shapes(config: ChatGLM3Config) -> Shapes:
         if config.attention_bias:
             shapes[f"{layer}self_attention.query_key_value.bias"] = (fused,)
     return shapes
+
+
+def disk_bytes(config: ChatGLM3Config, dtype: torch.dtype) -> int:
+    """Bytes that a checkpoint of this configuration takes on disk in ``dtype``, rounded up by a few MiB."""
+    elements = sum(prod(shape) for shape in expected_shapes(config).values())
+    return elements * dtype.itemsize + OTHER_FILES_BYTES
 
 
 def _weight_patterns(name: str, revision: str | None, token: str | bool | None) -> list[str]:

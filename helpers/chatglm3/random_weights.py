@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from helpers.assets import TINY_MODEL
+from helpers.chatglm3.checkpoint import disk_bytes
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
-from helpers.errors import UserError, exit_with_one_line
+from helpers.errors import exit_with_one_line
+from helpers.files import check_disk_space, check_new_folder, creating_folder
 
 PARAMETERS = 6_243_584_000
-BYTES = 2 * PARAMETERS
 # ChatGLM3-6B: what ChatGLM3Config does not already default to.
 SHAPE = {"hidden_size": 4096, "intermediate_size": 13696, "num_attention_heads": 32, "head_dim": 128}
 
@@ -26,23 +27,20 @@ SHAPE = {"hidden_size": 4096, "intermediate_size": 13696, "num_attention_heads":
 def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
     """Write the checkpoint (float16, sharded, 11.6 GiB) to ``folder``, in the published layout.
 
-    Made on the GPU where there is one, else in 12 GiB of host memory. Raises UserError for a folder that is not empty
-    or a disk that is too small.
+    Made on the GPU where there is one, else in 12 GiB of host memory. ``folder`` appears whole or not at all. Raises
+    UserError for a folder that is not empty or a disk that is too small.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < BYTES * 1.02:
-        raise UserError(f"{folder}: {free / 2**30:.1f} GiB free, {BYTES / 2**30:.1f} GiB needed; choose another disk")
-    torch.manual_seed(seed)
+    check_new_folder(folder)
     config = ChatGLM3Config(**SHAPE, dtype="float16")
+    check_disk_space(folder, disk_bytes(config, torch.float16))
+    torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = ChatGLM3ForCausalLM._from_config(config, dtype=torch.float16)
     assert model.num_parameters() == PARAMETERS
-    model.save_pretrained(folder, max_shard_size="1850MB")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(TINY_MODEL / name, folder / name)
+    with creating_folder(folder) as temporary:
+        model.save_pretrained(temporary, max_shard_size="1850MB")
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copyfile(TINY_MODEL / name, temporary / name)
 
 
 def main() -> None:

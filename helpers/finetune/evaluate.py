@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
-from helpers.errors import UserError, exit_with_one_line
+from helpers.errors import UserError, exit_with_one_line, positive
 from helpers.files import replacing
 from helpers.finetune.dataset import Limits, decode_text, evaluation_features, find_split, read_split
 from helpers.finetune.metrics import METRICS, mean_scores, score
@@ -253,22 +253,15 @@ def _gathered(answers: dict[int, str], count: int) -> list[str] | None:
     return [merged[place] for place in range(count)]
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.finetune.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="an adapter that the fine-tune wrote, OUTPUT/checkpoint-N")
     parser.add_argument("data_file", type=Path, help="rows as the fine-tune takes them")
-    parser.add_argument("--max-rows", type=_positive, help="only the first rows")
-    parser.add_argument("--batch-size", type=_positive, default=16)
-    parser.add_argument("--max-input-length", type=_positive, default=256, help="tokens of a prompt (default 256)")
-    parser.add_argument("--max-output-length", type=_positive, default=512, help="tokens of an answer (default 512)")
+    parser.add_argument("--max-rows", type=positive, help="only the first rows")
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--max-input-length", type=positive, default=256, help="tokens of a prompt (default 256)")
+    parser.add_argument("--max-output-length", type=positive, default=512, help="tokens of an answer (default 512)")
     arguments = parser.parse_args()
 
     from helpers.finetune.generate import load_for_inference

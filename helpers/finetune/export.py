@@ -8,28 +8,23 @@ transformers alone has none with these ids and would make a wrong one of it.
 """
 
 import argparse
-import shutil
-from math import prod
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import GlmForCausalLM
 
-from helpers.chatglm3.checkpoint import expected_shapes, read_config
+from helpers.chatglm3.checkpoint import disk_bytes, read_config
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import check_new_folder, creating_folder
+from helpers.files import check_disk_space, check_new_folder, creating_folder
 from helpers.finetune.generate import ADAPTER_CONFIG, base_model, find_checkpoint, load_for_inference
 from helpers.finetune.quiet import quiet_libraries
 
-GIB = 2**30
 LAYOUTS = ("published", "glm")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_SIZE = "2GB"
-# Beside the weights: the tokenizer, the configuration, file headers.
-OTHER_FILES_BYTES = 8 * 2**20
 
 
 def as_glm(model: ChatGLM3ForCausalLM) -> GlmForCausalLM:
@@ -39,17 +34,6 @@ def as_glm(model: ChatGLM3ForCausalLM) -> GlmForCausalLM:
     glm.load_state_dict(model.state_dict(), assign=True)
     glm.generation_config = model.generation_config
     return glm
-
-
-def _check_disk(out_dir: Path, config: ChatGLM3Config, dtype: torch.dtype) -> None:
-    elements = sum(prod(shape) for shape in expected_shapes(config).values())
-    needed = elements * dtype.itemsize + OTHER_FILES_BYTES
-    place = next(folder for folder in out_dir.resolve().parents if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"{out_dir} needs {needed / GIB:.2f} GiB, and {place} has {free / GIB:.2f} GiB left; choose another disk"
-        )
 
 
 def export(
@@ -78,7 +62,7 @@ def export(
         raise UserError(f"the base model {base_folder} is not in the published layout; name one that is with --model")
     config = ChatGLM3Config.from_dict(published)
     dtype = dtype or getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
-    _check_disk(out_dir, config, dtype)
+    check_disk_space(out_dir, disk_bytes(config, dtype))
     model, tokenizer = load_for_inference(folder, dtype=dtype, device="cpu", base=str(base_folder))
     merged = _merge(model, folder)
     with creating_folder(out_dir) as temporary:

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from helpers.chatglm3.chat import Message, encode_conversation, parse_answer
 from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
-from helpers.errors import UserError, exit_with_one_line
+from helpers.errors import UserError, exit_with_one_line, positive
 from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.quiet import quiet_libraries
 
@@ -262,13 +262,6 @@ def chat(model: Model, tokenizer: ChatGLMTokenizer, max_new_tokens: int, sample:
 # --- command line -------------------------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.finetune.generate", description=__doc__.splitlines()[0])
@@ -277,7 +270,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="the base model's answer as well")
     parser.add_argument("--sample", action="store_true", help="sample (temperature 0.8, top-p 0.8), not greedy")
     parser.add_argument("--model", metavar="BASE", help="the base model, if it is not where the adapter says")
-    parser.add_argument("--max-new-tokens", type=_positive, default=MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument("--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, metavar="N")
     arguments = parser.parse_args()
     if arguments.compare and arguments.prompt is None:
         raise UserError("--compare needs a --prompt to compare the answers to")

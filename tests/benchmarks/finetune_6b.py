@@ -8,6 +8,7 @@ The rows are as long as AdvertiseGen's (about 140 tokens), made of the embedded 
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def main() -> None:
     if not arguments.checkpoint.exists():
         # In a process of its own, so that nothing of it is left on the GPU that is measured.
         subprocess.run([sys.executable, "-m", "helpers.chatglm3.random_weights", str(arguments.checkpoint)], check=True)
+        os.sync()  # or the first run is measured while 12 GB are still on their way to the disk
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
