@@ -16,8 +16,8 @@ def skip_cpu_collectives() -> None:
 def share_world_group() -> None:
     """Let DeepSpeed reduce over torch's own world group instead of a copy of it.
 
-    Over NCCL a copy is a second communicator with buffers of its own: 390 MiB on an H100, many times what ZeRO-2 can
-    save of a LoRA adapter. The copy dates from when torch could not translate ranks of its world group; now it can.
+    Over NCCL a copy is a second communicator with buffers of its own, many times what ZeRO-2 can save of a LoRA
+    adapter. The copy dates from when torch could not translate ranks of its world group; now it can.
     """
     from deepspeed.utils import groups
 

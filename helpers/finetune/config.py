@@ -101,7 +101,7 @@ def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str,
         if name != key:
             notes.append(f"{key} is called {name} today")
         training[name] = "group_by_length" if key == "group_by_length" and value is True else value
-        # YAML reads 5e-5 as a text; so does Python's json nothing of the kind, hence the surprise.
+        # YAML 1.1 takes 5e-5, which has no point, for a text.
         if isinstance(value, str) and known[name].type in (float, "float", float | None):
             training[name] = _number(value, f"{source}, training_args: {key}")
     training.setdefault("output_dir", "./output")

@@ -26,7 +26,7 @@ from helpers.errors import UserError
 IGNORED_LABEL = -100
 SHOWN_PROBLEMS = 5
 MAX_REASON_LENGTH = 150
-# Encoding this many rows takes about a second; for less, another process is not worth its start.
+# Encoding this many short rows takes less than a second; for fewer, another process is not worth its start.
 ROWS_PER_PROCESS = 10_000
 
 _ROW_FEATURES = Features(

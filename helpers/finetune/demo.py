@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from helpers.assets import TINY_DATA, TINY_MODEL
+from helpers.assets.advertise import SHOWN_PROMPT
 from helpers.errors import exit_with_one_line
 from helpers.finetune.launch import run_command, torchrun_command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-PROMPT = "鱼尾裙"
 
 
 def fresh_folder(parent: Path, name: str) -> Path:
@@ -36,11 +36,11 @@ def main() -> None:
     quiet_libraries()
     checkpoint = complete_checkpoints(output_dir)[-1]
     model, tokenizer = load_for_inference(checkpoint)
-    messages = [{"role": "user", "content": PROMPT}]
+    messages = [{"role": "user", "content": SHOWN_PROMPT}]
     tuned = answer(model, tokenizer, messages)
     with model.disable_adapter():
         base = answer(model, tokenizer, messages)
-    print(f"\nprompt  {PROMPT}\nbase    {base}\ntuned   {tuned}\n")
+    print(f"\nprompt  {SHOWN_PROMPT}\nbase    {base}\ntuned   {tuned}\n")
     print(f"loss and memory   {output_dir / 'loss_and_memory.png'}")
     print(f"every answer      {output_dir / 'predictions.jsonl'}")
     print(f"the adapter       {checkpoint}")

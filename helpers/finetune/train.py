@@ -247,15 +247,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         return INTERRUPTED if interrupted else 0
     timeline = sampler.timeline()
     draw_figures(job.output_dir, timeline)
-    if not interrupted:
-        scores = {"base": evaluation.base, "tuned": evaluation.tuned, "rows": evaluation.rows} if evaluation else None
-        run_file.update(status="finished", scores=scores)
+    outcome = {} if interrupted else {"status": "finished", "scores": evaluation and dataclasses.asdict(evaluation)}
     run_file.update(
+        **outcome,
         nvml_before_gib=[gpu.baseline / GIB for gpu in timeline.gpus],
         nvml_peak_gib=[gpu.peak / GIB for gpu in timeline.gpus],
         nvml_note=timeline.note,
+        ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    run_file.update(ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     if evaluation:
         print(evaluation)
     print(f"written to {job.output_dir}: {', '.join(sorted(p.name for p in job.output_dir.iterdir()))}", flush=True)
