@@ -9,7 +9,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,24 @@ class PhaseLog:
             os.write(descriptor, (json.dumps(record, ensure_ascii=False) + "\n").encode())
         finally:
             os.close(descriptor)
+
+
+_current: PhaseLog | None = None
+
+
+def mark_in(log: PhaseLog | None) -> None:
+    """From now on :func:`phase` of this process marks in ``log``; None ends it."""
+    global _current
+    _current = log
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """Mark a block of a rank as a phase of its run; does nothing in a process whose phases nobody collects.
+
+        with phase("forward"):
+            loss = model(batch)
+    """
+    return _current.phase(name) if _current else nullcontext()
 
 
 def read_phases(paths: Iterable[str | Path]) -> list[Phase]:
