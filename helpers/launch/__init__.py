@@ -1,0 +1,7 @@
+"""Run a function of a notebook cell on N ranks: see :func:`run`."""
+
+from helpers.launch.failure import RankError
+from helpers.launch.launcher import Progress, RunResult, run
+from helpers.launch.worker import device, report_progress
+
+__all__ = ["Progress", "RankError", "RunResult", "device", "report_progress", "run"]
