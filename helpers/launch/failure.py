@@ -5,8 +5,12 @@ import re
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
-from helpers.launch.worker import Failed, Whereabouts
+from helpers.launch.worker import LIBRARIES, Failed, Whereabouts
+
+_ROOT = Path(__file__).resolve().parents[2]
+_FOLDERS = re.compile("|".join(f"^{re.escape(str(folder) + os.sep)}" for folder in (*LIBRARIES, _ROOT)))
 
 
 class RankError(RuntimeError):
@@ -23,10 +27,8 @@ class RankError(RuntimeError):
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook: the cell shows the rank's traceback, without the launcher's own frames above it."""
-        return [
-            f"{type(self).__name__}: {line}" if not number else line
-            for number, line in enumerate(str(self).split("\n"))
-        ]
+        first, *rest = str(self).split("\n")
+        return [f"{type(self).__name__}: {first}", *rest]
 
 
 def raised(rank: int, nprocs: int, failed: Failed) -> RankError:
@@ -38,9 +40,7 @@ def raised(rank: int, nprocs: int, failed: Failed) -> RankError:
 def died(rank: int, nprocs: int, exit_code: int) -> RankError:
     """For a rank whose process ended without a word."""
     if exit_code >= 0:
-        return RankError(
-            f"rank {rank} of {nprocs} ended with exit status {exit_code} before its function returned", rank
-        )
+        return RankError(f"rank {rank} of {nprocs} ended with status {exit_code} before its function returned", rank)
     hint = " (the system does that when its memory runs out)" if -exit_code == signal.SIGKILL else ""
     return RankError(f"rank {rank} of {nprocs} was killed by {signal.Signals(-exit_code).name}{hint}", rank)
 
@@ -48,24 +48,21 @@ def died(rank: int, nprocs: int, exit_code: int) -> RankError:
 def hung(seconds: float, where: Mapping[int, Whereabouts | None], finished: Mapping[int, bool]) -> RankError:
     """For ranks that had not returned in time; ``where`` has None for a rank that did not answer."""
     lines = []
-    for rank, whereabouts in where.items():
+    for rank, at in where.items():
         if finished[rank]:
             lines.append(f"rank {rank} had returned")
-        elif whereabouts is None:
+        elif at is None:
             lines.append(f"rank {rank} did not say where it is")
         else:
-            doing = f"waits in {whereabouts.collective}" if whereabouts.collective else "is in no collective"
-            pending = (
-                f"; not ended on its GPU: {', '.join(whereabouts.pending_on_gpu)}" if whereabouts.pending_on_gpu else ""
-            )
-            lines.append(f"rank {rank} {doing}: {in_cells(whereabouts.place)}{pending}")
-    return RankError(
-        f"no result after {seconds:g} s (run's timeout), all ranks were ended", None, None, "\n".join(lines)
-    )
+            doing = f"waits in {at.collective}" if at.collective else "is in no collective"
+            pending = f"; not ended on its GPU: {', '.join(at.pending_on_gpu)}" if at.pending_on_gpu else ""
+            lines.append(f"rank {rank} {doing}: {in_cells(at.place)}{pending}")
+    headline = f"no result after {seconds:g} s (run's timeout), all ranks were ended"
+    return RankError(headline, None, details="\n".join(lines))
 
 
 def in_cells(text: str) -> str:
-    """``text`` of a traceback with the names that a notebook gives its cells in place of their temporary files."""
+    """``text`` of a traceback for a notebook: cells by their names, and the folders of installed code left out."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is None:
@@ -73,6 +70,6 @@ def in_cells(text: str) -> str:
 
     def named(match: re.Match) -> str:
         label = shell.compile.format_code_name(match[1])
-        return " ".join(label) if label else match[0].replace(os.getcwd() + os.sep, "")
+        return " ".join(label) if label else f'File "{_FOLDERS.sub("", match[1])}"'
 
     return re.sub(r'File "([^"]+)"', named, text)

@@ -161,9 +161,7 @@ def _start_server() -> None:
     with _server_lock:
         first, _server_started = not _server_started, True
         if first:
-            print(
-                "first launch: importing torch, transformers, peft and deepspeed for all launches to come", flush=True
-            )
+            print("first launch: importing torch, transformers, peft, deepspeed for all launches to come", flush=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["helpers.launch.preload"])
         # The server looks for that module before it knows this process's sys.path.

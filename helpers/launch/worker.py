@@ -203,7 +203,7 @@ def _pickled(result: Any) -> bytes:
     except Exception as error:
         raise UserError(
             f"the function's result cannot be sent to the notebook ({error}); return numbers, tensors, lists or dicts"
-        ) from error
+        ) from None
     return buffer.getvalue()
 
 
@@ -225,15 +225,16 @@ def _failed(error: BaseException) -> Failed:
     return Failed(type(error).__name__, str(error), "".join(lines), time.time())
 
 
-_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+# The longer ones first: site-packages lies inside of stdlib.
+LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib"))
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
 def whereabouts(frame: FrameType) -> Whereabouts:
-    """Where the code of ``frame`` is: the outermost function of torch's collectives in it, the innermost user's line."""
+    """Where ``frame`` is: the outermost function of torch's collectives in its stack, and the innermost user's line."""
     stack = traceback.extract_stack(frame)
     collective = next((entry.name for entry in stack if entry.filename.endswith(_COLLECTIVES)), None)
-    own = [entry for entry in stack if not entry.filename.startswith((*_LIBRARIES, "<frozen", __file__))]
+    own = [entry for entry in stack if not entry.filename.startswith((*LIBRARIES, "<frozen", __file__))]
     innermost = own[-1] if own else stack[-1]
     place = f'File "{innermost.filename}", line {innermost.lineno}: {innermost.line}'
     return Whereabouts(collective, place, _pending_on_gpu())
