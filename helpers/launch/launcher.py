@@ -51,7 +51,7 @@ class Progress:
     values: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """``results[r]`` is what rank r's function returned, tensors on the CPU.
 
@@ -64,6 +64,11 @@ class RunResult:
     seconds: float
     start_seconds: float
     backend: str
+
+    def __repr__(self) -> str:
+        """One line: a notebook shows it where a cell ends with a run."""
+        ranks = f"{len(self.results)} rank{'s' if len(self.results) > 1 else ''}"
+        return f"<{ranks} over {self.backend}: ready after {self.start_seconds:.2f} s, {self.seconds:.2f} s of work>"
 
 
 def run(

@@ -9,25 +9,28 @@ import warnings
 
 # torch and DeepSpeed ask whether there is a GPU while they are imported; through NVML this creates no context.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-warnings.simplefilter("ignore")
 
-import torch  # noqa: E402
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise warns that it had to guess
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise warns that it had to guess
 
-import accelerate  # noqa: E402, F401
-import datasets  # noqa: E402, F401
-import deepspeed  # noqa: E402, F401
-import peft  # noqa: E402, F401
-import torch._dynamo  # noqa: E402  (the first optimizer step imports it)
-import torch.distributed.fsdp  # noqa: E402
-import torch.distributed.tensor  # noqa: E402
-import transformers  # noqa: E402
-import transformers.models.glm.modeling_glm  # noqa: E402
-import transformers.trainer  # noqa: E402, F401
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
+    import transformers
+    import transformers.models.glm.modeling_glm
+    import transformers.trainer  # noqa: F401
 
-warnings.resetwarnings()
+# What only the authors of the libraries can act on, in every rank.
+for category in (FutureWarning, DeprecationWarning):
+    warnings.filterwarnings("ignore", category=category, module="torch|transformers|peft|deepspeed")
 # What is here stays for good: a collection in a rank would only make it copy pages that it shares with the others.
 gc.collect()
 gc.freeze()

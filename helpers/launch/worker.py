@@ -146,6 +146,7 @@ def main(setup: Setup, connection: Connection, stdout: Connection, stderr: Conne
             torch.cuda.synchronize()  # an error of a kernel that still runs belongs to this function
         to_launcher.send(Done(_pickled(result), _memory(), time.time()))
     except BaseException as error:
+        sys.stdout.flush()  # a line that was begun
         to_launcher.send(_failed(error))
         # The launcher ends all ranks; one that left by itself would make the others fail as well.
         while True:

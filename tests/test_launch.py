@@ -1,0 +1,616 @@
+"""Functions on several ranks: results, lines, progress, and what is left when ranks fail in every way they can."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver, shared_memory
+from pathlib import Path
+
+import cloudpickle
+import nbformat
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from helpers.errors import UserError
+from helpers.launch import RankError, device, report_progress, run
+from helpers.memory.phases import phase
+
+ROOT = Path(__file__).parents[1]
+# As in a notebook: ranks get the functions of this file with their code and need not import it, which takes a second.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def ranks_alive() -> list[psutil.Process]:
+    """Processes forked from this process's rank server, and what they started."""
+    return psutil.Process(forkserver._forkserver._forkserver_pid).children(recursive=True)
+
+
+def listening_ports() -> set[tuple[int, int]]:
+    """(pid, port) of what this process and its descendants listen on."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    found = set()
+    for process in family:
+        try:
+            connections = process.net_connections("inet")
+        except psutil.NoSuchProcess:
+            continue
+        found |= {(process.pid, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+def add_up(amount=1):
+    x = torch.full((3,), float(amount * (dist.get_rank() + 1)), device=device())
+    dist.all_reduce(x)
+    return x
+
+
+class TestResults:
+    def test_they_come_by_rank_from_a_process_group_of_that_size(self):
+        def fn(word):
+            return dist.get_rank(), dist.get_world_size(), os.getpid(), word
+
+        result = run(fn, 3, word="裙")
+        assert [(rank, size, word) for rank, size, _, word in result.results] == [(r, 3, "裙") for r in range(3)]
+        assert len({pid for *_, pid, _ in result.results} | {os.getpid()}) == 4
+        assert 0 < result.seconds and 0 < result.start_seconds
+        assert repr(result).startswith("<3 ranks over gloo: ready after ") and "\n" not in repr(result)
+
+    def test_collectives_give_tensors_on_the_cpu(self):
+        first, second = run(add_up, 2, amount=2).results
+        assert first.device.type == "cpu" and torch.equal(first, torch.full((3,), 6.0)) and torch.equal(first, second)
+
+    def test_what_the_function_uses_of_its_notebook_goes_with_it(self):
+        table = torch.arange(4)
+
+        class Pair:
+            def __init__(self, value):
+                self.value = value
+
+        def helper(x):
+            return Pair(x + int(table[dist.get_rank()]))
+
+        results = run(lambda: helper(10), 2).results
+        assert [type(result) for result in results] == [Pair, Pair] and [r.value for r in results] == [10, 11]
+
+    def test_every_launch_has_fresh_processes_and_this_environment(self, monkeypatch, tmp_path):
+        def fn():
+            torch.manual_seed(os.getpid())
+            return os.environ["COLOUR"], os.getcwd(), hasattr(torch, "was_here"), setattr(torch, "was_here", True)
+
+        monkeypatch.chdir(tmp_path)
+        for colour in ("red", "blue"):
+            monkeypatch.setenv("COLOUR", colour)
+            assert run(fn, 1).results == [(colour, str(tmp_path), False, None)]
+
+    def test_ranks_share_the_cores(self):
+        threads = run(torch.get_num_threads, 2).results
+        assert sum(threads) <= max(2, os.cpu_count())
+
+    def test_memory_and_phases_are_measured(self):
+        def fn():
+            with phase("fill"):
+                block = torch.ones(2**25)  # 128 MiB
+            return block.numel()
+
+        memory = run(fn, 2).memory
+        assert [(p.name, p.end >= p.start) for p in memory.phases] == [("fill", True)] * 2
+        assert {p.rank for p in memory.phases} == {0, 1}
+        lower = run(lambda: None, 1).memory.ranks[0].resident
+        assert all(rank.resident - lower > 100 * 2**20 for rank in memory.ranks)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    def test_without_a_gpu_its_numbers_are_not_made_up(self):
+        memory = run(lambda: None, 1).memory
+        assert (memory.ranks[0].allocated, memory.ranks[0].reserved, memory.ranks[0].nvml) == (None, None, None)
+        assert memory.timeline.gpus == [] and "not available" in memory.timeline.note
+
+
+class TestOutput:
+    def test_lines_are_whole_and_say_whose_they_are(self, capfd):
+        def fn():
+            for word in ("one ", "two "):
+                print(word, end="", flush=True)
+                dist.barrier()
+            os.write(1, b"from C\n")
+            print("rest", end="")
+            print("a warning", file=sys.stderr)
+
+        run(fn, 2)
+        out, err = capfd.readouterr()
+        lines = [line for line in out.splitlines() if line.startswith("[rank")]
+        assert sorted(lines) == sorted(f"[rank {r}] {text}" for r in (0, 1) for text in ("one two from C", "rest"))
+        assert sorted(err.splitlines()) == ["[rank 0] a warning", "[rank 1] a warning"]
+
+    def test_a_flood_of_lines_arrives_whole(self, capfd):
+        run(lambda: [print("x" * 99) for _ in range(20_000)] and None, 1)
+        lines = capfd.readouterr().out.splitlines()
+        assert lines.count("[rank 0] " + "x" * 99) == 20_000
+
+    def test_lines_of_a_rank_that_failed_are_shown(self, capfd):
+        def fn():
+            print("before")
+            print("last words", end="")
+            raise ValueError
+
+        with pytest.raises(RankError):
+            run(fn, 1)
+        assert "[rank 0] before\n[rank 0] last words\n" in capfd.readouterr().out
+
+    def test_they_appear_while_the_rank_works(self):
+        def fn():
+            print("go on")
+            report_progress(1, 2)
+            dist.barrier()
+
+        shown = []
+
+        class Screen:
+            def write(self, text):
+                shown.append(text)
+
+            def flush(self):
+                pass
+
+        seen_at_progress = []
+        screen, sys.stdout = sys.stdout, Screen()
+        try:
+            # The rank printed before it reported; here both have come while it still runs.
+            run(fn, 1, on_progress=lambda progress: seen_at_progress.append(progress.done))
+        finally:
+            sys.stdout = screen
+        assert "[rank 0] go on" in "".join(shown) and seen_at_progress == [1]
+
+    def test_progress_reaches_the_callback(self):
+        def fn():
+            for step in range(3):
+                report_progress(step + 1, 3, loss=0.5)
+
+        seen = []
+        run(fn, 2, on_progress=seen.append)
+        assert sorted((p.rank, p.done, p.total, p.values["loss"]) for p in seen) == [
+            (rank, step, 3, 0.5) for rank in (0, 1) for step in (1, 2, 3)
+        ]
+        assert all(p.seconds >= 0 for p in seen)
+
+    def test_progress_outside_of_a_rank_is_refused(self):
+        with pytest.raises(UserError, match="outside of a rank"):
+            report_progress(1, 2)
+
+
+class TestFailure:
+    def test_an_exception_comes_with_the_rank_and_its_own_lines(self):
+        def inner(x):
+            return x / 0  # the culprit
+
+        def fn():
+            if dist.get_rank() == 1:
+                inner(1)
+            dist.barrier()  # rank 0 would wait here for ever
+
+        with pytest.raises(RankError, match="rank 1 of 2 raised ZeroDivisionError") as error:
+            run(fn, 2)
+        assert (error.value.rank, error.value.type) == (1, "ZeroDivisionError")
+        assert "return x / 0  # the culprit" in str(error.value) and "in inner" in str(error.value)
+        assert "launch/worker.py" not in str(error.value) and not ranks_alive()
+
+    def test_the_first_of_several_exceptions_is_shown(self):
+        def fn():
+            if dist.get_rank() == 0:
+                dist.recv(torch.ones(1), src=1)
+                raise ValueError("second")
+            try:
+                raise KeyError("first")
+            finally:
+                # Sent while the exception is on its way: rank 0 fails in any case, and later.
+                threading.Timer(0.05, dist.send, (torch.ones(1), 0)).start()
+
+        with pytest.raises(RankError) as error:
+            run(fn, 2)
+        assert (error.value.rank, error.value.type) == (1, "KeyError")
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 was killed by SIGKILL"),
+            ("os.kill(os.getpid(), signal.SIGSEGV)", "rank 1 of 2 was killed by SIGSEGV"),
+            ("os._exit(7)", "rank 1 of 2 ended with status 7 before its function returned"),
+        ],
+    )
+    def test_a_rank_that_dies_is_the_cause_and_not_the_peer_that_notices(self, how, said):
+        def fn():
+            if dist.get_rank() == 1:
+                exec(how, {"os": os, "signal": signal})
+            dist.all_reduce(torch.ones(1))
+
+        with pytest.raises(RankError, match=said) as error:
+            run(fn, 2)
+        assert error.value.rank == 1 and not ranks_alive()
+
+    def test_leaving_the_function_by_sys_exit_is_a_failure(self):
+        with pytest.raises(RankError, match="raised SystemExit"):
+            run(lambda: sys.exit(0), 1)
+
+    def test_a_hang_names_the_collective_each_rank_is_in(self):
+        def fn():
+            match dist.get_rank():
+                case 0:
+                    dist.all_reduce(torch.ones(1))
+                case 1:
+                    dist.recv(torch.ones(1), src=2)
+                case 2:
+                    threading.Event().wait()  # forgot to send
+
+        with pytest.raises(RankError) as error:
+            run(fn, 4, timeout=1)
+        text = str(error.value)
+        assert error.value.rank is None and "no result after 1 s" in text and not ranks_alive()
+        assert "rank 0 waits in all_reduce" in text and "dist.all_reduce(torch.ones(1))" in text
+        assert "rank 1 waits in recv" in text
+        assert "rank 2 is in no collective" in text and "# forgot to send" in text
+        assert "rank 3 had returned" in text
+
+    def test_what_ranks_started_ends_with_them(self):
+        sleeper = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+
+        def fn(fail):
+            child = subprocess.Popen(sleeper, stdout=subprocess.PIPE)
+            child.stdout.readline()
+            if fail:
+                raise ValueError(child.pid)
+            return child.pid
+
+        assert not psutil.pid_exists(run(fn, 1, fail=False).results[0]) or not ranks_alive()
+        with pytest.raises(RankError) as error:
+            run(fn, 1, fail=True)
+        pid = int(str(error.value).rsplit("ValueError: ", 1)[1])
+        assert gone(pid)
+
+    def test_shared_memory_of_killed_ranks_is_removed(self):
+        def fn():
+            segment = shared_memory.SharedMemory(create=True, size=4096)
+            print(segment.name)
+            dist.barrier()
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.barrier()
+
+        before = set(os.listdir("/dev/shm"))
+        with pytest.raises(RankError):
+            run(fn, 2)
+        # Rank 1 took the knowledge of its segment with it; rank 0's is known while it is alive.
+        left = [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")]
+        assert len(left) <= 1
+        for name in left:
+            os.unlink(f"/dev/shm/{name}")
+
+    def test_ctrl_c_ends_all_ranks_and_is_passed_on(self):
+        def fn():
+            report_progress(1, 1)
+            dist.recv(torch.ones(1))
+
+        with pytest.raises(KeyboardInterrupt):
+            run(fn, 2, on_progress=lambda progress: signal.raise_signal(signal.SIGINT))
+        assert not ranks_alive()
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ({"nprocs": 0}, "nprocs is 0"),
+            ({"timeout": 0}, "timeout is 0"),
+            ({"lock": threading.Lock()}, "cannot be sent to other processes"),
+        ],
+    )
+    def test_bad_arguments_are_one_line(self, arguments, said):
+        with pytest.raises(UserError, match=said) as error:
+            run(lambda lock=None: None, **arguments)
+        assert "\n" not in str(error.value)
+
+    def test_a_result_that_cannot_be_sent_is_said(self):
+        with pytest.raises(RankError, match="the function's result cannot be sent to the notebook"):
+            run(lambda: threading.Lock(), 1)
+
+    def test_a_server_that_was_killed_is_started_again(self):
+        run(add_up, 1)
+        server = forkserver._forkserver._forkserver_pid
+        os.kill(server, signal.SIGKILL)
+        os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+        assert run(add_up, 1).results[0].tolist() == [1, 1, 1]
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ended, or ends within 5 s (a killed process takes a moment)."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() == psutil.STATUS_ZOMBIE or process.wait(5) is None or not process.is_running()
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return True
+    except psutil.TimeoutExpired:
+        return False
+
+
+FAULTS = ("exception", "kill", "interrupt", "out of memory", "hang")
+
+
+def faulty(fault, culprit):
+    """Four things a rank can do in the middle of its work, and one that the reader does."""
+    x = torch.ones(1000)
+    dist.all_reduce(x)
+    keep = x.clone().share_memory_()
+    if dist.get_rank() == culprit:
+        match fault:
+            case "exception":
+                raise ValueError("injected")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "interrupt":
+                report_progress(1, 1)
+            case "out of memory":
+                torch.empty(2**60)
+            case "hang":
+                threading.Event().wait()
+    dist.all_reduce(x)
+    return keep
+
+
+def test_nothing_is_left_after_300_faults(monkeypatch, tmp_path):
+    run(add_up, 1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ports, files = listening_ports(), set(os.listdir("/dev/shm"))
+    descriptors = psutil.Process().num_fds()
+    expected = {
+        "exception": (RankError, "raised ValueError"),
+        "kill": (RankError, "killed by SIGKILL"),
+        "interrupt": (KeyboardInterrupt, None),
+        "out of memory": (RankError, "raised RuntimeError"),
+        "hang": (RankError, "no result after"),
+    }
+    for number in range(300):
+        fault, culprit = FAULTS[number % len(FAULTS)], number % 2
+        error_type, said = expected[fault]
+        with pytest.raises(error_type, match=said):
+            run(
+                faulty,
+                2,
+                timeout=0.5 if fault == "hang" else 60,
+                on_progress=lambda progress: signal.raise_signal(signal.SIGINT),
+                fault=fault,
+                culprit=culprit,
+            )
+    assert not ranks_alive()
+    assert listening_ports() <= ports
+    assert not [name for name in set(os.listdir("/dev/shm")) - files if name.startswith(("torch_", "psm_", "nccl-"))]
+    assert not list(tmp_path.iterdir())
+    assert psutil.Process().num_fds() <= descriptors
+    assert run(add_up, 2).results[0].tolist() == [3, 3, 3]
+
+
+def test_a_hundred_launches_at_the_same_time_never_meet():
+    with ThreadPoolExecutor(max_workers=25) as pool:
+        results = list(pool.map(lambda number: run(add_up, 2, amount=number).results, range(100)))
+    assert [[int(x[0]) for x in result] for result in results] == [[3 * number] * 2 for number in range(100)]
+
+
+class TestElsewhere:
+    """From a plain script, and from a Jupyter kernel."""
+
+    def script(self, tmp_path, text, **options):
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(text))
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, env=environ, **options)
+
+    def test_a_script_needs_no_guard_and_runs_once(self, tmp_path):
+        process = self.script(
+            tmp_path,
+            """
+            print("the script begins")
+            import torch.distributed as dist
+            from helpers.launch import run
+            size = 2
+            def fn():
+                return dist.get_rank() * size
+            print(run(fn, size).results)
+            """,
+        )
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.count("the script begins") == 1 and "[0, 2]" in out
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+    def test_ranks_end_when_the_script_does(self, tmp_path, number):
+        process = self.script(
+            tmp_path,
+            """
+            import os, threading
+            from helpers.launch import run
+            def fn():
+                print("pid", os.getpid(), flush=True)
+                threading.Event().wait()
+            run(fn, 2)
+            """,
+            stderr=subprocess.DEVNULL,
+        )
+        pids = []
+        for line in process.stdout:
+            if " pid " in line:
+                pids.append(int(line.split()[-1]))
+            if len(pids) == 2:
+                break
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert len(pids) == 2 and all(gone(pid) for pid in pids)
+
+    def notebook(self, *sources):
+        cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        return NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120, kernel_name="python3")
+
+    def test_a_cell_gets_results_lines_and_the_traceback_with_its_own_lines(self):
+        client = self.notebook(
+            "import torch, torch.distributed as dist\nfrom helpers.launch import run",
+            """def fn():
+    print("here", dist.get_rank())
+    return torch.ones(2) * dist.get_rank()
+run(fn).results""",
+            """def broken():
+    if dist.get_rank():
+        raise ValueError("of the cell")
+    dist.barrier()
+run(broken)""",
+        )
+        with pytest.raises(CellExecutionError):
+            client.execute()
+        _, good, bad = client.nb.cells
+        text = "".join(output.text for output in good.outputs if output.output_type == "stream")
+        assert "[rank 0] here 0\n" in text and "[rank 1] here 1\n" in text
+        assert good.outputs[-1].data["text/plain"] == "[tensor([0., 0.]), tensor([1., 1.])]"
+        error = next(output for output in bad.outputs if output.output_type == "error")
+        shown = "\n".join(error.traceback)
+        assert error.ename == "RankError" and "rank 1 of 2 raised ValueError" in shown
+        assert "Cell In[3], line 3, in broken" in shown and 'raise ValueError("of the cell")' in shown
+        assert "launcher.py" not in shown
+
+    def test_interrupting_the_kernel_ends_the_ranks_and_the_next_cell_works(self):
+        client = self.notebook(
+            "import os, threading\nfrom helpers.launch import run",
+            "def fn():\n    print('pid', os.getpid(), flush=True)\n    threading.Event().wait()\nrun(fn)",
+            "run(lambda: 7).results",
+        )
+        pids = []
+
+        def on_output(cell, **kwargs):
+            text = "".join(output.get("text", "") for output in cell.outputs)
+            return [int(line.split()[-1]) for line in text.splitlines() if " pid " in line]
+
+        with client.setup_kernel():
+            client.execute_cell(client.nb.cells[0], 0)
+            kernel = client.km
+
+            def interrupt_when_both_are_up():
+                limit = time.monotonic() + 60
+                while time.monotonic() < limit:
+                    pids[:] = on_output(client.nb.cells[1])
+                    if len(pids) == 2:
+                        break
+                    threading.Event().wait(0.05)
+                os.kill(kernel.provisioner.pid, signal.SIGINT)
+
+            watcher = threading.Thread(target=interrupt_when_both_are_up)
+            watcher.start()
+            with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+                client.execute_cell(client.nb.cells[1], 1)
+            watcher.join()
+            assert len(pids) == 2 and all(gone(pid) for pid in pids)
+            last = client.execute_cell(client.nb.cells[2], 2)
+        assert last.outputs[-1].data["text/plain"] == "[7, 7]"
+
+
+class TestLibraries:
+    """What later chapters run in ranks."""
+
+    def test_ddp_trains_as_one_process_does(self):
+        def fn():
+            torch.manual_seed(0)
+            model = torch.nn.Linear(8, 1)
+            if dist.get_world_size() > 1:
+                model = torch.nn.parallel.DistributedDataParallel(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            x = torch.arange(32.0).reshape(4, 8).chunk(dist.get_world_size())[dist.get_rank()] / 32
+            for _ in range(20):
+                model(x).pow(2).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return [p.detach().clone() for p in model.parameters()]
+
+        one, two = run(fn, 1).results[0], run(fn, 2).results[0]
+        assert max((a - b).abs().max() for a, b in zip(one, two, strict=True)) <= 1e-6
+
+    def test_deepspeed_trains(self):
+        def fn():
+            import deepspeed
+
+            from helpers.deepspeed_setup import skip_cpu_collectives
+
+            skip_cpu_collectives()
+            model = torch.nn.Linear(8, 1)
+            config = {
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": 2},
+                "optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": True}},
+            }
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+            losses = []
+            for _ in range(3):
+                loss = engine(torch.ones(1, 8)).pow(2).mean()
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+            return losses
+
+        losses = run(fn, 2).results[0]
+        assert losses[-1] < losses[0]
+
+    def test_the_hf_trainer_finds_the_process_group(self, tmp_path):
+        def fn(folder):
+            from transformers import TrainingArguments
+
+            arguments = TrainingArguments(output_dir=folder, use_cpu=True, report_to=[])
+            return arguments.world_size, arguments.process_index
+
+        assert run(fn, 2, folder=str(tmp_path)).results == [(2, 0), (2, 1)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestGpu:
+    def test_ranks_use_the_gpu_though_this_process_did(self):
+        torch.ones(1, device="cuda")
+        result = run(add_up, 1)
+        assert result.backend == "nccl" and result.results[0].device.type == "cpu"
+        rank = result.memory.ranks[0]
+        assert 0 < rank.allocated <= rank.reserved < rank.nvml
+
+    def test_memory_is_back_after_faults(self):
+        def fill(how):
+            torch.empty(2**30, device="cuda", dtype=torch.uint8)
+            dist.all_reduce(torch.ones(1, device="cuda"))
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            torch.empty(2**50, device="cuda", dtype=torch.uint8)
+
+        from helpers.memory.nvml import open_nvml
+
+        run(add_up, 1)
+        before = open_nvml().used_bytes(0)
+        for how in ("kill", "out of memory") * 5:
+            with pytest.raises(RankError, match="killed" if how == "kill" else "OutOfMemoryError"):
+                run(fill, 1, how=how)
+            assert open_nvml().used_bytes(0) - before <= 8 * 2**20
+
+    def test_a_hang_names_what_the_gpu_did_not_end(self):
+        def fn():
+            torch.cuda._sleep(2**40)
+            dist.all_reduce(torch.ones(1, device="cuda"))
+            torch.cuda.synchronize()
+
+        with pytest.raises(RankError) as error:
+            run(fn, 1, timeout=20)
+        assert "torch.cuda.synchronize()" in str(error.value) and "all_reduce" in str(error.value)
+
+    def test_more_ranks_than_gpus_run_on_the_cpu(self, capsys):
+        count = torch.cuda.device_count() + 1
+        assert run(lambda: str(device()), count).results == ["cpu"] * count
+        assert "running on the CPU over gloo" in capsys.readouterr().out
+
+
+def test_the_context_of_multiprocessing_stays_as_it_was():
+    run(add_up, 1)
+    assert multiprocessing.get_start_method(allow_none=True) in (None, "fork")
+    assert sys.modules["__main__"].__name__ == "__main__"
