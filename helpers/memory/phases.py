@@ -66,8 +66,8 @@ def mark_in(log: PhaseLog | None) -> None:
 def phase(name: str) -> AbstractContextManager[None]:
     """Mark a block of a rank as a phase of its run; does nothing in a process whose phases nobody collects.
 
-        with phase("forward"):
-            loss = model(batch)
+    with phase("forward"):
+        loss = model(batch)
     """
     return _current.phase(name) if _current else nullcontext()
 

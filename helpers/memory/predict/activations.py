@@ -14,6 +14,7 @@ from helpers.memory.predict.shapes import Configuration
 
 FP32 = 4
 INT64 = 8
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,13 @@ def layer(configuration: Configuration) -> list[Saved]:
     return saved
 
 
+def kept_until_attention_adapters(configuration: Configuration) -> list[Saved]:
+    """What a layer still keeps when backward reaches the adapters of q, k and v, the last of its parameters."""
+    c = configuration
+    adapters = [t for t in c.lora.targets if t in ATTENTION_INPUTS] if c.lora else []
+    return [*_normed(c, consumers=3), *(tensor for target in adapters for tensor in _adapter(c, target))]
+
+
 def not_kept_by_first_layer(configuration: Configuration) -> list[Saved]:
     """What the first layer does not keep under LoRA: its input needs no gradient, as the embedding is frozen."""
     c = configuration
@@ -141,7 +149,7 @@ def not_kept_by_first_layer(configuration: Configuration) -> list[Saved]:
         return []
     first = [Saved("norm input, fp32", c.tokens * c.shape.hidden * FP32), Saved("norm 1/rms", c.tokens * FP32)]
     for target in c.lora.targets:
-        if target in ("q_proj", "k_proj", "v_proj"):
+        if target in ATTENTION_INPUTS:
             columns = c.shape.linears[target][1]
             first += [Saved("LoRA dropout mask", c.tokens * columns)] if c.lora.dropout else []
             if c.precision == "autocast":

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from helpers.memory.predict import constants
-from helpers.memory.predict.activations import FP32, Saved, casts_weights, checkpoints, kept, layer, total
+from helpers.memory.predict.activations import (
+    ATTENTION_INPUTS,
+    FP32,
+    Saved,
+    casts_weights,
+    checkpoints,
+    kept,
+    kept_until_attention_adapters,
+    layer,
+    total,
+)
 from helpers.memory.predict.shapes import Configuration
 from helpers.memory.predict.states import States, states
 
@@ -32,6 +42,7 @@ LOSS = "end of forward, loss"
 LOSS_BACKWARD = "backward of the loss"
 OUTPUT_BACKWARD = "backward of the output layer"
 LAST_LAYER = "backward of the last layer"
+FIRST_GRADIENT = "first gradient"
 FIRST_LAYER = "backward of the first layer"
 EMBEDDING = "backward of the embedding"
 STEP = "optimizer step"
@@ -97,7 +108,10 @@ def _moments(c: Configuration) -> dict[str, Counter[str]]:
         OUTPUT_BACKWARD: forward + Counter({"logits and loss": logits * c.compute_bytes}) + _output_layer(c, owned),
     }
     before = Counter() if c.accumulation == 1 else Counter({"gradients": owned.gradients})
-    last = resident + gathered + backward + before + _gradients(c, owned, _after_output(c))
+    # DeepSpeed makes its buckets at the first gradient: the output layer's, or an adapter's within the last layer.
+    late = c.lora is not None and set(c.lora.targets) <= set(ATTENTION_INPUTS)
+    last = resident + gathered + before + _gradients(c, owned, _after_output(c))
+    last += Counter() if late else backward
     last["activations"] += total(saved) + _layer_backward(c)
     last["parameters"] += total(saved, weights=True)
     first = resident + gathered + backward + before + _gradients(c, owned, _before_first(c))
@@ -111,6 +125,13 @@ def _moments(c: Configuration) -> dict[str, Counter[str]]:
         first["activations"] += total(layer(c))
         first["parameters"] += total(layer(c), weights=True)
     moments |= {LAST_LAYER: last, FIRST_LAYER: first}
+    if late:
+        gradient = resident + gathered + backward + before
+        freed = 0 if c.checkpointing else total(layer(c))
+        gradient["activations"] += (
+            total(saved) - freed + total(kept_until_attention_adapters(c)) + _attention_backward(c)
+        )
+        moments[FIRST_GRADIENT] = gradient
     if c.lora is None:
         stream = Counter({"activations": c.tokens * c.shape.hidden * c.stream_bytes})
         moments[EMBEDDING] = resident + gathered + backward + stream + Counter({"gradients": owned.gradients})
@@ -176,6 +197,13 @@ def _layer_backward(c: Configuration) -> int:
     if c.base_bits < 16:  # bitsandbytes makes the matrix whole in 16 bit for the product
         quantised = 2 * c.shape.hidden * c.shape.intermediate * c.compute_bytes
     return max(mlp, norm) + c.tokens * c.shape.hidden * c.stream_bytes + quantised
+
+
+def _attention_backward(c: Configuration) -> int:
+    """Gradients in flight at the adapters of q, k and v: those of q, k, v, of their input, and of the stream."""
+    shape = c.shape
+    widths = (shape.query + 2 * shape.key_value + shape.hidden) * c.compute_bytes
+    return c.tokens * (widths + shape.hidden * c.stream_bytes)
 
 
 def _outside_torch(c: Configuration) -> dict[str, int]:
