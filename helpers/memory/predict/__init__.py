@@ -4,7 +4,8 @@
     print(predict(Configuration(rows=4, length=768)).items)
 
 shapes.py says what is predicted for, states.py and activations.py hold the formulas, constants.py what had to be
-measured, moments.py the moments of a step, planner.py which strategy fits, jobs.py reads a job's own files.
+measured, step.py what is alive at each moment, moments.py the largest of them, planner.py which strategy fits, jobs.py
+reads a job's own files.
 """
 
 from helpers.memory.predict.moments import ITEMS, Prediction, predict
