@@ -1,0 +1,132 @@
+"""What a training job will need of each GPU, before anything is loaded.
+
+python -m helpers.memory.predict --rows 4 --length 768 --checkpointing
+python -m helpers.memory.predict configs/lora.yaml configs/ds_zero_2.json --gpus 2 --card 24
+python -m helpers.memory.predict --full --gpus 2 --card 24 --plan
+"""
+
+import argparse
+from pathlib import Path
+
+from helpers.errors import UserError, exit_with_one_line, positive
+from helpers.memory.predict.moments import Prediction, predict
+from helpers.memory.predict.planner import Ranked, fits, label, rank_strategies
+from helpers.memory.predict.shapes import (
+    KINDS,
+    PRECISIONS,
+    Configuration,
+    Lora,
+    ModelShape,
+    Strategy,
+    read_shape,
+)
+from helpers.memory.timeline import GIB
+
+# What a job's files decide; saying it again beside them would be silently wrong one way or the other.
+DECIDED_BY_FILES = (
+    "full",
+    "r",
+    "targets",
+    "dropout",
+    "precision",
+    "strategy",
+    "rows",
+    "padded",
+    "checkpointing",
+    "bits",
+)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.memory.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, nargs="?", help="a job's own configs/lora.yaml; else the options below")
+    parser.add_argument("deepspeed", type=Path, nargs="?", help="and its DeepSpeed JSON")
+    parser.add_argument("--model", type=Path, help="config.json or its folder; without it, ChatGLM3-6B")
+    parser.add_argument("--gpus", type=positive, default=1, help="number of GPUs")
+    parser.add_argument("--length", type=positive, help="tokens a row (768; with files, the longest they allow)")
+    parser.add_argument("--card", type=float, metavar="GIB", help="memory of a card: say whether the job fits it")
+    parser.add_argument("--plan", action="store_true", help="with --card: rank the strategies for this job")
+    parser.add_argument("--full", action="store_true", default=None, help="train all parameters, not LoRA")
+    parser.add_argument("--r", type=positive, help="rank of the adapter (8)")
+    parser.add_argument("--targets", nargs="+", help="matrices with an adapter (q_proj k_proj v_proj)")
+    parser.add_argument("--dropout", type=float, help="on the adapter's inputs (0.1)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="(autocast; bf16 under DeepSpeed)")
+    parser.add_argument("--strategy", choices=KINDS, help="(single; ddp with several GPUs)")
+    parser.add_argument("--rows", type=positive, help="rows that run at once on a GPU (4)")
+    parser.add_argument("--padded", action="store_true", default=None, help="rows differ in length")
+    parser.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again")
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the frozen matrices")
+    return parser.parse_args(argv)
+
+
+def _configuration(arguments: argparse.Namespace) -> Configuration:
+    shape = read_shape(arguments.model) if arguments.model else ModelShape()
+    if arguments.config:
+        for name in DECIDED_BY_FILES:
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} is given beside {arguments.config}, which decides it; drop one of them")
+        from helpers.memory.predict.jobs import read_job  # imports transformers, which takes seconds
+
+        return read_job(
+            arguments.config, arguments.deepspeed, shape=shape, ranks=arguments.gpus, length=arguments.length
+        )
+    if arguments.full:
+        for name in ("r", "targets", "dropout", "bits"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} belongs to LoRA, but --full trains without it; drop one of them")
+    strategy = Strategy(arguments.strategy or ("single" if arguments.gpus == 1 else "ddp"), arguments.gpus)
+    lora = Lora()
+    dropout = lora.dropout if arguments.dropout is None else arguments.dropout
+    return Configuration(
+        shape=shape,
+        lora=None if arguments.full else Lora(arguments.r or lora.r, tuple(arguments.targets or lora.targets), dropout),
+        precision=arguments.precision or ("bf16" if strategy.stage else "autocast"),
+        strategy=strategy,
+        rows=arguments.rows or 4,
+        length=arguments.length or 768,
+        padded=bool(arguments.padded),
+        checkpointing=bool(arguments.checkpointing),
+        base_bits=arguments.bits or 16,
+    )
+
+
+def table(configuration: Configuration, prediction: Prediction) -> str:
+    """The items at the peak, and what each moment needs, in GiB."""
+    c = configuration
+    trains = "all parameters" if c.lora is None else f"LoRA, r = {c.lora.r} on {', '.join(c.lora.targets)}"
+    lines = [
+        f"{trains} ({c.trained:,} of {c.shape.parameters:,}), {label(c)}, {c.precision}, "
+        f"{c.rows} rows x {c.length} tokens, {c.strategy.ranks} GPU(s)",
+        f"peak: {prediction.peak}, GiB per GPU",
+    ]
+    lines += [f"  {name:<24}{size / GIB:>8.2f}" for name, size in prediction.items.items()]
+    lines += [f"  {'total':<24}{prediction.total / GIB:>8.2f}", "moments, GiB per GPU"]
+    lines += [f"  {name:<32}{size / GIB:>8.2f}" for name, size in prediction.moments.items()]
+    return "\n".join(lines)
+
+
+def plan(ranked: list[Ranked]) -> str:
+    """The ranked strategies, one line each."""
+    return "\n".join(f"{place:>2}. {label(r.configuration)}: {r.reason}" for place, r in enumerate(ranked, start=1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    arguments = _arguments(argv)
+    configuration = _configuration(arguments)
+    if arguments.plan:
+        if arguments.card is None:
+            raise UserError("--plan needs the cards' memory; add --card 24 for cards of 24 GiB")
+        print(plan(rank_strategies(configuration, arguments.gpus, int(arguments.card * GIB))))
+        return
+    print(table(configuration, predict(configuration)))
+    if arguments.card is not None:
+        print(f"a card of {arguments.card:g} GiB: {fits(configuration, int(arguments.card * GIB))}")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,194 @@
+"""What autograd keeps of a forward pass of ``GlmForCausalLM``: each saved tensor by name, in bytes.
+
+Read off transformers' models/glm/modeling_glm.py, integrations/sdpa_attention.py and loss/loss_utils.py, PEFT's
+tuners/lora/layer.py, and torch's tools/autograd/derivatives.yaml; tests/test_predict.py counts the same in runs.
+
+A frozen matrix does not need its input, so under LoRA most of what full training keeps is not kept. What autograd
+keeps anyway: RMSNorm's input in fp32, SwiGLU's two halves and its SiLU, and q, k, v and the output of the attention.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from helpers.memory.predict.shapes import Configuration
+
+FP32 = 4
+INT64 = 8
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One kind of tensor: ``count`` of them of ``size`` bytes each. ``weight`` marks 16-bit copies of weights."""
+
+    name: str
+    size: int
+    count: int = 1
+    weight: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return self.size * self.count
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def casts_weights(configuration: Configuration) -> bool:
+    """Whether autocast makes a 16-bit copy of every matrix: it does where the weights are in fp32."""
+    return configuration.stream_bytes != configuration.compute_bytes
+
+
+def attention_kernel(configuration: Configuration) -> str:
+    """Which of SDPA's kernels runs on CUDA: "flash", "efficient" or "math".
+
+    Rows of different lengths need a mask, which flash does not take; it does not take fp32 either. Without a mask
+    transformers leaves the repetition of keys and values to SDPA (``use_gqa_in_sdpa``), which of the fp32 kernels only
+    math can do (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    if configuration.padded:
+        return "efficient"
+    if configuration.compute_bytes == 2:
+        return "flash"
+    return "math" if configuration.shape.heads > configuration.shape.kv_groups else "efficient"
+
+
+def _keeps_inputs(configuration: Configuration) -> bool:
+    # deepspeed/runtime/zero/linear.py saves its input even for a frozen weight (memory_efficient_linear, the default).
+    return configuration.lora is None or configuration.strategy.stage == 3
+
+
+def _normed(configuration: Configuration, consumers: int) -> Iterator[Saved]:
+    """An RMSNorm and its output as ``consumers`` matrices keep it."""
+    c, tokens, hidden = configuration, configuration.tokens, configuration.shape.hidden
+    yield Saved("norm input, fp32", tokens * hidden * FP32)
+    yield Saved("norm 1/rms", tokens * FP32)
+    if c.lora is None:
+        yield Saved("normed, before its weight", tokens * hidden * c.stream_bytes)
+    if _keeps_inputs(c):
+        # Autocast casts anew for each matrix; it remembers casts of weights only.
+        copies = consumers if casts_weights(c) else 1
+        yield Saved("matrix input", tokens * hidden * c.compute_bytes, copies)
+
+
+def _adapter(configuration: Configuration, target: str) -> Iterator[Saved]:
+    """What LoRA on one target keeps: the dropout's mask, the adapter's input, and the narrow product."""
+    c = configuration
+    assert c.lora is not None
+    rows, columns = c.shape.linears[target]
+    # PEFT casts the input to the adapter's type; autocast then casts it back for the product.
+    size = c.compute_bytes if c.precision == "autocast" else c.trained_bytes
+    cast = size != c.compute_bytes or c.precision == "autocast"
+    if c.lora.dropout:
+        yield Saved("LoRA dropout mask", c.tokens * columns)
+    shared = not c.lora.dropout and not cast and _keeps_inputs(c)
+    if not shared:
+        yield Saved("LoRA input", c.tokens * columns * size)
+    yield Saved("LoRA narrow product", c.tokens * c.lora.r * size)
+    if size != c.trained_bytes:
+        yield Saved("LoRA weights, 16 bit", (rows + columns) * c.lora.r * size, weight=True)
+
+
+def _attention(configuration: Configuration) -> Iterator[Saved]:
+    c, shape = configuration, configuration.shape
+    kernel = attention_kernel(c)
+    wide, narrow = c.tokens * shape.query * c.compute_bytes, c.tokens * shape.key_value * c.compute_bytes
+    # Half of each head is rotated; cosine and sine are stretched to that width for every layer anew.
+    yield Saved("rotary cosine and sine", c.length * (shape.head_dim // 2) * c.stream_bytes, 2)
+    if kernel == "math":
+        yield Saved("scaled q, scaled k, v", wide, 3)
+        yield Saved("attention weights", c.rows * shape.heads * c.length**2 * FP32)
+        if _keeps_inputs(c):
+            yield Saved("attention output", wide)
+        return
+    yield Saved("q", wide)
+    # With a mask, keys and values are repeated for every head.
+    yield Saved("k, v", narrow if kernel == "flash" else wide, 2)
+    yield Saved("attention output", wide)
+    if kernel == "flash" and _keeps_inputs(c):
+        # Flash lays its output out as q, heads first; o_proj gets a copy that it can flatten. Efficient does not.
+        yield Saved("o_proj input", wide)
+    padded_length = c.length if kernel == "flash" else _round_up(c.length, 32)
+    yield Saved("attention log-sum-exp", c.rows * shape.heads * padded_length * FP32)
+    if c.padded:
+        # A float mask, made by every layer, its rows padded to 16 (preprocess_mask in transformers/attention.cpp).
+        yield Saved("attention bias", c.rows * c.length * _round_up(c.length, 16) * c.compute_bytes)
+
+
+def layer(configuration: Configuration) -> list[Saved]:
+    """What one decoder layer keeps without checkpointing, and again while it is recomputed with it."""
+    c, shape = configuration, configuration.shape
+    saved = [*_normed(c, consumers=3), *_attention(c), *_normed(c, consumers=1)]
+    narrow = c.tokens * shape.intermediate * c.compute_bytes
+    saved += [Saved("gate and up", 2 * narrow), Saved("SiLU of the gate", narrow)]
+    if _keeps_inputs(c):
+        saved.append(Saved("down_proj input", narrow))
+    if c.lora:
+        saved += [tensor for target in c.lora.targets for tensor in _adapter(c, target)]
+    if c.lora is None and casts_weights(c):
+        saved += [
+            Saved("weights, 16 bit", rows * columns * c.compute_bytes, weight=True)
+            for rows, columns in shape.linears.values()
+        ]
+    return saved
+
+
+def kept_until_attention_adapters(configuration: Configuration) -> list[Saved]:
+    """What a layer still keeps when backward reaches the adapters of q, k and v, the last of its parameters."""
+    c = configuration
+    adapters = [t for t in c.lora.targets if t in ATTENTION_INPUTS] if c.lora else []
+    return [*_normed(c, consumers=3), *(tensor for target in adapters for tensor in _adapter(c, target))]
+
+
+def not_kept_by_first_layer(configuration: Configuration) -> list[Saved]:
+    """What the first layer does not keep under LoRA: its input needs no gradient, as the embedding is frozen."""
+    c = configuration
+    if c.lora is None:
+        return []
+    first = [Saved("norm input, fp32", c.tokens * c.shape.hidden * FP32), Saved("norm 1/rms", c.tokens * FP32)]
+    for target in c.lora.targets:
+        if target in ATTENTION_INPUTS:
+            columns = c.shape.linears[target][1]
+            first += [Saved("LoRA dropout mask", c.tokens * columns)] if c.lora.dropout else []
+            if c.precision == "autocast":
+                first.append(Saved("LoRA weights, 16 bit", columns * c.lora.r * c.compute_bytes, weight=True))
+    return first
+
+
+def outside(configuration: Configuration) -> list[Saved]:
+    """What is kept beside the layers and the logits: the last norm, the output layer's input, the batch itself."""
+    c = configuration
+    saved = list(_normed(c, consumers=1))
+    if c.lora is None and casts_weights(c):
+        saved.append(Saved("weights, 16 bit", c.shape.embedding * c.compute_bytes, weight=True))
+    # Token ids and shifted labels; the mask that all layers share is boolean.
+    saved.append(Saved("ids and labels", c.tokens * INT64, 2))
+    if c.padded:
+        saved.append(Saved("attention mask", c.rows * c.length**2))
+    return saved
+
+
+def checkpoints(configuration: Configuration) -> list[Saved]:
+    """What is kept of the layers with checkpointing: each one's input (Chen 2016), and cosine and sine for all."""
+    c = configuration
+    return [
+        Saved("layer input", c.tokens * c.shape.hidden * c.stream_bytes, c.shape.layers),
+        Saved("rotary cosine and sine", c.length * (c.shape.head_dim // 2) * c.stream_bytes, 2),
+    ]
+
+
+def kept(configuration: Configuration) -> list[Saved]:
+    """Everything kept from the end of forward on, without the logits and what the loss makes of them."""
+    c = configuration
+    if c.checkpointing:
+        return [*checkpoints(c), *outside(c)]
+    layers = [Saved(t.name, t.size, t.count * c.shape.layers, t.weight) for t in layer(c)]
+    less = [Saved(t.name, t.size, -t.count, t.weight) for t in not_kept_by_first_layer(c)]
+    return [*layers, *less, *outside(c)]
+
+
+def total(saved: list[Saved], *, weights: bool = False) -> int:
+    """Bytes of activations; with ``weights`` those of the 16-bit copies of weights instead."""
+    return sum(tensor.total for tensor in saved if tensor.weight == weights)

@@ -1,0 +1,80 @@
+"""A configuration from a job's own files: ``lora.yaml``, the DeepSpeed JSON, as helpers.finetune.train takes them."""
+
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import UserError
+from helpers.finetune import config as finetune
+from helpers.memory.predict.shapes import Configuration, Lora, ModelShape, Strategy
+
+# transformers.TrainingArguments and peft.LoraConfig, where the file leaves it open.
+DEFAULT_ROWS, DEFAULT_RANK, DEFAULT_DROPOUT = 8, 8, 0.0
+
+
+def read_job(
+    config_file: Path, deepspeed_file: Path | None, *, shape: ModelShape, ranks: int, length: int | None
+) -> Configuration:
+    """The job that ``python -m helpers.finetune.train`` would start with these files on ``ranks`` GPUs with bf16.
+
+    ``length`` is the longest row in tokens; None takes the longest that the file allows. Raises UserError.
+    """
+    job = finetune.read(config_file)
+    deepspeed = finetune.read_deepspeed(deepspeed_file) if deepspeed_file else None
+    kind = finetune.precision(job.training, deepspeed, "bf16")
+    training = job.training
+    strategy = _strategy(deepspeed, ranks, shape, str(deepspeed_file)) if deepspeed is not None else _without(ranks)
+    targets = job.lora["target_modules"]
+    return Configuration(
+        shape=shape,
+        lora=Lora(
+            r=job.lora.get("r", DEFAULT_RANK),
+            targets=tuple(shape.linears) if targets == "all-linear" else tuple(targets),
+            dropout=job.lora.get("lora_dropout", DEFAULT_DROPOUT),
+        ),
+        precision="fp32" if kind == "no" else "bf16" if strategy.stage else "autocast",
+        strategy=strategy,
+        rows=training.get("per_device_train_batch_size", DEFAULT_ROWS),
+        # A row is cut to the sum of both limits and one (helpers.finetune.dataset).
+        length=length or job.max_input_length + job.max_output_length + 1,
+        padded=True,
+        checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
+        accumulation=training.get("gradient_accumulation_steps", 1),
+    )
+
+
+def _without(ranks: int) -> Strategy:
+    # torchrun with one process makes a group of one, and the Trainer then wraps the model in DDP all the same.
+    return Strategy("ddp", ranks)
+
+
+def _strategy(deepspeed: dict[str, Any], ranks: int, shape: ModelShape, source: str) -> Strategy:
+    zero = deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(f"{source}: zero_optimization.stage is {stage!r}; predictions are for 1, 2 and 3")
+
+    def elements(key: str, default: int, auto: int) -> int:
+        value = zero.get(key, default)
+        if value == "auto":
+            return auto
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 1:
+            raise UserError(f"{source}: zero_optimization.{key} is {value!r}; give a number of elements above 0")
+        return int(value)
+
+    defaults = Strategy()
+    overlap = zero.get("overlap_comm")
+    return Strategy(
+        f"zero-{stage}",
+        ranks,
+        # transformers/integrations/deepspeed.py fills "auto" with hidden_size squared.
+        reduce_bucket=elements("reduce_bucket_size", defaults.reduce_bucket, shape.hidden**2),
+        overlap_comm=stage == 3 if overlap is None else bool(overlap),
+        max_live=elements("stage3_max_live_parameters", defaults.max_live, defaults.max_live),
+        sub_group=elements("sub_group_size", defaults.sub_group, defaults.sub_group),
+        offload_optimizer=_offloads(zero, "offload_optimizer"),
+        offload_parameters=_offloads(zero, "offload_param"),
+    )
+
+
+def _offloads(zero: dict[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"

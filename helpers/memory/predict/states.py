@@ -1,0 +1,131 @@
+"""Model states: parameters, gradients, optimizer states, and the buffers that a strategy keeps for its communication.
+
+Two views. :func:`published_states` is the formula of the ZeRO paper. :class:`States` is what the libraries really
+allocate (torch DDP, DeepSpeed 0.19), which differs where a formula is silent: fp32 adapters, DDP's buckets, the fp32
+copy of a gradient partition during the step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from helpers.errors import UserError
+from helpers.memory.predict.shapes import Configuration
+
+ADAM = 2
+FP32 = 4
+HALF = 2
+# bitsandbytes: an fp32 scale per row at 8 bit (SCB), per block of 64 weights at 4 bit (absmax; QLoRA, Dettmers 2023).
+BLOCK_4BIT = 64
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one GPU.
+
+    ``resident`` is there all the time; ``gradients`` grows during backward to that size; ``step`` is there only while
+    the optimizer works (beside ``gradients``); ``buckets`` from the first gradient to the end of backward.
+    ``gathered`` is the most that ZeRO-3 holds of other ranks' parameters at once.
+    """
+
+    resident: Mapping[str, int]
+    gradients: int
+    step: int
+    buckets: int = 0
+    gathered: int = 0
+
+
+def published_states(parameters: int, stage: int, ranks: int, *, tensor: int = 1, pipeline: int = 1) -> int:
+    """Bytes of model states per GPU with 16-bit weights and Adam in fp32 (Rajbhandari 2019, figure 1).
+
+    16Ψ; ZeRO-1 4Ψ + 12Ψ/N; ZeRO-2 2Ψ + 14Ψ/N; ZeRO-3 16Ψ/N. Tensor and pipeline parallelism divide Ψ before that:
+    each of their ranks owns parameters/(tensor x pipeline). Raises UserError for a stage that does not exist.
+    """
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"ZeRO stage {stage} does not exist; choose 0 (none), 1, 2 or 3")
+    for name, value in (("parameters", parameters), ("ranks", ranks), ("tensor", tensor), ("pipeline", pipeline)):
+        if value < 1:
+            raise UserError(f"published_states: {name} is {value}; give a whole number above 0")
+    own = -(-parameters // (tensor * pipeline))
+    whole, shared = {0: (16, 0), 1: (4, 12), 2: (2, 14), 3: (0, 16)}[stage]
+    return whole * own + -(-shared * own // ranks)
+
+
+def base_bytes(configuration: Configuration) -> int:
+    """Bytes of the frozen weights, quantised where the configuration says so.
+
+    transformers quantises every matrix of the layers and leaves the embedding, the output layer and norms in 16 bit.
+    """
+    c = configuration
+    if c.base_bits == 16:
+        return c.frozen * c.stream_bytes
+    matrices = c.shape.layers * c.shape.layer_matrices
+    rows = c.shape.layers * sum(rows for rows, _ in c.shape.linears.values())
+    scales = rows if c.base_bits == 8 else matrices // BLOCK_4BIT
+    return matrices * c.base_bits // 8 + scales * FP32 + (c.frozen - matrices) * HALF
+
+
+def states(configuration: Configuration) -> States:
+    """What this configuration's strategy allocates for model states."""
+    c = configuration
+    stage = c.strategy.stage
+    if stage == 0:
+        return _replicated(c)
+    return _zero_3(c) if stage == 3 else _zero_1_2(c)
+
+
+def _replicated(c: Configuration) -> States:
+    """One process, or DDP, whose buckets hold a copy of all gradients (torch/csrc/distributed/c10d/reducer.cpp)."""
+    trained = c.trained * c.trained_bytes
+    resident = {
+        "parameters": base_bytes(c) + trained,
+        "optimizer states": ADAM * trained,
+        "communication buffers": trained if c.strategy.kind == "ddp" else 0,
+    }
+    return States(MappingProxyType(resident), gradients=trained, step=0)
+
+
+def _zero_1_2(c: Configuration) -> States:
+    """deepspeed/runtime/zero/stage_1_and_2.py.
+
+    Resident: the flat 16-bit parameters, this rank's fp32 partition and Adam's two states of it. Backward: stage 2
+    keeps this rank's part of the gradients (``grads_in_partition``), stage 1 all; ``setup_buckets`` allocates the
+    bucket, two with overlap_comm, at the first gradient. Step: the part once more, flat, and once in fp32. With the
+    optimizer in host memory stage 2's gradients go there from the bucket.
+    """
+    trained, ranks, strategy = c.trained, c.strategy.ranks, c.strategy
+    size = c.trained_bytes
+    part = -(-trained // ranks)
+    on_gpu = not strategy.offload_optimizer
+    resident = {
+        "parameters": base_bytes(c) + trained * size,
+        "optimizer states": (1 + ADAM) * FP32 * part if on_gpu else 0,
+    }
+    gradients = trained if strategy.stage == 1 else part if on_gpu else 0
+    buckets = (2 if strategy.overlap_comm else 1) * strategy.reduce_bucket * size
+    return States(
+        MappingProxyType(resident), gradients * size, step=(size + FP32) * part if on_gpu else 0, buckets=buckets
+    )
+
+
+def _zero_3(c: Configuration) -> States:
+    """deepspeed/runtime/zero/stage3.py and partitioned_param_coordinator.py.
+
+    Every parameter is partitioned. Resident besides: ``grad_partitions_flat_buffer`` and one reduce bucket, both made
+    at the start. Gathered parameters stay below stage3_max_live_parameters; with one rank nothing is gathered. The
+    step takes fp32 gradients for one sub-group at a time.
+    """
+    ranks, strategy = c.strategy.ranks, c.strategy
+    part = -(-c.trained // ranks)
+    frozen = -(-base_bytes(c) // ranks)
+    on_gpu = not strategy.offload_optimizer
+    resident = {
+        "parameters": 0 if strategy.offload_parameters else frozen + part * c.trained_bytes,
+        "gradients": part * c.trained_bytes if on_gpu else 0,
+        "optimizer states": (1 + ADAM) * FP32 * part if on_gpu else 0,
+        "communication buffers": strategy.reduce_bucket * c.trained_bytes,
+    }
+    gathers = ranks > 1 or strategy.offload_parameters
+    live = min(strategy.max_live, c.frozen + c.trained) * c.stream_bytes if gathers else 0
+    step = FP32 * min(strategy.sub_group, part) if on_gpu else 0
+    return States(MappingProxyType(resident), gradients=0, step=step, gathered=live)

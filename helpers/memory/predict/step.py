@@ -1,0 +1,171 @@
+"""What is alive at each moment of a training step.
+
+Peaks of different moments do not add up. DeepSpeed allocates ZeRO-2's buckets at the first gradient, and by then the
+logits are gone; gradients exist only when their activations are freed. So each moment is summed on its own. Between
+the first layer and the last the sum changes evenly, so that its ends are enough.
+"""
+
+from collections import Counter
+
+from helpers.memory.predict import constants
+from helpers.memory.predict.activations import (
+    ATTENTION_INPUTS,
+    FP32,
+    casts_weights,
+    checkpoints,
+    kept,
+    kept_until_attention_adapters,
+    layer,
+    total,
+)
+from helpers.memory.predict.shapes import Configuration
+from helpers.memory.predict.states import states
+
+LOSS = "end of forward, loss"
+LOSS_BACKWARD = "backward of the loss"
+OUTPUT_BACKWARD = "backward of the output layer"
+LAST_LAYER = "backward of the last layer"
+FIRST_GRADIENT = "first gradient"
+FIRST_LAYER = "backward of the first layer"
+EMBEDDING = "backward of the embedding"
+STEP = "optimizer step"
+
+
+class Step:
+    """One step of a configuration, from the second on: the first has no optimizer states yet."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        c = self._c = configuration
+        self._states = states(c)
+        self._kept = kept(c)
+        self._layer = layer(c)
+        # cuBLAS's workspace and the rotary frequencies, two copies of head_dim / 4.
+        buffers = constants.CUBLAS_WORKSPACE + 2 * FP32 * (c.shape.head_dim // 4)
+        self._resident = Counter({**self._states.resident, "buffers": buffers})
+        # From forward to the end of backward: what ZeRO-3 gathers, and the gradients of earlier micro-batches.
+        self._passing = self._resident + Counter({"communication buffers": self._states.gathered})
+        if c.accumulation > 1:
+            self._passing += Counter({"gradients": self._states.gradients})
+        self._buckets = Counter({"communication buffers": self._states.buckets})
+
+    def moments(self) -> dict[str, Counter[str]]:
+        """Bytes of tensors by item, for each moment."""
+        found = {
+            LOSS: self._loss(),
+            LOSS_BACKWARD: self._loss_backward(),
+            OUTPUT_BACKWARD: self._output_backward(),
+            LAST_LAYER: self._last_layer(),
+            FIRST_LAYER: self._first_layer(),
+        }
+        if self._late_buckets():
+            found[FIRST_GRADIENT] = self._first_gradient()
+        if self._c.lora is None:
+            found[EMBEDDING] = self._embedding()
+        return found | {STEP: self._optimizer()}
+
+    def _forward(self) -> Counter[str]:
+        return self._passing + Counter(
+            {"activations": total(self._kept), "parameters": total(self._kept, weights=True)}
+        )
+
+    def _loss(self) -> Counter[str]:
+        """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
+
+        Autocast remembers its casts of weights until forward ends, though checkpointing does not keep them.
+        """
+        c = self._c
+        half = c.compute_bytes if c.compute_bytes < FP32 else 0
+        casts = c.shape.layers * c.shape.layer_matrices * c.compute_bytes
+        remembered = casts if casts_weights(c) and c.checkpointing else 0
+        logits = self._logits() * (FP32 + FP32 + half)
+        return self._forward() + Counter({"logits and loss": logits, "parameters": remembered})
+
+    def _loss_backward(self) -> Counter[str]:
+        """The kept log-softmax, nll_loss's gradient and log-softmax's, all fp32; the logits themselves are freed."""
+        return self._forward() + Counter({"logits and loss": 3 * FP32 * self._logits()})
+
+    def _output_backward(self) -> Counter[str]:
+        """The output layer's gradient as it is made: autocast computes it in 16 bit, then casts."""
+        c = self._c
+        size = 0 if c.lora else c.trained_bytes + (c.compute_bytes if casts_weights(c) else 0)
+        logits = self._logits() * c.compute_bytes
+        return self._forward() + Counter({"logits and loss": logits, "gradients": c.shape.embedding * size})
+
+    def _last_layer(self) -> Counter[str]:
+        """The layer that backward reaches first: every activation is still there."""
+        held = self._forward() + self._gradients(self._c.shape.embedding if self._c.lora is None else 0)
+        held += Counter({"activations": self._layer_backward()}) + (
+            Counter() if self._late_buckets() else self._buckets
+        )
+        return held + self._recomputed()
+
+    def _late_buckets(self) -> bool:
+        # DeepSpeed makes its buckets at the first gradient: the output layer's, or an adapter's within the last layer.
+        return self._c.lora is not None and set(self._c.lora.targets) <= set(ATTENTION_INPUTS)
+
+    def _first_gradient(self) -> Counter[str]:
+        """In the last layer's attention, when DeepSpeed makes its buckets: the layer's MLP is freed by then."""
+        c, shape = self._c, self._c.shape
+        left = total(kept_until_attention_adapters(c)) - (0 if c.checkpointing else total(self._layer))
+        # Gradients of q, k and v, of their input, and of the residual stream.
+        widths = (shape.query + 2 * shape.key_value + shape.hidden) * c.compute_bytes
+        in_flight = c.tokens * (widths + shape.hidden * c.stream_bytes)
+        held = self._forward() + self._buckets
+        held["activations"] += left + in_flight
+        return held
+
+    def _first_layer(self) -> Counter[str]:
+        """The layer that backward reaches last: nearly all gradients, only this layer's activations."""
+        c = self._c
+        done = c.trained
+        if c.lora is None:  # all but this layer's, down_proj's apart, and the embedding's
+            done -= c.shape.layer_parameters - c.shape.hidden * c.shape.intermediate
+            done -= 0 if c.shape.tied else c.shape.embedding
+        held = self._passing + self._buckets + self._gradients(done)
+        held["activations"] += self._layer_backward()
+        if c.checkpointing:
+            held["activations"] += total(checkpoints(c)) // c.shape.layers
+            return held + self._recomputed()
+        return held + Counter({"activations": total(self._layer), "parameters": total(self._layer, weights=True)})
+
+    def _embedding(self) -> Counter[str]:
+        """The last gradient: those of all parameters, and that of the residual stream."""
+        c = self._c
+        stream = Counter({"activations": c.tokens * c.shape.hidden * c.stream_bytes})
+        return self._passing + self._buckets + stream + self._gradients(c.trained)
+
+    def _optimizer(self) -> Counter[str]:
+        """Fused Adam works in place; DeepSpeed makes fp32 gradients for it."""
+        return self._resident + Counter({"gradients": self._states.gradients + self._states.step})
+
+    def _logits(self) -> int:
+        return self._c.tokens * self._c.shape.vocab
+
+    def _recomputed(self) -> Counter[str]:
+        """With checkpointing, what one layer keeps is made anew for its backward."""
+        if not self._c.checkpointing:
+            return Counter()
+        return Counter({"activations": total(self._layer), "parameters": total(self._layer, weights=True)})
+
+    def _gradients(self, done: int) -> Counter[str]:
+        """Gradients of the ``done`` parameters that backward has passed, at most what the strategy keeps of them."""
+        c, whole = self._c, self._states.gradients
+        if c.accumulation > 1:  # they are there already
+            return Counter()
+        # DeepSpeed's stage 2 makes room for its whole part at the first reduction.
+        at_once = c.strategy.stage == 2 and done > 0
+        return Counter({"gradients": whole if at_once else min(whole, done * c.trained_bytes)})
+
+    def _layer_backward(self) -> int:
+        """Gradients in flight within a layer, beside what it kept: the larger of its MLP's and its norm's.
+
+        MLP: that of down_proj's input, and those of both factors of SwiGLU; a kept down_proj input is freed by then.
+        Norm: the factors of x · 1/rms and of its square, five in fp32. Both: the residual stream's.
+        """
+        c = self._c
+        narrow = c.tokens * c.shape.intermediate * c.compute_bytes
+        mlp = (2 if c.lora is None or c.strategy.stage == 3 else 3) * narrow
+        norm = 5 * c.tokens * c.shape.hidden * FP32
+        # bitsandbytes makes a quantised matrix whole in 16 bit for the product.
+        dequantised = 2 * c.shape.hidden * c.shape.intermediate * c.compute_bytes if c.base_bits < 16 else 0
+        return max(mlp, norm) + c.tokens * c.shape.hidden * c.stream_bytes + dequantised

@@ -1,0 +1,246 @@
+"""Predicted beside measured GPU memory, for many configurations, on every GPU of this machine.
+
+    python tests/benchmarks/prediction.py [--results notebooks/results/prediction.json] [--only TEXT]
+
+Each configuration trains a few steps in fresh processes: models of 0.7 billion parameters, and ChatGLM3-6B's full
+size with LoRA, all with random weights made on the GPU. About two minutes on an H100; needs 40 GiB.
+"""
+
+import argparse
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from helpers.errors import UserError, exit_with_one_line
+from helpers.files import replacing
+from helpers.hardware import describe
+from helpers.memory.predict import Configuration, Lora, ModelShape, Strategy, predict
+from helpers.memory.timeline import GIB
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "notebooks" / "results" / "prediction.json"
+TIMEOUT_SECONDS = 60
+# Adam's states are there from the second step on.
+STEPS = 3
+# Longest row of each batch where rows differ, as a share of the length: what the collator of the real job does.
+VARYING = (0.75, 1.0, 0.6, 0.9, 1.0, 0.8)
+
+MEDIUM = ModelShape(hidden=2048, layers=8, heads=16, kv_groups=2, head_dim=128, intermediate=6848)
+SMALL_BUCKET = 4_000_000
+
+
+def configurations(ranks: int) -> dict[str, Configuration]:
+    """What is measured, by name; on one GPU DDP and ZeRO run with one rank."""
+
+    def medium(lora: bool = False, kind: str = "single", rows: int = 4, length: int = 512, **changes: Any):
+        strategy = {key: changes.pop(key) for key in ("reduce_bucket", "overlap_comm") if key in changes}
+        precision = changes.pop("precision", "bf16" if kind.startswith("zero") else "autocast")
+        return Configuration(
+            shape=MEDIUM,
+            lora=Lora() if lora else None,
+            precision=precision,
+            strategy=Strategy(kind, 1 if kind == "single" else ranks, **strategy),
+            rows=rows,
+            length=length,
+            **changes,
+        )
+
+    small, large = {"reduce_bucket": SMALL_BUCKET}, {"overlap_comm": True}
+    return {
+        "full, fp32": medium(precision="fp32"),
+        "full, autocast": medium(),
+        "full, autocast, checkpointing": medium(checkpointing=True),
+        "full, autocast, one long row": medium(rows=1, length=4096),
+        "full, 16-bit weights": medium(precision="bf16"),
+        "full, autocast, DDP": medium(kind="ddp", rows=8, length=256),
+        "full, ZeRO-1, small buckets": medium(kind="zero-1", **small),
+        "full, ZeRO-2, small buckets": medium(kind="zero-2", **small),
+        "full, ZeRO-2, published buckets": medium(kind="zero-2", **large),
+        "full, ZeRO-3": medium(kind="zero-3", **small),
+        "full, ZeRO-3, checkpointing": medium(kind="zero-3", rows=8, length=1024, checkpointing=True, **small),
+        "LoRA, autocast": medium(lora=True),
+        "LoRA, autocast, rows differ": medium(lora=True, rows=16, length=384, padded=True),
+        "LoRA, autocast, checkpointing": medium(lora=True, rows=8, length=1024, checkpointing=True),
+        "LoRA, ZeRO-2, published buckets": medium(lora=True, kind="zero-2", **large),
+        "LoRA, ZeRO-3": medium(lora=True, kind="zero-3", **small),
+        "6B LoRA, DDP, rows differ": Configuration(strategy=Strategy("ddp", ranks), rows=4, length=183, padded=True),
+        "6B LoRA, DDP, checkpointing": Configuration(strategy=Strategy("ddp", ranks), checkpointing=True),
+    }
+
+
+def build(configuration: Configuration, device: torch.device) -> torch.nn.Module:
+    """The model, made on ``device`` with random weights, with its adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GlmConfig, GlmForCausalLM
+
+    c, shape = configuration, configuration.shape
+    config = GlmConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_groups,
+        head_dim=shape.head_dim,
+        attention_bias=shape.qkv_bias,
+        tie_word_embeddings=shape.tied,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    dtype = torch.float32 if c.stream_bytes == 4 else torch.bfloat16
+    with device:
+        model = GlmForCausalLM._from_config(config, dtype=dtype)
+    if c.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if c.lora:
+        adapter = LoraConfig(
+            r=c.lora.r, lora_dropout=c.lora.dropout, target_modules=list(c.lora.targets), task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, adapter)
+    return model.train()
+
+
+def batch(configuration: Configuration, step: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random tokens; where rows differ, each is shorter than the one before, padded on the left."""
+    c = configuration
+    if not c.padded:
+        ids = torch.randint(1, c.shape.vocab, (c.rows, c.length), device=device)
+        return {"input_ids": ids, "labels": ids}
+    longest = max(2, round(c.length * VARYING[step % len(VARYING)]))
+    ids = torch.randint(1, c.shape.vocab, (c.rows, longest), device=device)
+    padding = torch.arange(c.rows, device=device)[:, None] * (longest // (2 * c.rows))
+    mask = torch.arange(longest, device=device)[None, :] >= padding
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+def train(configuration: Configuration) -> dict[str, Any]:
+    """Train a few steps on this rank, in its process group; the losses and the number of trained parameters."""
+    c = configuration
+    device = torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(0)
+    model = build(c, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.numel() for p in parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    engine = None
+    if c.strategy.stage:
+        engine = model = _deepspeed(c, model, optimizer)
+    elif c.strategy.kind == "ddp":
+        ids = [device] if device.type == "cuda" else None
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    autocast = torch.autocast(device.type, torch.bfloat16) if c.precision == "autocast" else nullcontext()
+    losses = []
+    for step in range(len(VARYING) if c.padded else STEPS):
+        inputs = batch(c, step, device)
+        with autocast:
+            loss = model(**inputs).loss
+        losses.append(loss.item())
+        if engine is not None:
+            engine.backward(loss)
+            engine.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        del loss
+    return {"losses": losses, "trained_parameters": trained}
+
+
+def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    import deepspeed  # looks for its accelerator when it is imported
+
+    from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+
+    share_world_group()
+    if dist.get_backend() != "nccl":
+        skip_cpu_collectives()
+    strategy = c.strategy
+    config = {
+        "train_micro_batch_size_per_gpu": c.rows,
+        "bf16": {"enabled": c.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": strategy.stage,
+            "reduce_bucket_size": strategy.reduce_bucket,
+            "overlap_comm": strategy.overlap_comm,
+            "stage3_max_live_parameters": strategy.max_live,
+            "sub_group_size": strategy.sub_group,
+        },
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def record(configuration: Configuration, measured: list[dict[str, int | None]], outcome: dict[str, Any]) -> dict:
+    """One configuration's entry: its prediction, each rank's measured bytes, the errors in percent."""
+    prediction = predict(configuration)
+    assert outcome["trained_parameters"] == configuration.trained, (outcome, configuration.trained)
+
+    def error(predicted: int, name: str) -> float | None:
+        peaks = [rank[name] for rank in measured if rank[name] is not None]
+        return 100 * (predicted / max(peaks) - 1) if peaks else None
+
+    return {
+        "configuration": dataclasses.asdict(configuration),
+        "peak": prediction.peak,
+        "predicted": dict(prediction.items),
+        "predicted_moments": dict(prediction.moments),
+        "predicted_allocated": prediction.allocated,
+        "predicted_reserved": prediction.reserved,
+        "predicted_total": prediction.total,
+        "measured": measured,
+        "error_percent": error(prediction.total, "nvml"),
+        "allocated_error_percent": error(prediction.allocated, "allocated"),
+        "reserved_error_percent": error(prediction.reserved, "reserved"),
+        "losses": outcome["losses"],
+    }
+
+
+def line(name: str, entry: dict[str, Any]) -> str:
+    """One configuration for the terminal, in GiB."""
+    parts = [f"{name:34}"]
+    for label, predicted, measured in (
+        ("allocated", entry["predicted_allocated"], "allocated"),
+        ("reserved", entry["predicted_reserved"], "reserved"),
+        ("NVML", entry["predicted_total"], "nvml"),
+    ):
+        peak = max(rank[measured] for rank in entry["measured"])
+        parts.append(f"{label} {predicted / GIB:6.2f} | {peak / GIB:6.2f} ({100 * (predicted / peak - 1):+5.1f} %)")
+    return "  ".join([*parts, entry["peak"]])
+
+
+def main() -> None:
+    from helpers.launch import run
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    arguments = parser.parse_args()
+    machine = describe()
+    if not machine.gpus:
+        raise UserError("no GPU here; this measures GPU memory")
+    ranks = len(machine.gpus)
+    chosen = {name: c for name, c in configurations(ranks).items() if arguments.only in name}
+    if not chosen:
+        raise UserError(f"--only {arguments.only}: no such configuration; there are {', '.join(configurations(ranks))}")
+    entries: dict[str, Any] = {}
+    for name, configuration in chosen.items():
+        result = run(train, configuration.strategy.ranks, configuration=configuration, timeout=TIMEOUT_SECONDS)
+        measured = [
+            {"allocated": rank.allocated, "reserved": rank.reserved, "nvml": rank.nvml} for rank in result.memory.ranks
+        ]
+        entries[name] = record(configuration, measured, result.results[0])
+        print(line(name, entries[name]), flush=True)
+        content = {"machine": dataclasses.asdict(machine), "configurations": entries}
+        with replacing(arguments.results) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
