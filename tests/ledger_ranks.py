@@ -68,6 +68,13 @@ def local(tensor):
     return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
 
 
+def release_collectives():
+    """Give gloo's threads something else to do: each may hold the tensors of its last collective until then."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        for work in [dist.barrier(group, async_op=True) for _ in range(16)]:
+            work.wait()
+
+
 class Case:
     """Records what the ledger and the garbage collector say at the moments of one training."""
 
@@ -76,7 +83,8 @@ class Case:
         # Held, so that none of their addresses is used again.
         self.outside = tensors()
         self.batch = torch.randn(5, WIDTH)
-        self.outside.append(self.batch)
+        self.more_than_counted = torch.zeros(1, dtype=torch.int)
+        self.outside += [self.batch, self.more_than_counted]
         self.moments = {}
 
     def note(self, moment, model, optimizer=None, more=(), activations=None):
@@ -85,12 +93,15 @@ class Case:
         outside = [
             tensor for tensor in (*self.outside, *more) if local(tensor).untyped_storage().data_ptr() not in kept
         ]
-        # A thread of gloo's may hold the tensors of a collective a little longer than it lasts.
-        for _ in range(20):
-            known = alive(outside)
-            if known <= ledger.total:
-                break
-            gc.collect()
+        known = alive(outside)
+        if moment != "inside backward":
+            for _ in range(50):
+                release_collectives()
+                known = alive(outside)
+                self.more_than_counted[0] = known > ledger.total
+                dist.all_reduce(self.more_than_counted, dist.ReduceOp.MAX)
+                if not self.more_than_counted:  # on no rank
+                    break
         self.moments[moment] = {"ledger": asdict(ledger), "alive": known}
 
 

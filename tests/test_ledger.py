@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from small_chatglm import random_model, small_config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.errors import UserError
 from helpers.memory.activations import SavedActivations, block_name
@@ -282,6 +284,50 @@ def test_checkpointed_chatglm3_keeps_its_layers_inputs_and_what_they_share(reent
     assert [by_module[f"model.layers.{n}"] for n in (1, 2)] == [layer, layer]
     assert by_module["model.layers.0"] == layer + sum(shared.values())
     del seen["given"], seen["input"]
+    loss.backward()
+    del loss
+    assert activations.total == 0
+
+
+class OldLayer(GradientCheckpointingLayer):
+    """A layer that checkpoints around its hooks, as those of transformers up to 5.17 do."""
+
+    gradient_checkpointing = True
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 8)
+        self.reentrant = reentrant
+        self._gradient_checkpointing_func = lambda function, *args: function(*args)  # not a second time inside
+
+    def __call__(self, *args, **kwargs):
+        return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=self.reentrant)
+
+    def forward(self, x, scale):
+        return self.down(self.up(x).relu()) * scale
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_inputs_that_the_caller_saves_for_a_checkpointed_layer_are_the_layers(reentrant):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.layers = nn.ModuleList(OldLayer(reentrant) for _ in range(3))
+
+        def forward(self, x):
+            x, scale = self.first(x), torch.rand(8)
+            for layer in self.layers:
+                x = layer(x, scale=scale)
+            return x
+
+    model = Model()
+    with SavedActivations(model) as activations:
+        loss = model(torch.randn(3, 8)).sum()
+    each = 4 * 3 * 8
+    expected = {"first": each, "layers.0": each + 4 * 8, "layers.1": each, "layers.2": each}
+    assert activations.by_module == expected
     loss.backward()
     del loss
     assert activations.total == 0

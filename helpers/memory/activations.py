@@ -63,6 +63,7 @@ class SavedActivations:
         self._total = 0
         self._peak = 0
         self._running: list[tuple[str, nn.Module]] = []
+        self._inputs: dict[tuple[torch.device, int], str] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "SavedActivations":
@@ -123,6 +124,10 @@ class SavedActivations:
             self._running.append((name, module))
             checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
             if checkpointed and module.training:
+                # transformers before 5.23 checkpoints around this hook: then it is the caller that saves the inputs.
+                self._inputs = {storage[:2]: name for tensor in tensors_in(args) for storage in storages(tensor)}
+                for key in self._inputs.keys() & self._alive.keys():
+                    self._alive[key].module = name
                 for tensor in tensors_in(kwargs):
                     self._keep_in_closure(tensor)
 
@@ -156,7 +161,8 @@ class SavedActivations:
         with self._lock:
             kept = self._alive.get(storage[:2])
             if kept is None:
-                kept = _Kept(storage, self._running[-1][0] if self._running else "")
+                running = self._running[-1][0] if self._running else ""
+                kept = _Kept(storage, self._inputs.get(storage[:2], running))
                 self._alive[storage[:2]] = kept
                 self._total += storage.nbytes
                 self._peak = max(self._peak, self._total)

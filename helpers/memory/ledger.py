@@ -210,7 +210,7 @@ def _add_fsdp(census: _Census, model: nn.Module) -> None:
 
 
 def _fsdp_groups(state: Any) -> Iterable[Any]:
-    if hasattr(state, "_fsdp_param_groups"):  # since torch 2.12
+    if hasattr(state, "_fsdp_param_groups"):  # torch 2.11 has only the one
         return state._fsdp_param_groups
     return [state._fsdp_param_group] if state._fsdp_param_group else []
 

@@ -25,7 +25,7 @@ def storages(tensor: Tensor) -> Iterator[Storage]:
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             inner = getattr(tensor, name)
-            if isinstance(inner, Tensor):  # a DTensor's mesh is among them since torch 2.13
+            if isinstance(inner, Tensor):  # after torch 2.11 a DTensor's mesh is among them
                 yield from storages(inner)
     elif tensor.layout == torch.sparse_coo:
         yield from storages(tensor._indices())
