@@ -124,7 +124,7 @@ class SavedActivations:
             self._running.append((name, module))
             checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
             if checkpointed and module.training:
-                # transformers before 5.23 checkpoints around this hook: then it is the caller that saves the inputs.
+                # Older transformers (5.17) checkpoint around this hook: there it is the caller that saves the inputs.
                 self._inputs = {storage[:2]: name for tensor in tensors_in(args) for storage in storages(tensor)}
                 for key in self._inputs.keys() & self._alive.keys():
                     self._alive[key].module = name
