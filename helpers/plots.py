@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from helpers.errors import UserError
 from helpers.files import replacing
 from helpers.memory.phases import Phase, across_ranks
 from helpers.memory.timeline import GIB, GpuCurve, Timeline
+from helpers.memory.units import Unit, unit_for
 
 # Okabe and Ito's palette (Color Universal Design, 2008), its yellow, which is too pale for lines, replaced by grey.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY = (
@@ -42,6 +44,15 @@ CATEGORY_COLOURS = {
     "communication buffers": PURPLE,
     "buffers": SKY,
     "other": GREY,
+    # What only a prediction, or only a measurement, tells apart: tints of what it is near to, greys, browns.
+    "logits and loss": "#F4B183",
+    "not counted: temporaries": "#F0E442",
+    "allocator rounding": "#E3E3E3",
+    "allocator cache": "#C4C4C4",
+    "not told apart": "#A6A6A6",
+    "NCCL": "#B08A52",
+    "CUDA context and NCCL": "#6E5A3C",
+    "CUDA context": "#2B2B2B",
 }
 
 TEXT_SIZE = 13
@@ -307,6 +318,55 @@ def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str) -> CourseFi
         frameon=False,
     )
     return fig
+
+
+def memory_sources(ranks: Mapping[str, Mapping[str, Mapping[str, int] | None]], title: str) -> CourseFigure:
+    """What each source says of one configuration's memory: stacked bars side by side, one panel per rank.
+
+    ``ranks`` is ``{"rank 0": {"predicted": {item: bytes}, "counted": …, "NVML": None}}`` (see
+    :attr:`helpers.memory.report.RankReport.bars`). None stands for no number, and is shown as "not available". All
+    panels share one axis in GiB, MiB or KiB, and the colours of ``CATEGORY_COLOURS``. Raises :class:`UserError` where
+    there is no rank, or a part is negative or has no colour.
+    """
+    if not ranks:
+        raise UserError("there is no rank whose memory could be drawn")
+    bars = [parts or {} for sources in ranks.values() for parts in sources.values()]
+    for item, size in (pair for parts in bars for pair in parts.items()):
+        if item not in CATEGORY_COLOURS:
+            raise UserError(f"{item!r} of a bar has no colour; give some of {', '.join(CATEGORY_COLOURS)}")
+        if size < 0:
+            raise UserError(f"{item!r} of a bar is {size} bytes; memory cannot be negative")
+    unit = unit_for(sum(parts.values()) for parts in bars)
+    rows = -(-len(ranks) // 2)
+    fig = _figure(title, width=8 if len(ranks) == 1 else 13, height=1.9 + 3.9 * rows)
+    panels = fig.subplots(rows, 2 if len(ranks) > 1 else 1, squeeze=False, sharey=True).flatten()
+    for axes, (name, sources) in zip(panels, ranks.items(), strict=False):
+        _draw_sources(axes, sources, unit)
+        _label(axes, name, "", f"memory ({unit.name})")
+        axes.tick_params(axis="x", length=0)
+        axes.tick_params(axis="y", labelleft=True)
+        axes.set_ylim(0, 1.1 * max(max(sum(parts.values()) for parts in bars) / unit.size, 0.01))
+    for axes in panels[len(ranks) :]:
+        axes.set_visible(False)
+    present = {item for parts in bars for item, size in parts.items() if size}
+    patches = [Patch(color=colour, label=item) for item, colour in CATEGORY_COLOURS.items() if item in present]
+    fig.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
+    return fig
+
+
+def _draw_sources(axes: Axes, sources: Mapping[str, Mapping[str, int] | None], unit: Unit) -> None:
+    for place, parts in enumerate(sources.values()):
+        bottom = 0.0
+        for item in CATEGORY_COLOURS:
+            height = (parts or {}).get(item, 0) / unit.size
+            if height:
+                colour = CATEGORY_COLOURS[item]
+                axes.bar(place, height, 0.72, bottom, color=colour, edgecolor="white", linewidth=0.6)
+                bottom += height
+        label = unit.amount(sum(parts.values())) if parts is not None else "not\navailable"
+        axes.text(place, bottom, label, ha="center", va="bottom", fontsize=SMALL_SIZE)
+    axes.set_xticks(range(len(sources)), list(sources))
+    axes.set_xlim(-0.6, len(sources) - 0.4)
 
 
 def token_lengths(lengths: Sequence[int], limit: int, title: str) -> CourseFigure:

@@ -19,6 +19,7 @@ from helpers.plots import (
     RANK_COLOURS,
     loss_and_memory,
     memory_bars,
+    memory_sources,
     memory_timeline,
     save_figure,
     score_bars,
@@ -303,7 +304,7 @@ def test_notebooks_get_a_png_of_modest_size():
 
 def test_colours_are_distinct():
     assert len(set(RANK_COLOURS)) == len(RANK_COLOURS) == 8
-    assert len(set(CATEGORY_COLOURS.values())) == len(CATEGORY_COLOURS) == 7
+    assert len(set(CATEGORY_COLOURS.values())) == len(CATEGORY_COLOURS) == 15
 
 
 def test_pyplot_and_its_backends_are_left_alone():
@@ -326,6 +327,78 @@ def test_memory_bars_stack_to_the_sum_that_stands_beside_them():
         memory_bars({"DDP": {"parameters": -1.0}}, "title")
     with pytest.raises(UserError, match="no bars"):
         memory_bars({}, "title")
+
+
+# --- what every source says
+
+
+def sources(nvml=True):
+    counted = {"parameters": 12 * GIB, "activations": 3 * GIB}
+    allocated = counted | {"not counted: temporaries": GIB}
+    return {
+        "predicted": counted | {"logits and loss": GIB // 2, "CUDA context": GIB // 2},
+        "counted": counted,
+        "allocated": allocated,
+        "reserved": allocated | {"allocator cache": GIB},
+        "NVML": allocated | {"allocator cache": GIB, "CUDA context and NCCL": 2 * GIB} if nvml else None,
+    }
+
+
+def test_sources_stand_side_by_side_each_with_its_sum():
+    [axes] = memory_sources({"rank 0": sources()}, "title").axes
+    assert (axes.get_title(), axes.get_ylabel()) == ("rank 0", "memory (GiB)")
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(sources())
+    assert [text.get_text() for text in axes.texts] == ["16.00", "15.00", "16.00", "17.00", "19.00"]
+    tops = [0.0] * 5
+    for bar in axes.patches:
+        place = round(bar.get_x() + bar.get_width() / 2)
+        assert bar.get_y() == pytest.approx(tops[place])  # on the one below
+        tops[place] += bar.get_height()
+    assert tops == pytest.approx([16, 15, 16, 17, 19])
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 19
+
+
+def test_a_source_without_a_number_says_so():
+    [axes] = memory_sources({"rank 0": sources(nvml=False)}, "no driver").axes
+    assert [text.get_text() for text in axes.texts][-1] == "not\navailable"
+    small = {"predicted": None, "counted": {"parameters": 3 * 2**20}}
+    [axes] = memory_sources({"rank 0": small}, "CPU").axes
+    assert axes.get_ylabel() == "memory (MiB)" and [text.get_text() for text in axes.texts][1] == "3.00"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_share_an_axis_and_no_label_overlaps_another(ranks):
+    largest = {item: 1000 * GIB for item in CATEGORY_COLOURS}
+    shown = {f"rank {rank}": {name: largest for name in sources()} for rank in range(ranks)}
+    fig = memory_sources(shown, "everything at once, with long numbers")
+    fig.draw_without_rendering()
+    panels = [axes for axes in fig.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == list(shown)
+    assert len({axes.get_ylim() for axes in panels}) == 1
+    [key] = fig.legends
+    assert [text.get_text() for text in key.get_texts()] == list(CATEGORY_COLOURS)
+    texts = [fig.texts[0], *key.get_texts()]
+    for axes in panels:
+        low, high = axes.get_ylim()
+        texts += [axes.title, *axes.texts, *axes.get_xticklabels(), axes.yaxis.label]
+        texts += [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    extents = [text.get_window_extent() for text in texts]
+    for number, box in enumerate(extents):
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1
+        assert not any(box.overlaps(other) for other in extents[number + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "says"),
+    [
+        ({}, "no rank"),
+        ({"rank 0": {"counted": {"parameters": -1}}}, "memory cannot be negative"),
+        ({"rank 0": {"counted": {"weights": 1}}}, "'weights' of a bar has no colour"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(ranks, says):
+    with pytest.raises(UserError, match=says):
+        memory_sources(ranks, "title")
 
 
 def test_token_lengths_shows_the_limit_only_where_it_is_near():
