@@ -96,7 +96,7 @@ def build(configuration: Configuration, device: torch.device) -> torch.nn.Module
     with device:
         model = GlmForCausalLM._from_config(config, dtype=dtype)
     if c.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if c.lora:
         adapter = LoraConfig(
             r=c.lora.r, lora_dropout=c.lora.dropout, target_modules=list(c.lora.targets), task_type="CAUSAL_LM"
