@@ -136,8 +136,8 @@ def autograd_keeps(c: Configuration) -> int:
 
 def cpu_differences(c: Configuration) -> int:
     """What flash on the CPU, which runs with and without a mask, keeps beyond the kernels of CUDA."""
-    # Efficient lays its output out so that o_proj can use it; flash does not, and full training keeps a copy.
-    copied = c.padded and c.lora is None and not c.checkpointing
+    # In fp32 efficient lays its output out so that o_proj can use it; flash does not, and full training keeps a copy.
+    copied = c.precision == "fp32" and c.lora is None and not c.checkpointing
     return c.shape.layers * c.tokens * c.shape.query * c.compute_bytes if copied else 0
 
 
@@ -210,7 +210,7 @@ def test_the_6b_job_is_within_five_percent_of_what_one_h100_measured(run, deepsp
     # 183 tokens is the longest row of that benchmark.
     job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), ranks=1, length=183)
     prediction = predict(job)
-    assert prediction.allocated / GIB == pytest.approx(measured["torch_allocated_gib"][0], rel=0.05)
+    assert prediction.allocated / GIB == pytest.approx(measured["torch_allocated_gib"][0], rel=0.01)
     used = measured["nvml_peak_gib"][0] - measured["nvml_before_gib"][0]
     assert prediction.total / GIB == pytest.approx(used, rel=0.05)
 
