@@ -96,7 +96,12 @@ def build(configuration: Configuration, device: torch.device) -> torch.nn.Module
     with device:
         model = GlmForCausalLM._from_config(config, dtype=dtype)
     if c.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if c.strategy.stage == 3:
+        # Partitioned before it gets its adapter, as by from_pretrained: the adapter then stays in fp32.
+        import deepspeed  # looks for its accelerator when it is imported
+
+        deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(c))
     if c.lora:
         adapter = LoraConfig(
             r=c.lora.r, lora_dropout=c.lora.dropout, target_modules=list(c.lora.targets), task_type="CAUSAL_LM"
@@ -125,9 +130,11 @@ def train(configuration: Configuration) -> dict[str, Any]:
     if dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(0)
+    if c.strategy.stage:
+        prepare_deepspeed()
     model = build(c, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    trained = sum(p.numel() for p in parameters)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3 leaves a part of each
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     engine = None
     if c.strategy.stage:
@@ -153,16 +160,10 @@ def train(configuration: Configuration) -> dict[str, Any]:
     return {"losses": losses, "trained_parameters": trained}
 
 
-def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    import deepspeed  # looks for its accelerator when it is imported
-
-    from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
-
-    share_world_group()
-    if dist.get_backend() != "nccl":
-        skip_cpu_collectives()
+def deepspeed_config(c: Configuration) -> dict[str, Any]:
+    """The DeepSpeed file of a configuration."""
     strategy = c.strategy
-    config = {
+    return {
         "train_micro_batch_size_per_gpu": c.rows,
         "bf16": {"enabled": c.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
@@ -174,7 +175,23 @@ def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.
             "sub_group_size": strategy.sub_group,
         },
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def prepare_deepspeed() -> None:
+    """What has to be settled before DeepSpeed starts."""
+    from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+
+    share_world_group()
+    if dist.get_backend() != "nccl":
+        skip_cpu_collectives()
+
+
+def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    import deepspeed  # looks for its accelerator when it is imported
+
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(c), dist_init_required=False)[
+        0
+    ]
 
 
 def record(configuration: Configuration, measured: list[dict[str, int | None]], outcome: dict[str, Any]) -> dict:

@@ -215,8 +215,12 @@ class Configuration:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained parameter. PEFT keeps an adapter in fp32; DeepSpeed casts the whole module."""
-        if self.lora and not self.strategy.stage:
+        """Bytes of a trained parameter.
+
+        PEFT makes an adapter in fp32. DeepSpeed casts it with the whole module, but not under ZeRO-3, where the module
+        was partitioned while it was read (``_cast_module_mixed_precision`` in deepspeed/runtime/engine.py).
+        """
+        if self.lora and self.strategy.stage in (0, 3):
             return 4
         return self.stream_bytes
 

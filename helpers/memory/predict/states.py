@@ -112,8 +112,8 @@ def _zero_3(c: Configuration) -> States:
     """deepspeed/runtime/zero/stage3.py and partitioned_param_coordinator.py.
 
     Every parameter is partitioned. Resident besides: ``grad_partitions_flat_buffer`` and one reduce bucket, both made
-    at the start. Gathered parameters stay below stage3_max_live_parameters; with one rank nothing is gathered. The
-    step takes fp32 gradients for one sub-group at a time.
+    at the start and of the weights' type. Gathered parameters stay below stage3_max_live_parameters; with one rank
+    nothing is gathered. The step takes fp32 gradients for one sub-group at a time.
     """
     ranks, strategy = c.strategy.ranks, c.strategy
     part = -(-c.trained // ranks)
@@ -121,9 +121,9 @@ def _zero_3(c: Configuration) -> States:
     on_gpu = not strategy.offload_optimizer
     resident = {
         "parameters": 0 if strategy.offload_parameters else frozen + part * c.trained_bytes,
-        "gradients": part * c.trained_bytes if on_gpu else 0,
+        "gradients": part * c.stream_bytes if on_gpu else 0,
         "optimizer states": (1 + ADAM) * FP32 * part if on_gpu else 0,
-        "communication buffers": strategy.reduce_bucket * c.trained_bytes,
+        "communication buffers": strategy.reduce_bucket * c.stream_bytes,
     }
     gathers = ranks > 1 or strategy.offload_parameters
     live = min(strategy.max_live, c.frozen + c.trained) * c.stream_bytes if gathers else 0

@@ -68,6 +68,15 @@ class Step:
             {"activations": total(self._kept), "parameters": total(self._kept, weights=True)}
         )
 
+    def _behind_output(self) -> Counter[str]:
+        """What is left when backward reaches the last layer; with checkpointing the last norm's input is gone.
+
+        Without, the moment is that of the norm itself, or so little later that its input matters less than the MLP.
+        """
+        if not self._c.checkpointing:
+            return self._forward()
+        return self._passing + Counter({"activations": total(checkpoints(self._c))})
+
     def _loss(self) -> Counter[str]:
         """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
 
@@ -93,7 +102,7 @@ class Step:
 
     def _last_layer(self) -> Counter[str]:
         """The layer that backward reaches first: every activation is still there."""
-        held = self._forward() + self._gradients(self._c.shape.embedding if self._c.lora is None else 0)
+        held = self._behind_output() + self._gradients(self._c.shape.embedding if self._c.lora is None else 0)
         held += Counter({"activations": self._layer_backward()}) + (
             Counter() if self._late_buckets() else self._buckets
         )
@@ -110,7 +119,7 @@ class Step:
         # Gradients of q, k and v, of their input, and of the residual stream.
         widths = (shape.query + 2 * shape.key_value + shape.hidden) * c.compute_bytes
         in_flight = c.tokens * (widths + shape.hidden * c.stream_bytes)
-        held = self._forward() + self._buckets
+        held = self._behind_output() + self._buckets
         held["activations"] += left + in_flight
         return held
 
@@ -143,9 +152,12 @@ class Step:
 
     def _recomputed(self) -> Counter[str]:
         """With checkpointing, what one layer keeps is made anew for its backward."""
-        if not self._c.checkpointing:
+        c = self._c
+        if not c.checkpointing:
             return Counter()
-        return Counter({"activations": total(self._layer), "parameters": total(self._layer, weights=True)})
+        # Where the residual stream is in fp32, the first norm keeps the checkpoint itself.
+        shared = c.tokens * c.shape.hidden * FP32 if c.stream_bytes == FP32 else 0
+        return Counter({"activations": total(self._layer) - shared, "parameters": total(self._layer, weights=True)})
 
     def _gradients(self, done: int) -> Counter[str]:
         """Gradients of the ``done`` parameters that backward has passed, at most what the strategy keeps of them."""

@@ -1,0 +1,76 @@
+"""The benchmark of predictions, on the CPU: its training function in a group of one rank, and what it records."""
+
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from helpers.memory.predict import ModelShape, predict
+
+FILE = Path(__file__).parent / "benchmarks" / "prediction.py"
+TINY = ModelShape(hidden=64, layers=2, heads=4, kv_groups=2, head_dim=16, intermediate=96, vocab=512)
+# DeepSpeed would change torch for the whole test process; the benchmark starts it in processes of their own.
+NAMES = (
+    "full, fp32",
+    "full, autocast, checkpointing",
+    "full, 16-bit weights",
+    "full, autocast, DDP",
+    "LoRA, autocast, rows differ",
+    "6B LoRA, DDP, checkpointing",
+)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_prediction", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def tiny(configuration):
+    return dataclasses.replace(configuration, shape=TINY, rows=2, length=32)
+
+
+def test_at_least_fourteen_configurations_that_can_all_be_predicted(benchmark):
+    chosen = benchmark.configurations(ranks=2)
+    assert len(chosen) >= 14
+    assert len({predict(c).peak for c in chosen.values()}) > 2
+    assert max(predict(c).total for c in chosen.values()) < 40 * 2**30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_takes_its_steps(benchmark, one_rank, name):
+    configuration = tiny(benchmark.configurations(ranks=1)[name])
+    outcome = benchmark.train(configuration)
+    assert len(outcome["losses"]) == (len(benchmark.VARYING) if configuration.padded else benchmark.STEPS)
+    assert all(0.5 < loss / math.log(TINY.vocab) < 2 for loss in outcome["losses"])
+    assert outcome["trained_parameters"] == configuration.trained
+
+
+def test_rows_differ_where_they_should(benchmark):
+    configuration = tiny(benchmark.configurations(ranks=1)["LoRA, autocast, rows differ"])
+    lengths = [benchmark.batch(configuration, step, "cpu")["input_ids"].shape[1] for step in range(6)]
+    assert max(lengths) == 32 and len(set(lengths)) > 3
+    mask = benchmark.batch(configuration, 1, "cpu")["attention_mask"]
+    assert mask[0].sum() > mask[1].sum()
+
+
+def test_the_record_compares_with_the_fullest_rank(benchmark):
+    configuration = benchmark.configurations(ranks=2)["full, autocast, DDP"]
+    total = predict(configuration).total
+    measured = [{"allocated": 1, "reserved": 1, "nvml": size} for size in (total // 4, total // 2)]
+    entry = benchmark.record(configuration, measured, {"losses": [], "trained_parameters": configuration.trained})
+    assert entry["error_percent"] == pytest.approx(100, abs=0.01)
+    assert sum(entry["predicted"].values()) == entry["predicted_total"] == total
+    assert "NVML" in benchmark.line("full", entry)
