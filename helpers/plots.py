@@ -449,3 +449,82 @@ def _legend_below(axes: Axes) -> None:
         fontsize=SMALL_SIZE,
         frameon=False,
     )
+
+
+def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], title: str) -> CourseFigure:
+    """What a collective moved: the numbers that each rank held before and after, one row per rank.
+
+    A number has the colour of the rank that held it before, wherever it goes; one that no rank held before was
+    computed on the way and is grey. Ranks may hold different amounts, or nothing.
+    """
+    colours = {value: RANK_COLOURS[rank % len(RANK_COLOURS)] for rank, row in enumerate(before) for value in row}
+    width = max(len(row) for rows in (before, after) for row in rows)
+    fig = _figure(title, width=min(13.0, 3.4 + 1.5 * width), height=1.1 + 0.62 * len(before))
+    for axes, rows, when in zip(fig.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        for rank, row in enumerate(rows):
+            for place, value in enumerate(row):
+                colour = colours.get(value, GREY)
+                axes.barh(rank, 0.92, left=place - 0.46, height=0.8, color=colour)
+                axes.text(place, rank, f"{value:g}", ha="center", va="center", color="white", fontsize=TEXT_SIZE)
+        axes.set_title(when, fontsize=TEXT_SIZE)
+        axes.set_xlim(-0.6, width - 0.4)
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.set_xticks([])
+        axes.set_yticks(range(len(rows)), [f"rank {rank}" for rank in range(len(rows))], fontsize=SMALL_SIZE)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return fig
+
+
+def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> CourseFigure:
+    """Seconds that collectives take over the bytes that they move, both axes logarithmic: ``{name: {bytes: s}}``."""
+    fig = _figure(title, width=9, height=4.8)
+    axes = fig.subplots()
+    for (name, curve), colour, marker in zip(seconds.items(), RANK_COLOURS, "os^Dv<>X", strict=False):
+        sizes = sorted(curve)
+        milliseconds = [1e3 * curve[size] for size in sizes]
+        axes.plot(sizes, milliseconds, f"{marker}-", color=colour, linewidth=1.8, markersize=7, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({size for curve in seconds.values() for size in curve})
+    labels = [f"{unit_for([size]).amount(size).removesuffix('.00')} {unit_for([size]).name}" for size in ticks]
+    axes.set_xticks(ticks, labels, fontsize=SMALL_SIZE)
+    axes.xaxis.minorticks_off()
+    _label(axes, "", "size of the tensor on each rank", "milliseconds")
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.legend(fontsize=SMALL_SIZE, frameon=False)
+    return fig
+
+
+def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, axis: str) -> CourseFigure:
+    """What a process holds after each of its first steps: ``{step: {item: bytes}}``, one stacked bar per step.
+
+    What each step added stands at its bar's end. ``axis`` names what was measured.
+    """
+    unit = unit_for(sum(parts.values()) for parts in steps.values())
+    fig = _figure(title, width=13, height=1.7 + 0.5 * len(steps))
+    axes = fig.subplots()
+    items = list(dict.fromkeys(item for parts in steps.values() for item in parts))
+    left = [0.0] * len(steps)
+    for item in items:
+        widths = [parts.get(item, 0) / unit.size for parts in steps.values()]
+        axes.barh(list(steps), widths, left=left, height=0.66, color=CATEGORY_COLOURS.get(item, GREY), label=item)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, (total, earlier) in enumerate(zip(left, [0.0, *left], strict=False)):
+        axes.text(total, place, f" {total:,.0f}  ({total - earlier:+,.0f})", va="center", fontsize=SMALL_SIZE)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * max(left))
+    _label(axes, "", f"{axis} ({unit.name}; in brackets what the step added)", "")
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
+    if len(items) > 1:
+        fig.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=min(4, len(items)),
+            fontsize=SMALL_SIZE,
+            frameon=False,
+        )
+    return fig
