@@ -46,7 +46,8 @@ def attention_kernel(configuration: Configuration) -> str:
 
     Rows of different lengths need a mask, which flash does not take; it does not take fp32 either. Without a mask
     transformers leaves the repetition of keys and values to SDPA (``use_gqa_in_sdpa``), which of the fp32 kernels only
-    math can do (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    math can do (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.11 to 2.13). In 16 bit Hopper's cuDNN
+    kernel may take the place of either fused one and keeps the same tensors.
     """
     if configuration.padded:
         return "efficient"
@@ -108,8 +109,9 @@ def _attention(configuration: Configuration) -> Iterator[Saved]:
     yield Saved("k, v", narrow if kernel == "flash" else wide, 2)
     yield Saved("attention output", wide)
     if c.compute_bytes == 2 and _keeps_inputs(c):
-        # The 16-bit kernels lay their output out as q, heads first; o_proj gets a copy that it can flatten. That this
-        # holds with a mask is measured on an H100 (finetune_6b.json, ZeRO-3: 0.1 % off with the copy, 1 % without).
+        # Flash lays its output out as q, heads first, and o_proj gets a copy that it can flatten. With a mask Hopper
+        # prefers cuDNN (check_prefer_cudnn_attention, sdp_utils.cpp). That it does the same is inferred: with the copy
+        # finetune_6b.json's ZeRO-3 run is matched to 0.1 %, without it to 1 %.
         yield Saved("o_proj input", wide)
     padded_length = c.length if kernel == "flash" else _round_up(c.length, 32)
     yield Saved("attention log-sum-exp", c.rows * shape.heads * padded_length * FP32)
