@@ -22,7 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.errors import UserError
 from helpers.memory.activations import SavedActivations, block_name
-from helpers.memory.ledger import CATEGORIES, Ledger, count, gather
+from helpers.memory.categories import CATEGORIES
+from helpers.memory.ledger import Ledger, count, gather
 from helpers.memory.storages import storages, tensors_in
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from live_tensors import glm, live_peaks, saved_bytes
 from helpers.chatglm3 import ChatGLM3Config
 from helpers.errors import UserError
 from helpers.finetune.results import read_results
+from helpers.memory.categories import ITEMS
 from helpers.memory.predict import (
-    ITEMS,
     Configuration,
     Lora,
     ModelShape,

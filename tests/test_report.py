@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.errors import UserError
-from helpers.memory.ledger import CATEGORIES
+from helpers.memory.categories import CATEGORIES, ITEMS
 from helpers.memory.measured import RankMemory
-from helpers.memory.report import PREDICTED_ITEMS, SOURCES, Difference, RankReport, table
+from helpers.memory.report import SOURCES, Difference, RankReport, table
 from helpers.memory.units import KIB, MIB, Unit, unit_for
 
 GIB = 2**30
@@ -77,7 +77,7 @@ SIZES = st.integers(0, 2**40)
 
 
 @given(
-    st.dictionaries(st.sampled_from(PREDICTED_ITEMS), SIZES),
+    st.dictionaries(st.sampled_from(ITEMS), SIZES),
     st.dictionaries(st.sampled_from(CATEGORIES), SIZES),
     st.none() | st.tuples(SIZES, SIZES),
     st.none() | SIZES,

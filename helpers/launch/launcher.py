@@ -5,6 +5,7 @@ touches CUDA: a launch takes a fraction of a second, also when this process has 
 """
 
 import contextlib
+import functools
 import linecache
 import multiprocessing
 import os
@@ -100,7 +101,7 @@ def run(
     if timeout <= 0:
         raise UserError(f"timeout is {timeout}; give the seconds after which a hang is ended")
     if backend == "gloo" and machine.gpus:
-        print(f"{nprocs} ranks but {len(machine.gpus)} GPU(s): running on the CPU over gloo")
+        _say_once(f"{nprocs} ranks but {len(machine.gpus)} GPU(s): running on the CPU over gloo")
     payload = _pickled(fn, kwargs)
     _start_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
@@ -120,6 +121,11 @@ def run(
         max(ready.moment for ready in ranks.ready) - ranks.begun,
         backend,
     )
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)
 
 
 def _with_nvml(reports: Sequence[worker.Done], timeline: Timeline, backend: str) -> list[worker.RankMemory]:

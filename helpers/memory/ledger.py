@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.errors import UserError
 from helpers.memory.activations import SavedActivations
+from helpers.memory.categories import CATEGORIES
 from helpers.memory.storages import storages, tensors_in
 from helpers.memory.units import unit_for
 
-CATEGORIES = ("parameters", "gradients", "optimizer states", "buffers", "activations", "communication buffers")
 PARAMETERS, GRADIENTS, STATES, BUFFERS, ACTIVATIONS, COMMUNICATION = CATEGORIES
 
 # Attributes of DeepSpeed's optimizers (0.19) by what they hold; a storage counts where it is met first. All others

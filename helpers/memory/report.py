@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from helpers.errors import UserError
-from helpers.memory.ledger import CATEGORIES
+from helpers.memory.categories import CATEGORIES, ITEMS, OUTSIDE_TORCH
 from helpers.memory.measured import RankMemory
 from helpers.memory.units import Unit, unit_for
 
-# What lies outside of the memory that torch allocates.
-OUTSIDE_TORCH = ("CUDA context", "NCCL")
-PREDICTED_ITEMS = (*CATEGORIES, "logits and loss", "allocator rounding", *OUTSIDE_TORCH)
 NOT_COUNTED, CACHE, CONTEXT = "not counted: temporaries", "allocator cache", "CUDA context and NCCL"
 SOURCES = ("predicted", "counted", "allocated", "reserved", "NVML")
 
@@ -32,7 +29,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank's bytes: ``predicted`` by item (:data:`PREDICTED_ITEMS`), ``counted`` by category, and ``measured``.
+    """One rank's bytes: ``predicted`` by item, ``counted`` by category (see categories.py), and ``measured``.
 
     An item that is not named is predicted, or counted, to be 0. ``predicted`` may be empty. Raises
     :class:`UserError` on an unknown item, on what is no number of bytes, and on more allocated than reserved bytes.
@@ -44,7 +41,7 @@ class RankReport:
     measured: RankMemory
 
     def __post_init__(self) -> None:
-        _check(f"predicted of rank {self.rank}", self.predicted, PREDICTED_ITEMS)
+        _check(f"predicted of rank {self.rank}", self.predicted, ITEMS)
         _check(f"counted of rank {self.rank}", self.counted, CATEGORIES)
         measured = {name: self.totals[name] for name in ("allocated", "reserved", "NVML")}
         _check(f"measured of rank {self.rank}", {name: size for name, size in measured.items() if size is not None}, ())
@@ -162,7 +159,7 @@ def _rows(report: RankReport, unit: Unit, several: bool) -> list[list[str]]:
 
     empty = [""] * len(SOURCES)
     rows = [[f"rank {report.rank}", *empty, ""]] if several else []
-    for item in PREDICTED_ITEMS:
+    for item in ITEMS:
         predicted, counted = report.predicted.get(item, 0), report.counted.get(item, 0)
         if predicted or counted:
             cells = [text(predicted) if report.predicted else "", text(counted) if item in CATEGORIES else ""]

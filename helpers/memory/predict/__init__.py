@@ -8,12 +8,11 @@ measured, step.py what is alive at each moment, moments.py the largest of them, 
 reads a job's own files.
 """
 
-from helpers.memory.predict.moments import ITEMS, Prediction, predict
+from helpers.memory.predict.moments import Prediction, predict
 from helpers.memory.predict.shapes import Configuration, Lora, ModelShape, Strategy, read_shape
 from helpers.memory.predict.states import published_states
 
 __all__ = [
-    "ITEMS",
     "Configuration",
     "Lora",
     "ModelShape",

@@ -5,23 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from helpers.memory.categories import ITEMS
 from helpers.memory.predict import constants
 from helpers.memory.predict.activations import FP32, kept, layer, total
 from helpers.memory.predict.shapes import Configuration
 from helpers.memory.predict.step import Step
 
-ITEMS = (
-    "parameters",
-    "gradients",
-    "optimizer states",
-    "buffers",
-    "activations",
-    "logits and loss",
-    "communication buffers",
-    "CUDA context",
-    "NCCL",
-    "allocator rounding",
-)
 # Items that are tensors: what torch.cuda.max_memory_allocated counts.
 TENSORS = ITEMS[:7]
 
