@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -411,6 +412,88 @@ def score_bars(base: Mapping[str, float], tuned: Mapping[str, float]) -> CourseF
     return fig
 
 
+def model_sizes(models: Mapping[str, int], cards: Mapping[str, int], title: str) -> CourseFigure:
+    """What models need beside what cards hold: ``{model: parameters}`` and ``{card: bytes}``, on a logarithmic axis.
+
+    Each model is a line from its weights in 16 bit (2 bytes a parameter) to its model states in training (16 bytes).
+    """
+    fig = _figure(title, width=13, height=2.5 + 0.5 * len(models))
+    axes = fig.subplots()
+    for place, parameters in enumerate(models.values()):
+        weights, states = 2 * parameters / GIB, 16 * parameters / GIB
+        axes.plot([weights, states], [place, place], color=GREY, linewidth=3, zorder=1)
+        for size, marker, colour in ((weights, "o", BLUE), (states, "D", GREEN)):
+            axes.plot(size, place, marker, color=colour, markersize=11)
+        axes.text(states, place, f"   {states:,.0f} GiB", va="center", fontsize=TEXT_SIZE)
+    for memory in cards.values():
+        axes.axvline(memory / GIB, color=VERMILION, linewidth=1.6, linestyle="--", zorder=0)
+    axes.set_xscale("log")
+    largest = max(16 * max(models.values()), *cards.values()) / GIB
+    axes.set_xlim(min(min(cards.values()), 2 * min(models.values())) / GIB / 1.5, 3 * largest)
+    axes.set_ylim(len(models) - 0.5, -0.6)
+    _label(axes, "", "GiB, logarithmic", "")
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks(range(len(models)), list(models), fontsize=TEXT_SIZE)
+    ticks = [tick for tick in (1, 10, 100, 1000, 10_000, 100_000) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    above = axes.secondary_xaxis("top")
+    above.set_xticks([memory / GIB for memory in cards.values()], list(cards), fontsize=SMALL_SIZE, color=VERMILION)
+    above.xaxis.minorticks_off()
+    above.tick_params(length=0)
+    above.spines["top"].set_visible(False)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle=line, markersize=9, label=label)
+        for colour, marker, line, label in (
+            (BLUE, "o", "", "weights in 16 bit"),
+            (GREEN, "D", "", "model states in training, 16 bytes a parameter"),
+            (VERMILION, "", "--", "memory of one card"),
+        )
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
+    return fig
+
+
+def prediction_errors(configurations: Mapping[str, tuple[int, int]], title: str) -> CourseFigure:
+    """Predicted and measured bytes of many configurations, and the error: ``{configuration: (predicted, measured)}``.
+
+    On the left the bytes, on the right by how many percent the prediction is above (right of 0) or below what was
+    measured. Raises :class:`UserError` where there is none, or one measured nothing.
+    """
+    if not configurations:
+        raise UserError("there is no configuration whose prediction could be drawn")
+    for name, (_, said) in configurations.items():
+        if said <= 0:
+            raise UserError(f"{name!r} measured {said} bytes; leave it out, there is nothing to compare with")
+    unit = unit_for(size for pair in configurations.values() for size in pair)
+    places = list(range(len(configurations)))
+    predicted, measured = zip(*configurations.values(), strict=True)
+    errors = [100 * (claim / said - 1) for claim, said in configurations.values()]
+    fig = _figure(title, width=13, height=2.0 + 0.36 * len(places))
+    left, right = fig.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    left.barh(places, [size / unit.size for size in measured], 0.7, color="#BDBDBD", label="measured by NVML")
+    left.plot([size / unit.size for size in predicted], places, "D", color=BLUE, markersize=8, label="predicted")
+    left.set_yticks(places, list(configurations))
+    left.set_ylim(len(places) - 0.4, -0.6)
+    right.barh(places, errors, 0.7, color=[VERMILION if error < 0 else SKY for error in errors])
+    right.axvline(0, color=BLACK, linewidth=1.2)
+    reach = 1.45 * max(1.0, *map(abs, errors))
+    right.set_xlim(-reach, reach)
+    for place, error in zip(places, errors, strict=True):
+        right.text(
+            error, place, f" {error:+.1f} ", va="center", ha="left" if error >= 0 else "right", fontsize=SMALL_SIZE
+        )
+    _label(left, "Peak of the fullest GPU", f"GPU memory ({unit.name})", "")
+    _label(right, "Error of the prediction", "percent of what was measured", "")
+    for axes in (left, right):
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+        axes.grid(axis="y", visible=False)
+    right.tick_params(axis="y", length=0, labelleft=False)
+    fig.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=SMALL_SIZE, frameon=False
+    )
+    return fig
+
+
 def _metric_name(key: str) -> str:
     """ "rouge-l", "rouge_l" and "rougeL" are all ROUGE-L."""
     return re.sub(r"(ROUGE|BLEU)[-_]?", r"\1-", key.upper())
@@ -500,19 +583,24 @@ def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> Co
 def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, axis: str) -> CourseFigure:
     """What a process holds after each of its first steps: ``{step: {item: bytes}}``, one stacked bar per step.
 
-    What each step added stands at its bar's end. ``axis`` names what was measured.
+    What each step added stands at its bar's end, to the digit that a reader can use; items of which no step holds
+    anything are left out. ``axis`` names what was measured. Raises :class:`UserError` where there is no step.
     """
+    if not steps:
+        raise UserError("there are no steps to draw")
     unit = unit_for(sum(parts.values()) for parts in steps.values())
     fig = _figure(title, width=13, height=1.7 + 0.5 * len(steps))
     axes = fig.subplots()
-    items = list(dict.fromkeys(item for parts in steps.values() for item in parts))
+    items = list(dict.fromkeys(item for parts in steps.values() for item, size in parts.items() if size))
     left = [0.0] * len(steps)
     for item in items:
         widths = [parts.get(item, 0) / unit.size for parts in steps.values()]
         axes.barh(list(steps), widths, left=left, height=0.66, color=CATEGORY_COLOURS.get(item, GREY), label=item)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    digits = 2 if max(left) < 20 else 1 if max(left) < 200 else 0
     for place, (total, earlier) in enumerate(zip(left, [0.0, *left], strict=False)):
-        axes.text(total, place, f" {total:,.0f}  ({total - earlier:+,.0f})", va="center", fontsize=SMALL_SIZE)
+        text = f" {total:,.{digits}f}  ({total - earlier:+,.{digits}f})"
+        axes.text(total, place, text, va="center", fontsize=SMALL_SIZE)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(left))
     _label(axes, "", f"{axis} ({unit.name}; in brackets what the step added)", "")

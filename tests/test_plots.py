@@ -20,7 +20,10 @@ from helpers.plots import (
     loss_and_memory,
     memory_bars,
     memory_sources,
+    memory_steps,
     memory_timeline,
+    model_sizes,
+    prediction_errors,
     save_figure,
     score_bars,
     smoothed,
@@ -268,6 +271,59 @@ def test_other_spellings_of_a_metric_have_the_same_name():
 def test_wrong_scores_are_named(base, tuned, says):
     with pytest.raises(UserError, match=says):
         score_bars(base, tuned)
+
+
+# --- models, predictions, steps
+
+
+def test_models_are_drawn_from_weights_to_states_beside_the_cards():
+    fig = model_sizes({"small": 2**30, "large": 100 * 2**30}, {"24 GiB": 24 * GIB, "80 GiB": 80 * GIB}, "sizes")
+    axes = fig.axes[0]
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("log", "GiB, logarithmic")
+    drawn = [line.get_xdata().tolist() for line in axes.lines if line.get_linestyle() == "-"]
+    assert drawn == [[2, 16], [200, 1600]]
+    assert [text.get_text().strip() for text in axes.texts] == ["16 GiB", "1,600 GiB"]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [24, 80]
+
+
+def test_predictions_stand_beside_what_was_measured_with_their_error():
+    fig = prediction_errors({"a": (9 * GIB, 10 * GIB), "b": (22 * GIB, 20 * GIB)}, "predicted")
+    sizes, errors = fig.axes
+    assert sizes.get_xlabel() == "GPU memory (GiB)" and errors.get_xlabel() == "percent of what was measured"
+    assert [bar.get_width() for bar in sizes.patches] == [10, 20]
+    assert lines(sizes)["predicted"].get_xdata().tolist() == [9, 22]
+    assert [bar.get_width() for bar in errors.patches] == pytest.approx([-10, 10])
+    assert [text.get_text() for text in errors.texts] == [" -10.0 ", " +10.0 "]
+
+
+@pytest.mark.parametrize(
+    ("configurations", "says"), [({}, "no configuration"), ({"a": (1, 1), "b": (5, 0)}, "'b' measured 0 bytes")]
+)
+def test_predictions_that_cannot_be_compared_are_named(configurations, says):
+    with pytest.raises(UserError, match=says):
+        prediction_errors(configurations, "none")
+
+
+@pytest.mark.parametrize(
+    ("held", "texts"),
+    [
+        ([2.5, 4.0], [" 2.50  (+2.50)", " 4.00  (+1.50)"]),
+        ([100, 90], [" 100.0  (+100.0)", " 90.0  (-10.0)"]),
+        ([512, 600], [" 512  (+512)", " 600  (+88)"]),
+    ],
+)
+def test_steps_show_what_each_added_and_leave_out_what_is_never_there(held, texts):
+    first, second = (int(size * GIB) for size in held)
+    steps = {"built": {"parameters": first, "gradients": 0}, "forward": {"parameters": second, "gradients": 0}}
+    fig = memory_steps(steps, "steps", "counted")
+    assert [text.get_text() for text in fig.axes[0].texts] == texts
+    assert len(fig.axes[0].containers) == 1
+    assert fig.axes[0].get_xlabel() == "counted (GiB; in brackets what the step added)"
+
+
+def test_no_steps_is_one_clear_line():
+    with pytest.raises(UserError, match="no steps"):
+        memory_steps({}, "none", "counted")
 
 
 # --- files, style, notebooks
