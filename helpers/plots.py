@@ -591,7 +591,11 @@ def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, axis: str) 
     unit = unit_for(sum(parts.values()) for parts in steps.values())
     fig = _figure(title, width=13, height=1.7 + 0.5 * len(steps))
     axes = fig.subplots()
-    items = list(dict.fromkeys(item for parts in steps.values() for item, size in parts.items() if size))
+    items = [
+        item
+        for item in dict.fromkeys(item for parts in steps.values() for item in parts)
+        if any(parts.get(item) for parts in steps.values())
+    ]
     left = [0.0] * len(steps)
     for item in items:
         widths = [parts.get(item, 0) / unit.size for parts in steps.values()]

@@ -321,6 +321,15 @@ def test_steps_show_what_each_added_and_leave_out_what_is_never_there(held, text
     assert fig.axes[0].get_xlabel() == "counted (GiB; in brackets what the step added)"
 
 
+def test_items_of_steps_keep_their_order_whichever_appears_first():
+    steps = {
+        "forward": {"parameters": GIB, "gradients": 0, "activations": GIB},
+        "backward": {"parameters": GIB, "gradients": GIB, "activations": 0},
+    }
+    bars = memory_steps(steps, "steps", "counted").axes[0].containers
+    assert [bar.get_label() for bar in bars] == ["parameters", "gradients", "activations"]
+
+
 def test_no_steps_is_one_clear_line():
     with pytest.raises(UserError, match="no steps"):
         memory_steps({}, "none", "counted")
