@@ -23,6 +23,7 @@ from nbclient.exceptions import CellExecutionError
 
 from helpers.errors import UserError
 from helpers.launch import RankError, device, report_progress, run
+from helpers.memory.nvml import open_nvml
 from helpers.memory.phases import phase
 
 ROOT = Path(__file__).parents[1]
@@ -578,21 +579,33 @@ class TestGpu:
         assert 0 < rank.allocated <= rank.reserved < rank.nvml
 
     def test_memory_is_back_after_faults(self):
-        def fill(how):
-            torch.empty(2**30, device="cuda", dtype=torch.uint8)
+        def fill(fault):
+            keep = torch.empty(2**30, device="cuda", dtype=torch.uint8)
             dist.all_reduce(torch.ones(1, device="cuda"))
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            torch.empty(2**50, device="cuda", dtype=torch.uint8)
-
-        from helpers.memory.nvml import open_nvml
+            match fault:
+                case "exception":
+                    raise ValueError("injected")
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "interrupt":
+                    report_progress(1, 1)
+                case "out of memory":
+                    torch.empty(2**50, device="cuda", dtype=torch.uint8)
+            threading.Event().wait()
+            return keep
 
         run(add_up, 1)
         before = open_nvml().used_bytes(0)
-        for how in ("kill", "out of memory") * 5:
-            with pytest.raises(RankError, match="killed" if how == "kill" else "OutOfMemoryError"):
-                run(fill, 1, how=how)
-            assert open_nvml().used_bytes(0) - before <= 8 * 2**20
+        for fault in FAULTS * 4:
+            with pytest.raises((RankError, KeyboardInterrupt)):
+                run(
+                    fill,
+                    1,
+                    timeout=4 if fault == "hang" else 60,
+                    on_progress=lambda progress: signal.raise_signal(signal.SIGINT),
+                    fault=fault,
+                )
+            assert open_nvml().used_bytes(0) - before <= 8 * 2**20, fault
 
     def test_a_hang_names_what_the_gpu_did_not_end(self):
         def fn():
