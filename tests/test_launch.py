@@ -23,6 +23,7 @@ from nbclient.exceptions import CellExecutionError
 
 from helpers.errors import UserError
 from helpers.launch import RankError, device, report_progress, run
+from helpers.memory.nvml import open_nvml
 from helpers.memory.phases import phase
 
 ROOT = Path(__file__).parents[1]
@@ -275,23 +276,19 @@ class TestFailure:
         pid = int(str(error.value).rsplit("ValueError: ", 1)[1])
         assert gone(pid)
 
-    def test_shared_memory_of_killed_ranks_is_removed(self):
+    def test_shared_memory_of_ranks_that_are_ended_is_removed(self):
         def fn():
             segment = shared_memory.SharedMemory(create=True, size=4096)
             print(segment.name)
             dist.barrier()
             if dist.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError
             dist.barrier()
 
         before = set(os.listdir("/dev/shm"))
         with pytest.raises(RankError):
             run(fn, 2)
-        # Rank 1 took the knowledge of its segment with it; rank 0's is known while it is alive.
-        left = [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")]
-        assert len(left) <= 1
-        for name in left:
-            os.unlink(f"/dev/shm/{name}")
+        assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")]
 
     def test_ctrl_c_ends_all_ranks_and_is_passed_on(self):
         def fn():
@@ -449,6 +446,31 @@ class TestElsewhere:
         process.communicate(timeout=60)
         assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
+    def test_shared_memory_of_a_rank_that_died_goes_with_the_script_at_the_latest(self, tmp_path):
+        before = set(os.listdir("/dev/shm"))
+        process = self.script(
+            tmp_path,
+            """
+            import os, signal
+            from multiprocessing import shared_memory
+            from helpers.launch import RankError, run
+            def fn():
+                print(shared_memory.SharedMemory(create=True, size=4096).name, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                run(fn, 1)
+            except RankError as error:
+                print(error)
+            """,
+            stderr=subprocess.DEVNULL,
+        )
+        out, _ = process.communicate(timeout=120)
+        assert "psm_" in out and "killed by SIGKILL" in out
+        limit = time.monotonic() + 10  # multiprocessing's tracker ends after the script
+        while [name for name in set(os.listdir("/dev/shm")) - before if name in out] and time.monotonic() < limit:
+            threading.Event().wait(0.05)
+        assert not [name for name in set(os.listdir("/dev/shm")) - before if name in out]
+
     def notebook(self, *sources):
         cells = [nbformat.v4.new_code_cell(source) for source in sources]
         return NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=120, kernel_name="python3")
@@ -578,21 +600,33 @@ class TestGpu:
         assert 0 < rank.allocated <= rank.reserved < rank.nvml
 
     def test_memory_is_back_after_faults(self):
-        def fill(how):
-            torch.empty(2**30, device="cuda", dtype=torch.uint8)
+        def fill(fault):
+            keep = torch.empty(2**30, device="cuda", dtype=torch.uint8)
             dist.all_reduce(torch.ones(1, device="cuda"))
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            torch.empty(2**50, device="cuda", dtype=torch.uint8)
-
-        from helpers.memory.nvml import open_nvml
+            match fault:
+                case "exception":
+                    raise ValueError("injected")
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "interrupt":
+                    report_progress(1, 1)
+                case "out of memory":
+                    torch.empty(2**50, device="cuda", dtype=torch.uint8)
+            threading.Event().wait()
+            return keep
 
         run(add_up, 1)
         before = open_nvml().used_bytes(0)
-        for how in ("kill", "out of memory") * 5:
-            with pytest.raises(RankError, match="killed" if how == "kill" else "OutOfMemoryError"):
-                run(fill, 1, how=how)
-            assert open_nvml().used_bytes(0) - before <= 8 * 2**20
+        for fault in FAULTS * 4:
+            with pytest.raises((RankError, KeyboardInterrupt)):
+                run(
+                    fill,
+                    1,
+                    timeout=4 if fault == "hang" else 60,
+                    on_progress=lambda progress: signal.raise_signal(signal.SIGINT),
+                    fault=fault,
+                )
+            assert open_nvml().used_bytes(0) - before <= 8 * 2**20, fault
 
     def test_a_hang_names_what_the_gpu_did_not_end(self):
         def fn():

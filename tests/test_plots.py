@@ -17,6 +17,7 @@ from helpers.memory.timeline import GpuCurve, Timeline
 from helpers.plots import (
     CATEGORY_COLOURS,
     RANK_COLOURS,
+    collective,
     loss_and_memory,
     memory_bars,
     memory_sources,
@@ -28,6 +29,7 @@ from helpers.plots import (
     score_bars,
     smoothed,
     token_lengths,
+    transfer_times,
 )
 
 
@@ -472,3 +474,42 @@ def test_token_lengths_shows_the_limit_only_where_it_is_near():
     assert sum(patch.get_height() for patch in near.patches) == 3
     assert [line.get_label() for line in near.lines] == ["mean, 20 tokens", "cut at 25 tokens"]
     assert [line.get_label() for line in far.lines] == ["mean, 20 tokens"]
+
+
+def test_a_number_keeps_the_colour_of_the_rank_that_had_it():
+    fig = collective([[1, 2], [3, 4]], [[1, 3], [2, 9]], "all-to-all, nearly")
+    before, after = fig.axes
+
+    def colours(axes):
+        texts = [text.get_text() for text in axes.texts]
+        return dict(zip(texts, (patch.get_facecolor() for patch in axes.patches), strict=True))
+
+    was = colours(before)
+    assert was["1"] == was["2"] != was["3"] == was["4"]
+    now = colours(after)
+    assert {name: now[name] for name in "123"} == {name: was[name] for name in "123"}
+    assert now["9"] not in was.values()  # computed on the way
+    assert [label.get_text() for label in after.get_yticklabels()] == ["rank 0", "rank 1"]
+
+
+def test_ranks_may_hold_nothing_after_a_collective():
+    fig = collective([[1.5], [2]], [[3.5], []], "reduce to rank 0")
+    assert [text.get_text() for text in fig.axes[1].texts] == ["3.5"]
+
+
+def test_transfer_times_are_in_milliseconds_over_sizes_with_units():
+    fig = transfer_times({"two": {1024: 1e-4, 2**22: 3e-3}, "four": {1024: 2e-4}}, "all-reduce")
+    (axes,) = fig.axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [pytest.approx([0.1, 3.0]), pytest.approx([0.2])]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 KiB", "4 MiB"]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_memory_steps_say_what_each_added_and_what_was_measured():
+    steps = {"context": {"CUDA context and NCCL": 500 * 2**20}, "tensor": {"CUDA context and NCCL": 500 * 2**20}}
+    steps["tensor"]["allocated"] = 4 * 2**20
+    fig = memory_steps(steps, "first steps", "used memory, read from NVML")
+    (axes,) = fig.axes
+    assert [text.get_text().strip() for text in axes.texts] == ["500  (+500)", "504  (+4)"]
+    assert axes.get_xlabel() == "used memory, read from NVML (MiB; in brackets what the step added)"
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["CUDA context and NCCL", "allocated"]

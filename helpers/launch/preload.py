@@ -31,6 +31,8 @@ with warnings.catch_warnings():
 # What only the authors of the libraries can act on, in every rank.
 for category in (FutureWarning, DeprecationWarning):
     warnings.filterwarnings("ignore", category=category, module="torch|transformers|peft|deepspeed")
+# One process drives one GPU here, so the current device is the right one.
+warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)
 # What is here stays for good: a collection in a rank would only make it copy pages that it shares with the others.
 gc.collect()
 gc.freeze()

@@ -2,19 +2,18 @@
 
     python tests/benchmarks/launch.py [--results notebooks/results/launch.json]
 
-Everything that is compared is measured in this one run. The sampler's cost needs a GPU.
+Everything that is compared is measured in this one run: the ranks against torchrun on a machine without a GPU, the
+sampler's cost on one that has some.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from helpers.errors import exit_with_one_line
 from helpers.files import replacing
 from helpers.hardware import backend_for, default_nprocs, describe
 from helpers.launch import device, run
-from helpers.memory.nvml import Sampler, open_nvml
+from helpers.memory.nvml import open_nvml
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "launch.json"
@@ -58,12 +57,12 @@ def from_torchrun() -> None:
 def against_torchrun() -> dict[str, float]:
     """Wall seconds of the same training on eight gloo ranks, by the rank server and by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={CPU_RANKS}"]
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     begin = time.perf_counter()
     subprocess.run([*command, __file__, "--torchrun"], check=True, env=environ)
     torchrun = time.perf_counter() - begin
     begin = time.perf_counter()
-    run(train, max(CPU_RANKS, len(describe().gpus) + 1))
+    run(train, CPU_RANKS)
     ours = time.perf_counter() - begin
     return {"torchrun_seconds": torchrun, "run_seconds": ours, "times_faster": torchrun / ours}
 
@@ -77,12 +76,16 @@ def start_seconds(nprocs: int) -> list[float]:
     return found
 
 
-def _sample_on_demand(connection: Connection) -> None:
-    while connection.recv():
-        with Sampler():
-            connection.send(None)
-            connection.recv()
-        connection.send(None)
+# Samples from one line of input to the next, in a process that has nothing else to do: as run() does.
+SAMPLE_ON_DEMAND = """
+import sys
+from helpers.memory.nvml import Sampler
+while sys.stdin.readline():
+    with Sampler():
+        print(flush=True)
+        sys.stdin.readline()
+    print(flush=True)
+"""
 
 
 def sampler_cost() -> dict[str, float]:
@@ -98,21 +101,24 @@ def sampler_cost() -> dict[str, float]:
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_sample_on_demand, args=(theirs,), daemon=True)
-    process.start()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAMPLE_ON_DEMAND], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+    def toggle() -> None:
+        print(file=process.stdin, flush=True)
+        process.stdout.readline()
+
     block()
     ratios = []
     for _ in range(PAIRS):
         without = block()
-        ours.send(True)
-        ours.recv()
+        toggle()
         sampled = block()
-        ours.send(None)
-        ours.recv()
+        toggle()
         ratios.append(sampled / without)
-    ours.send(None)
-    process.join()
+    process.stdin.close()
+    process.wait()
     nvml = open_nvml()
     gpu = nvml.visible()[0]
     begin = time.perf_counter()
@@ -137,7 +143,9 @@ def main() -> None:
         return from_torchrun()
     machine = describe()
     run(train, 1, steps=1)  # the first launch starts the server
-    content: dict[str, Any] = {"machine": asdict(machine), "against_torchrun": against_torchrun()}
+    content: dict[str, Any] = {"machine": asdict(machine)}
+    if not machine.gpus:
+        content["against_torchrun"] = against_torchrun()
     for nprocs in {default_nprocs(machine), len(machine.gpus) + 2}:
         seconds = start_seconds(nprocs)
         key = f"start_{backend_for(nprocs, machine)}_{nprocs}_ranks_seconds"
