@@ -2,12 +2,17 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from helpers.hardware import Gpu, describe
+from helpers.launch import RankError
 from helpers.memory.predict import ModelShape, predict
 
 FILE = Path(__file__).parent / "benchmarks" / "prediction.py"
@@ -56,6 +61,7 @@ def test_training_takes_its_steps(benchmark, one_rank, name):
     assert len(outcome["losses"]) == (len(benchmark.VARYING) if configuration.padded else benchmark.STEPS)
     assert all(0.5 < loss / math.log(TINY.vocab) < 2 for loss in outcome["losses"])
     assert outcome["trained_parameters"] == configuration.trained
+    assert outcome["expandable"] is False
 
 
 def test_rows_differ_where_they_should(benchmark):
@@ -70,7 +76,45 @@ def test_the_record_compares_with_the_fullest_rank(benchmark):
     configuration = benchmark.configurations(ranks=2)["full, autocast, DDP"]
     total = predict(configuration).total
     measured = [{"allocated": 1, "reserved": 1, "nvml": size} for size in (total // 4, total // 2)]
-    entry = benchmark.record(configuration, measured, {"losses": [], "trained_parameters": configuration.trained})
+    outcome = {"losses": [], "trained_parameters": configuration.trained, "expandable": False}
+    entry = benchmark.record(configuration, measured, outcome)
     assert entry["error_percent"] == pytest.approx(100, abs=0.01)
     assert sum(entry["predicted"].values()) == entry["predicted_total"] == total
     assert "NVML" in benchmark.line("full", entry)
+
+
+def test_ranks_inherit_the_allocator_that_is_measured(benchmark, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    for expandable, value in ((True, "expandable_segments:True"), (False, None)):
+        with benchmark.allocator(expandable):
+            assert [os.environ.get(name) for name in benchmark.ALLOCATOR_VARIABLES] == [value, value]
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_a_failure_does_not_lose_the_other_configurations(benchmark, monkeypatch, tmp_path, capsys):
+    def run(function, ranks, configuration=None, timeout=None):
+        if configuration is None:
+            return None
+        if configuration.lora is None and configuration.expandable_segments:
+            raise RankError("rank 0 of 1 raised", rank=0, details="OutOfMemoryError")
+        rank = SimpleNamespace(allocated=2**30, reserved=2**30, nvml=2**30)
+        outcome = {"losses": [1.0], "trained_parameters": configuration.trained}
+        outcome["expandable"] = configuration.expandable_segments
+        return SimpleNamespace(results=[outcome], memory=SimpleNamespace(ranks=[rank]))
+
+    path = tmp_path / "prediction.json"
+    machine = dataclasses.replace(describe(), gpus=(Gpu("a GPU", 80 * 2**30, (9, 0)),))
+    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "describe", lambda: machine)
+    monkeypatch.setattr("sys.argv", ["prediction.py", "--results", str(path)])
+    with pytest.raises(SystemExit, match="1"):
+        benchmark.main()
+    entries = json.loads(path.read_text(encoding="utf-8"))["configurations"]
+    failed = [entry for entry in entries.values() if "failed" in entry]
+    assert failed and len(failed) < len(entries)
+    assert all(entry["default_allocator"]["measured"] for entry in entries.values())
+    passed = next(entry for entry in entries.values() if "failed" not in entry)
+    assert passed["expandable"] and not passed["default_allocator"]["expandable"]
+    assert "failed: OutOfMemoryError" in capsys.readouterr().out

@@ -3,13 +3,17 @@
     python tests/benchmarks/prediction.py [--results notebooks/results/prediction.json] [--only TEXT]
 
 Each configuration trains a few steps in fresh processes: models of 0.7 billion parameters, and ChatGLM3-6B's full
-size with LoRA, all with random weights made on the GPU. About two minutes on an H100; needs 40 GiB.
+size with LoRA, all with random weights made on the GPU. Once with expandable segments, which can be predicted, and once
+with the allocator's default, whose fragmentation can be only in part. About three minutes on an H100; needs 40 GiB.
 """
 
 import argparse
 import dataclasses
 import json
-from contextlib import nullcontext
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import torch.distributed as dist
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
 from helpers.hardware import describe
+from helpers.launch import RankError, run
 from helpers.memory.predict import Configuration, Lora, ModelShape, Strategy, predict
 from helpers.memory.timeline import GIB
 
@@ -29,6 +34,8 @@ TIMEOUT_SECONDS = 60
 STEPS = 3
 # Longest row of each batch where rows differ, as a share of the length: what the collator of the real job does.
 VARYING = (0.75, 1.0, 0.6, 0.9, 1.0, 0.8)
+# The name since torch 2.9, and the one before.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 MEDIUM = ModelShape(hidden=2048, layers=8, heads=16, kv_groups=2, head_dim=128, intermediate=6848)
 SMALL_BUCKET = 4_000_000
@@ -124,7 +131,9 @@ def batch(configuration: Configuration, step: int, device: torch.device) -> dict
 
 
 def train(configuration: Configuration) -> dict[str, Any]:
-    """Train a few steps on this rank, in its process group; the losses and the number of trained parameters."""
+    """Train a few steps on this rank, in its process group; the losses, the number of trained parameters, and whether
+    torch's allocator used expandable segments.
+    """
     c = configuration
     device = torch.device("cpu")
     if dist.get_backend() == "nccl":
@@ -157,7 +166,9 @@ def train(configuration: Configuration) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
         del loss
-    return {"losses": losses, "trained_parameters": trained}
+    segments = torch.cuda.memory_snapshot() if device.type == "cuda" else []
+    expandable = any(segment["is_expandable"] for segment in segments)
+    return {"losses": losses, "trained_parameters": trained, "expandable": expandable}
 
 
 def deepspeed_config(c: Configuration) -> dict[str, Any]:
@@ -216,12 +227,48 @@ def record(configuration: Configuration, measured: list[dict[str, int | None]], 
         "allocated_error_percent": error(prediction.allocated, "allocated"),
         "reserved_error_percent": error(prediction.reserved, "reserved"),
         "losses": outcome["losses"],
+        "expandable": outcome["expandable"],
     }
 
 
+@contextmanager
+def allocator(expandable: bool) -> Iterator[None]:
+    """What ranks that start inside inherit: expandable segments, or the allocator's default. Restores what was set."""
+    before = {name: os.environ.pop(name, None) for name in ALLOCATOR_VARIABLES}
+    if expandable:
+        os.environ.update(dict.fromkeys(ALLOCATOR_VARIABLES, "expandable_segments:True"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def measure(configuration: Configuration) -> dict[str, Any]:
+    """One configuration's entry; where a rank fails, what it said under "failed"."""
+    try:
+        with allocator(configuration.expandable_segments):
+            result = run(train, configuration.strategy.ranks, configuration=configuration, timeout=TIMEOUT_SECONDS)
+    except RankError as error:
+        return {"failed": str(error)}
+    measured = [
+        {"allocated": rank.allocated, "reserved": rank.reserved, "nvml": rank.nvml} for rank in result.memory.ranks
+    ]
+    return record(configuration, measured, result.results[0])
+
+
+def warm_up() -> None:
+    """Something tiny on the device, so that the first configuration does not meet a cold machine."""
+    torch.ones(1, device="cuda").item()
+
+
 def line(name: str, entry: dict[str, Any]) -> str:
-    """One configuration for the terminal, in GiB."""
+    """One configuration for the terminal, in GiB; or the last line of its failure."""
     parts = [f"{name:34}"]
+    if "failed" in entry:
+        return f"{parts[0]}failed: {entry['failed'].strip().splitlines()[-1]}"
     for label, predicted, measured in (
         ("allocated", entry["predicted_allocated"], "allocated"),
         ("reserved", entry["predicted_reserved"], "reserved"),
@@ -233,8 +280,6 @@ def line(name: str, entry: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from helpers.launch import run
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
@@ -246,17 +291,21 @@ def main() -> None:
     chosen = {name: c for name, c in configurations(ranks).items() if arguments.only in name}
     if not chosen:
         raise UserError(f"--only {arguments.only}: no such configuration; there are {', '.join(configurations(ranks))}")
+    run(warm_up, ranks, timeout=TIMEOUT_SECONDS)
     entries: dict[str, Any] = {}
     for name, configuration in chosen.items():
-        result = run(train, configuration.strategy.ranks, configuration=configuration, timeout=TIMEOUT_SECONDS)
-        measured = [
-            {"allocated": rank.allocated, "reserved": rank.reserved, "nvml": rank.nvml} for rank in result.memory.ranks
-        ]
-        entries[name] = record(configuration, measured, result.results[0])
-        print(line(name, entries[name]), flush=True)
+        default = measure(configuration)
+        entries[name] = measure(dataclasses.replace(configuration, expandable_segments=True))
+        entries[name]["default_allocator"] = default
+        print(line(name, entries[name]))
+        print(line("  default allocator", default), flush=True)
         content = {"machine": dataclasses.asdict(machine), "configurations": entries}
         with replacing(arguments.results) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    failed = [name for name, e in entries.items() if "failed" in e or "failed" in e["default_allocator"]]
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

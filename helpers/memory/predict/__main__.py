@@ -6,9 +6,11 @@ python -m helpers.memory.predict --full --gpus 2 --card 24 --plan
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from helpers.errors import UserError, exit_with_one_line, positive
+from helpers.memory.predict import constants
 from helpers.memory.predict.moments import Prediction, predict
 from helpers.memory.predict.planner import Ranked, fits, label, rank_strategies
 from helpers.memory.predict.shapes import (
@@ -50,6 +52,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=positive, help="tokens a row (768; with files, the longest they allow)")
     parser.add_argument("--card", type=float, metavar="GIB", help="memory of a card: say whether the job fits it")
     parser.add_argument("--plan", action="store_true", help="with --card: rank the strategies for this job")
+    parser.add_argument(
+        "--expandable-segments", action="store_true", help="torch's allocator with expandable_segments:True"
+    )
     parser.add_argument("--full", action="store_true", default=None, help="train all parameters, not LoRA")
     parser.add_argument("--r", type=positive, help="rank of the adapter (8)")
     parser.add_argument("--targets", nargs="+", help="matrices with an adapter (q_proj k_proj v_proj)")
@@ -71,14 +76,17 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
                 raise UserError(f"--{name} is given beside {arguments.config}, which decides it; drop one of them")
         from helpers.memory.predict.jobs import read_job  # imports transformers, which takes seconds
 
-        return read_job(
+        job = read_job(
             arguments.config, arguments.deepspeed, shape=shape, ranks=arguments.gpus, length=arguments.length
         )
+        return replace(job, expandable_segments=arguments.expandable_segments)
     if arguments.full:
         for name in ("r", "targets", "dropout", "bits"):
             if getattr(arguments, name) is not None:
                 raise UserError(f"--{name} belongs to LoRA, but --full trains without it; drop one of them")
-    strategy = Strategy(arguments.strategy or ("single" if arguments.gpus == 1 else "ddp"), arguments.gpus)
+    kind = arguments.strategy or ("single" if arguments.gpus == 1 else "ddp")
+    communicators = constants.TRAINER_ZERO_3_COMMUNICATORS if kind == "zero-3" else 1
+    strategy = Strategy(kind, arguments.gpus, communicators=communicators)
     lora = Lora()
     dropout = lora.dropout if arguments.dropout is None else arguments.dropout
     return Configuration(
@@ -91,6 +99,7 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
         padded=bool(arguments.padded),
         checkpointing=bool(arguments.checkpointing),
         base_bits=arguments.bits or 16,
+        expandable_segments=arguments.expandable_segments,
     )
 
 

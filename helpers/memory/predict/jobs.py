@@ -5,6 +5,7 @@ from typing import Any
 
 from helpers.errors import UserError
 from helpers.finetune import config as finetune
+from helpers.memory.predict import constants
 from helpers.memory.predict.shapes import Configuration, Lora, ModelShape, Strategy
 
 # transformers.TrainingArguments and peft.LoraConfig, where the file leaves it open.
@@ -73,6 +74,7 @@ def _strategy(deepspeed: dict[str, Any], ranks: int, shape: ModelShape, source: 
         sub_group=elements("sub_group_size", defaults.sub_group, defaults.sub_group),
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
+        communicators=constants.TRAINER_ZERO_3_COMMUNICATORS if stage == 3 else 1,
     )
 
 

@@ -18,12 +18,16 @@ LIVE_PARAMETERS = 400_000_000
 class Fit:
     """Whether a prediction fits a card. Bytes; ``margin`` is what stays free, below 0 what is missing.
 
-    ``largest`` is the largest item: the one to shrink. A Fit is true where it fits.
+    ``needed`` is without what torch gives back before it runs out of memory (``Prediction.releasable``).
+
+    ``largest`` is the largest item: the one to shrink; ``remedy`` a setting that alone would make it fit, if there is
+    one. A Fit is true where it fits.
     """
 
     needed: int
     usable: int
     largest: str
+    remedy: str = ""
 
     @property
     def margin(self) -> int:
@@ -35,7 +39,8 @@ class Fit:
     def __str__(self) -> str:
         if self:
             return f"fits: {self.margin / GIB:.2f} GiB stay free of {self.usable / GIB:.2f} usable"
-        return f"does not fit: {-self.margin / GIB:.2f} GiB missing; the largest item is {self.largest}"
+        missing = f"does not fit: {-self.margin / GIB:.2f} GiB missing; the largest item is {self.largest}"
+        return f"{missing}; {self.remedy}" if self.remedy else missing
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,15 @@ def fits(configuration: Configuration, card_bytes: int) -> Fit:
         raise UserError(f"a card of {card_bytes / GIB:g} GiB holds nothing; give its memory in GiB, for example 24")
     prediction = predict(configuration)
     largest = max(prediction.items, key=lambda name: prediction.items[name])
-    return Fit(prediction.total, int(card_bytes * (1 - constants.SAFETY_MARGIN_SHARE)), largest)
+    needed = prediction.total - prediction.releasable
+    usable = int(card_bytes * (1 - constants.SAFETY_MARGIN_SHARE))
+    remedy = ""
+    if needed > usable and not configuration.expandable_segments:
+        without_holes = predict(replace(configuration, expandable_segments=True)).total
+        if without_holes <= usable:
+            setting = "PYTORCH_ALLOC_CONF=expandable_segments:True"
+            remedy = f"{setting} would make it fit, with {without_holes / GIB:.2f} GiB"
+    return Fit(needed, usable, largest, remedy)
 
 
 def traffic(configuration: Configuration) -> int:
@@ -107,16 +120,22 @@ def _candidates(wanted: Configuration, ranks: int) -> Iterator[Configuration]:
 
 
 def _strategies(ranks: int) -> Iterator[Strategy]:
+    sharded = Strategy(
+        "zero-3",
+        ranks,
+        reduce_bucket=SMALL_BUCKET,
+        max_live=LIVE_PARAMETERS,
+        communicators=constants.TRAINER_ZERO_3_COMMUNICATORS,
+    )
     if ranks == 1:
         yield Strategy("single")
     else:
         yield Strategy("ddp", ranks)
         yield Strategy("zero-2", ranks, reduce_bucket=SMALL_BUCKET, overlap_comm=True)
-        yield Strategy("zero-3", ranks, reduce_bucket=SMALL_BUCKET, max_live=LIVE_PARAMETERS)
+        yield sharded
     yield Strategy("zero-2", ranks, reduce_bucket=SMALL_BUCKET, overlap_comm=True, offload_optimizer=True)
-    sharded = Strategy("zero-3", ranks, reduce_bucket=SMALL_BUCKET, max_live=LIVE_PARAMETERS, offload_optimizer=True)
-    yield sharded
-    yield replace(sharded, offload_parameters=True)
+    yield replace(sharded, offload_optimizer=True)
+    yield replace(sharded, offload_optimizer=True, offload_parameters=True)
 
 
 def _cost(c: Configuration) -> tuple[int, int, int, int]:

@@ -127,7 +127,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How the ranks share the work. Buckets and limits in elements, with DeepSpeed's names and defaults."""
+    """How the ranks share the work. Buckets and limits in elements, with DeepSpeed's names and defaults.
+
+    ``communicators`` is the number of NCCL's: one where everything shares torch's group; the Trainer makes two for
+    ZeRO-3. A single process has none.
+    """
 
     kind: str = "single"
     ranks: int = 1
@@ -137,10 +141,11 @@ class Strategy:
     sub_group: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    communicators: int = 1
 
     def __post_init__(self) -> None:
         check_choice(self, "kind", KINDS)
-        check_positive(self, "ranks", "reduce_bucket", "max_live", "sub_group")
+        check_positive(self, "ranks", "reduce_bucket", "max_live", "sub_group", "communicators")
         if self.kind == "single" and self.ranks > 1:
             raise UserError(f"Strategy: kind is single but ranks is {self.ranks}; choose ddp or one of zero-1, -2, -3")
         if self.offload_optimizer and not self.stage:
@@ -162,7 +167,8 @@ class Configuration:
     (fp32 weights where all are trained, bf16 weights and an fp32 adapter under LoRA); "bf16", 16-bit weights and no
     autocast, which is what DeepSpeed's bf16 does. ``base_bits`` 8 or 4 quantises the matrices under LoRA.
     ``rows`` x ``length`` tokens run at once; ``padded`` says that rows differ in length, so that attention gets a mask.
-    ``accumulation`` is the number of micro-batches to a step.
+    ``accumulation`` is the number of micro-batches to a step. ``expandable_segments`` is torch's allocator with
+    PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF).
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -175,6 +181,7 @@ class Configuration:
     checkpointing: bool = False
     base_bits: int = 16
     accumulation: int = 1
+    expandable_segments: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, "precision", PRECISIONS)

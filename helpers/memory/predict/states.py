@@ -25,7 +25,8 @@ class States:
 
     ``resident`` is there all the time; ``gradients`` grows during backward to that size; ``step`` is there only while
     the optimizer works (beside ``gradients``); ``buckets`` from the first gradient to the end of backward.
-    ``gathered`` is the most that ZeRO-3 holds of other ranks' parameters at once.
+    ``gathered`` is the most that ZeRO-3 holds of other ranks' parameters at once. ``replaced`` is what DDP's first
+    buckets still hold in the second step, until its first gradient is reduced.
     """
 
     resident: Mapping[str, int]
@@ -33,6 +34,7 @@ class States:
     step: int
     buckets: int = 0
     gathered: int = 0
+    replaced: int = 0
 
 
 def published_states(parameters: int, stage: int, ranks: int, *, tensor: int = 1, pipeline: int = 1) -> int:
@@ -75,14 +77,23 @@ def states(configuration: Configuration) -> States:
 
 
 def _replicated(c: Configuration) -> States:
-    """One process, or DDP, whose buckets hold a copy of all gradients (torch/csrc/distributed/c10d/reducer.cpp)."""
+    """One process, or DDP, whose buckets hold a copy of all gradients (torch/csrc/distributed/c10d/reducer.cpp).
+
+    DDP makes its buckets anew before the second forward, in the order in which gradients came. The first ones are not
+    gone then: ProcessGroupNCCL.cpp stashes what a collective uses (``stashed_for_allocator_safety_``); DDP waits for
+    the collective's future, which leaves the stash; NCCL's watchdog, which looks every 100 ms, hands it over, and the
+    next collective after that drops it. Whether that is before the second step's logits depends on the time a step
+    takes, so this is the larger of both. An H100 held one copy of the gradients more in full training
+    (tests/data/measured_h100.json); over gloo there is none, and that the stash is the reason is inferred.
+    """
     trained = c.trained * c.trained_bytes
+    buckets = trained if c.strategy.kind == "ddp" else 0
     resident = {
         "parameters": base_bytes(c) + trained,
         "optimizer states": ADAM * trained,
-        "communication buffers": trained if c.strategy.kind == "ddp" else 0,
+        "communication buffers": buckets,
     }
-    return States(MappingProxyType(resident), gradients=trained, step=0)
+    return States(MappingProxyType(resident), gradients=trained, step=0, replaced=buckets)
 
 
 def _zero_1_2(c: Configuration) -> States:
@@ -113,7 +124,8 @@ def _zero_3(c: Configuration) -> States:
 
     Every parameter is partitioned. Resident besides: ``grad_partitions_flat_buffer`` and one reduce bucket, both made
     at the start and of the weights' type. Gathered parameters stay below stage3_max_live_parameters; with one rank
-    nothing is gathered. The step takes fp32 gradients for one sub-group at a time.
+    nothing is gathered. The step flattens the gradients of one sub-group at a time and, where they are in 16 bit, makes
+    fp32 ones of that (``_prepare_fp32_grad_for_sub_group``).
     """
     ranks, strategy = c.strategy.ranks, c.strategy
     part = -(-c.trained // ranks)
@@ -127,5 +139,6 @@ def _zero_3(c: Configuration) -> States:
     }
     gathers = ranks > 1 or strategy.offload_parameters
     live = min(strategy.max_live, c.frozen + c.trained) * c.stream_bytes if gathers else 0
-    step = FP32 * min(strategy.sub_group, part) if on_gpu else 0
+    flat = c.stream_bytes if c.stream_bytes < FP32 else 0
+    step = (flat + FP32) * min(strategy.sub_group, part) if on_gpu else 0
     return States(MappingProxyType(resident), gradients=0, step=step, gathered=live)

@@ -39,21 +39,22 @@ class Step:
         self._states = states(c)
         self._kept = kept(c)
         self._layer = layer(c)
-        # cuBLAS's workspace and the rotary frequencies, two copies of head_dim / 4.
-        buffers = constants.CUBLAS_WORKSPACE + 2 * FP32 * (c.shape.head_dim // 4)
+        # cuBLAS's workspaces and the rotary frequencies, two copies of head_dim / 4.
+        buffers = constants.CUBLAS_THREADS * constants.CUBLAS_WORKSPACE + 2 * FP32 * (c.shape.head_dim // 4)
         self._resident = Counter({**self._states.resident, "buffers": buffers})
         # From forward to the end of backward: what ZeRO-3 gathers, and the gradients of earlier micro-batches.
         self._passing = self._resident + Counter({"communication buffers": self._states.gathered})
         if c.accumulation > 1:
             self._passing += Counter({"gradients": self._states.gradients})
         self._buckets = Counter({"communication buffers": self._states.buckets})
+        self._replaced = Counter({"communication buffers": self._states.replaced})
 
     def moments(self) -> dict[str, Counter[str]]:
         """Bytes of tensors by item, for each moment."""
         found = {
-            LOSS: self._loss(),
-            LOSS_BACKWARD: self._loss_backward(),
-            OUTPUT_BACKWARD: self._output_backward(),
+            LOSS: self._loss() + self._replaced,
+            LOSS_BACKWARD: self._loss_backward() + self._replaced,
+            OUTPUT_BACKWARD: self._output_backward() + self._replaced,
             LAST_LAYER: self._last_layer(),
             FIRST_LAYER: self._first_layer(),
         }
