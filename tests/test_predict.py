@@ -41,9 +41,7 @@ SMALL = ModelShape(hidden=96, layers=3, heads=4, kv_groups=2, head_dim=32, inter
 WIDE = ModelShape(hidden=64, layers=2, heads=8, kv_groups=2, head_dim=16, intermediate=336, vocab=256)
 CARD = 24 * GIB
 MIB = 2**20
-MEASURED = json.loads((ROOT / "tests/data/measured_h100.json").read_text(encoding="utf-8"))["configurations"]
-# Recorded before the benchmark set ZeRO-3 up as from_pretrained does: the adapter was in 16 bit then.
-del MEASURED["LoRA, ZeRO-3"]
+MEASURED = json.loads((ROOT / "notebooks/results/prediction.json").read_text(encoding="utf-8"))
 
 
 def shape_of(**changes) -> ModelShape:
@@ -232,38 +230,42 @@ def test_published_buckets_cost_less_than_their_size():
     assert (published.allocated - small.allocated) / GIB == pytest.approx(1.28, rel=0.05)
 
 
-# Off by what nothing here derives, see the docstring of moments._rounding: rows of one length by up to 0.7 GiB here,
-# rows that differ by what their order leaves.
-NVML_PERCENT = {
+# With the default allocator: off by holes that nothing here derives, see the docstring of moments._rounding.
+DEFAULT_ALLOCATOR_PERCENT = {
     "full, fp32": 6,
     "LoRA, autocast": 9,
     "LoRA, autocast, checkpointing": 6,
     "LoRA, autocast, rows differ": 11,
+    "LoRA, ZeRO-3": 7,
     "6B LoRA, DDP, rows differ": 6,
 }
 
 
 @pytest.fixture(scope="module")
-def benchmarked():
-    """The benchmark's configurations on one GPU, by name."""
+def benchmark():
     spec = importlib.util.spec_from_file_location("benchmark_prediction", ROOT / "tests/benchmarks/prediction.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.configurations(1)
+    return module
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_predictions_are_what_one_h100_measured(benchmarked, name):
-    prediction, measured = predict(benchmarked[name]), MEASURED[name]
-    assert prediction.allocated == pytest.approx(measured["allocated"], rel=0.01)
-    assert prediction.total == pytest.approx(measured["nvml"], rel=NVML_PERCENT.get(name, 5) / 100)
+@pytest.mark.parametrize("expandable", [True, False])
+@pytest.mark.parametrize("name", MEASURED["configurations"])
+def test_predictions_are_what_was_measured(benchmark, name, expandable):
+    entry = MEASURED["configurations"][name]
+    configuration = benchmark.configurations(len(MEASURED["machine"]["gpus"]))[name]
+    prediction = predict(dataclasses.replace(configuration, expandable_segments=expandable))
+    (measured,) = (entry if expandable else entry["default_allocator"])["measured"]
+    assert prediction.allocated == pytest.approx(measured["allocated"], rel=0.005)
+    percent = 5 if expandable else DEFAULT_ALLOCATOR_PERCENT.get(name, 5)
+    assert prediction.total == pytest.approx(measured["nvml"], rel=percent / 100)
+    outside = measured["nvml"] - measured["reserved"]
+    assert prediction.items["CUDA context"] + prediction.items["NCCL"] == pytest.approx(outside, rel=0.025)
 
 
-def test_what_torch_does_not_count_is_what_one_h100_measured(benchmarked):
-    for name, measured in MEASURED.items():
-        items = predict(benchmarked[name]).items
-        outside = measured["nvml"] - measured["reserved"]
-        assert items["CUDA context"] + items["NCCL"] == pytest.approx(outside, rel=0.025)
+def test_the_results_file_holds_what_the_formulas_say_today(benchmark):
+    again = benchmark.predicted_again(MEASURED)
+    assert json.loads(json.dumps(again)) == MEASURED
 
 
 def test_the_trainers_zero_3_has_two_communicators_and_one_process_none():
@@ -318,11 +320,21 @@ configurations = st.builds(
 
 @given(configurations)
 @settings(max_examples=100, deadline=None)
-def test_expandable_segments_hold_whole_pages(c):
+def test_expandable_segments_hold_whole_pages_and_one_hole(c):
     prediction = predict(dataclasses.replace(c, expandable_segments=True))
     assert prediction.allocated == predict(c).allocated
-    large = prediction.reserved - 2 * MIB
-    assert large % (20 * MIB) == 0 and 0 <= large - prediction.allocated < 20 * MIB
+    hole = c.tokens * c.shape.vocab * c.compute_bytes if c.compute_bytes < 4 else 0
+    beside = prediction.reserved - prediction.allocated - 2 * MIB
+    assert beside >= hole
+    if not c.strategy.stage:
+        assert beside - hole < 20 * MIB and (prediction.allocated + beside - hole) % (20 * MIB) == 0
+
+
+def test_deepspeeds_flat_tensors_leave_the_built_ones_behind():
+    c = Configuration(lora=None, precision="bf16", strategy=Strategy("zero-2", 2), rows=1, length=64)
+    prediction = predict(dataclasses.replace(c, expandable_segments=True))
+    built, flat_gradients = 2 * ModelShape().parameters, 2 * ModelShape().parameters // 2
+    assert 0 <= prediction.reserved - prediction.allocated - built - flat_gradients < 22 * MIB
 
 
 def test_buckets_larger_than_the_logits_come_beside_them():
@@ -335,15 +347,6 @@ def test_buckets_larger_than_the_logits_come_beside_them():
         predict(published).reserved
         >= held - sum(predict(small).items[name] for name in ("CUDA context", "NCCL")) + 2 * 2 * 500_000_000
     )
-
-
-def test_what_torch_gives_back_does_not_count_against_a_card():
-    c = Configuration(lora=None, precision="bf16", strategy=Strategy("zero-2", 2))
-    prediction = predict(c)
-    assert prediction.releasable == 2 * ModelShape().parameters + 2 * ModelShape().parameters // 2
-    assert fits(c, CARD).needed == prediction.total - prediction.releasable
-    assert predict(Configuration()).releasable == 0
-    assert predict(dataclasses.replace(c, expandable_segments=True)).releasable == 0
 
 
 def test_a_card_that_only_fragmentation_overfills_is_told_so():

@@ -1,10 +1,11 @@
 """Predicted beside measured GPU memory, for many configurations, on every GPU of this machine.
 
     python tests/benchmarks/prediction.py [--results notebooks/results/prediction.json] [--only TEXT]
+    python tests/benchmarks/prediction.py --again      the recorded runs, predicted by today's formulas; needs no GPU
 
 Each configuration trains a few steps in fresh processes: models of 0.7 billion parameters, and ChatGLM3-6B's full
-size with LoRA, all with random weights made on the GPU. Once with expandable segments, which can be predicted, and once
-with the allocator's default, whose fragmentation can be only in part. About three minutes on an H100; needs 40 GiB.
+size with LoRA, all with random weights made on the GPU. Once with expandable segments, and once with the allocator's
+default, whose fragmentation can be predicted only in part. About three minutes on an H100; needs 40 GiB.
 """
 
 import argparse
@@ -231,6 +232,29 @@ def record(configuration: Configuration, measured: list[dict[str, int | None]], 
     }
 
 
+def predicted_again(content: dict[str, Any]) -> dict[str, Any]:
+    """A results file's ``content`` with the same measurements and what the formulas say today."""
+    configurations_then = configurations(len(content["machine"]["gpus"]))
+
+    def again(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
+        if "failed" in entry:
+            return entry
+        outcome = {key: entry[key] for key in ("losses", "expandable")} | {"trained_parameters": configuration.trained}
+        return record(configuration, entry["measured"], outcome)
+
+    entries = {}
+    for name, entry in content["configurations"].items():
+        configuration = configurations_then[name]
+        entries[name] = again(entry, dataclasses.replace(configuration, expandable_segments=True))
+        entries[name]["default_allocator"] = again(entry["default_allocator"], configuration)
+    return content | {"configurations": entries}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def allocator(expandable: bool) -> Iterator[None]:
     """What ranks that start inside inherit: expandable segments, or the allocator's default. Restores what was set."""
@@ -283,7 +307,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--again", action="store_true", help="predict the recorded runs again, measure nothing")
     arguments = parser.parse_args()
+    if arguments.again:
+        content = predicted_again(json.loads(arguments.results.read_text(encoding="utf-8")))
+        write(arguments.results, content)
+        for name, entry in content["configurations"].items():
+            print(line(name, entry), line("  default allocator", entry["default_allocator"]), sep="\n")
+        return
     machine = describe()
     if not machine.gpus:
         raise UserError("no GPU here; this measures GPU memory")
@@ -299,9 +330,7 @@ def main() -> None:
         entries[name]["default_allocator"] = default
         print(line(name, entries[name]))
         print(line("  default allocator", default), flush=True)
-        content = {"machine": dataclasses.asdict(machine), "configurations": entries}
-        with replacing(arguments.results) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(arguments.results, {"machine": dataclasses.asdict(machine), "configurations": entries})
     failed = [name for name, e in entries.items() if "failed" in e or "failed" in e["default_allocator"]]
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)

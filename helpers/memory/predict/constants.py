@@ -8,8 +8,8 @@ from helpers.memory.timeline import GIB
 MIB = 2**20
 
 # One H100, torch 2.11: NVML less torch's reserved bytes of a process without NCCL. 527 MiB when CUDA has started; each
-# library and kernel that is loaded adds to it. After training: 0.73 to 0.75 GiB in nine runs
-# (tests/data/measured_h100.json).
+# library and kernel that is loaded adds to it. After training: 0.73 to 0.75 GiB in nine configurations
+# (notebooks/results/prediction.json).
 CUDA_CONTEXT = int(0.74 * GIB)
 # The same process before and after its first all-reduce in a group of one rank: 911 and 1473 MiB.
 NCCL_ONE_RANK = 562 * MIB
@@ -36,7 +36,7 @@ ROUND_LARGE = 2 * MIB
 
 # Rows of different lengths in each batch leave holes that the next batch's tensors do not fit. finetune_6b.json:
 # reserved less allocated is 1.60, 1.60, 1.46 and 1.50 GiB, with 3.53, 3.53, 3.46 and 5.00 GiB of activations: the mean.
-# It depends on which lengths follow each other: tests/data/measured_h100.json has shares from 0.1 to 0.8.
+# It depends on which lengths follow each other: notebooks/results/prediction.json has shares from 0.1 to 0.8.
 FRAGMENTED_SHARE_OF_ACTIVATIONS = 0.40
 
 # A choice, not a measurement: what a job that "fits" leaves free, for predictions are good to 5 %.

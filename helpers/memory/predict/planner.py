@@ -18,8 +18,6 @@ LIVE_PARAMETERS = 400_000_000
 class Fit:
     """Whether a prediction fits a card. Bytes; ``margin`` is what stays free, below 0 what is missing.
 
-    ``needed`` is without what torch gives back before it runs out of memory (``Prediction.releasable``).
-
     ``largest`` is the largest item: the one to shrink; ``remedy`` a setting that alone would make it fit, if there is
     one. A Fit is true where it fits.
     """
@@ -63,15 +61,14 @@ def fits(configuration: Configuration, card_bytes: int) -> Fit:
         raise UserError(f"a card of {card_bytes / GIB:g} GiB holds nothing; give its memory in GiB, for example 24")
     prediction = predict(configuration)
     largest = max(prediction.items, key=lambda name: prediction.items[name])
-    needed = prediction.total - prediction.releasable
     usable = int(card_bytes * (1 - constants.SAFETY_MARGIN_SHARE))
     remedy = ""
-    if needed > usable and not configuration.expandable_segments:
+    if prediction.total > usable and not configuration.expandable_segments:
         without_holes = predict(replace(configuration, expandable_segments=True)).total
         if without_holes <= usable:
             setting = "PYTORCH_ALLOC_CONF=expandable_segments:True"
             remedy = f"{setting} would make it fit, with {without_holes / GIB:.2f} GiB"
-    return Fit(needed, usable, largest, remedy)
+    return Fit(prediction.total, usable, largest, remedy)
 
 
 def traffic(configuration: Configuration) -> int:

@@ -84,7 +84,7 @@ def _replicated(c: Configuration) -> States:
     the collective's future, which leaves the stash; NCCL's watchdog, which looks every 100 ms, hands it over, and the
     next collective after that drops it. Whether that is before the second step's logits depends on the time a step
     takes, so this is the larger of both. An H100 held one copy of the gradients more in full training
-    (tests/data/measured_h100.json); over gloo there is none, and that the stash is the reason is inferred.
+    (notebooks/results/prediction.json); over gloo there is none, and that the stash is the reason is inferred.
     """
     trained = c.trained * c.trained_bytes
     buckets = trained if c.strategy.kind == "ddp" else 0
