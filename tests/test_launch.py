@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from nbclient.exceptions import CellExecutionError
 
 from helpers.errors import UserError
 from helpers.launch import RankError, device, report_progress, run
+from helpers.launch.failure import hung
+from helpers.launch.worker import whereabouts
 from helpers.memory.nvml import open_nvml
 from helpers.memory.phases import phase
 
@@ -322,6 +325,22 @@ class TestFailure:
         os.kill(server, signal.SIGKILL)
         os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
         assert run(add_up, 1).results[0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("dump", "said"),
+    [
+        (lambda **_: pickle.dumps({"entries": [{"profiling_name": "nccl:all_reduce"}]}), "nccl:all_reduce"),
+        (lambda **_: pickle.dumps({}), None),
+        (lambda **_: b"", "unknown"),
+    ],
+)
+def test_what_nccl_did_not_end_is_added_and_never_loses_the_place(monkeypatch, dump, said):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", dump, raising=False)
+    error = hung(5, {0: whereabouts(sys._getframe())}, {0: False})
+    assert "rank 0 is in no collective" in str(error) and "test_launch.py" in str(error)
+    assert (f"not ended on its GPU: {said}" in str(error)) if said else ("not ended" not in str(error))
 
 
 def gone(pid: int) -> bool:
