@@ -11,42 +11,18 @@ from collections import defaultdict
 import pytest
 import torch
 import transformers.models.glm.modeling_glm as modeling_glm
-from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import GlmConfig, GlmForCausalLM
 
 from helpers.memory.predict import Configuration
+from helpers.memory.predict.build import base_model, with_adapter
 
 
 def glm(c: Configuration, device: str = "cpu") -> torch.nn.Module:
     """The model of a configuration, with its adapter."""
-    shape = c.shape
-    config = GlmConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_groups,
-        head_dim=shape.head_dim,
-        attention_bias=shape.qkv_bias,
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-        use_cache=False,
-    )
-    dtype = torch.float32 if c.stream_bytes == 4 else torch.bfloat16
     with torch.device(device):
-        model = GlmForCausalLM._from_config(config, dtype=dtype)
-        if c.checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        if c.lora:
-            adapter = LoraConfig(
-                r=c.lora.r, lora_dropout=c.lora.dropout, target_modules=list(c.lora.targets), task_type="CAUSAL_LM"
-            )
-            model = get_peft_model(model, adapter)
-    return model.train()
+        return with_adapter(c, base_model(c, device))
 
 
 def fused_dropout(x, p=0.5, training=True, inplace=False):

@@ -83,39 +83,15 @@ def configurations(ranks: int) -> dict[str, Configuration]:
 
 def build(configuration: Configuration, device: torch.device) -> torch.nn.Module:
     """The model, made on ``device`` with random weights, with its adapter."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import GlmConfig, GlmForCausalLM
+    from helpers.memory.predict.build import base_model, with_adapter  # with transformers and peft: in the ranks
 
-    c, shape = configuration, configuration.shape
-    config = GlmConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_groups,
-        head_dim=shape.head_dim,
-        attention_bias=shape.qkv_bias,
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-        use_cache=False,
-    )
-    dtype = torch.float32 if c.stream_bytes == 4 else torch.bfloat16
-    with device:
-        model = GlmForCausalLM._from_config(config, dtype=dtype)
-    if c.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if c.strategy.stage == 3:
+    model = base_model(configuration, device)
+    if configuration.strategy.stage == 3:
         # Partitioned before it gets its adapter, as by from_pretrained: the adapter then stays in fp32.
         import deepspeed  # looks for its accelerator when it is imported
 
-        deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(c))
-    if c.lora:
-        adapter = LoraConfig(
-            r=c.lora.r, lora_dropout=c.lora.dropout, target_modules=list(c.lora.targets), task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, adapter)
-    return model.train()
+        deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(configuration))
+    return with_adapter(configuration, model)
 
 
 def batch(configuration: Configuration, step: int, device: torch.device) -> dict[str, torch.Tensor]:

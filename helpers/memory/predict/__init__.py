@@ -5,7 +5,7 @@
 
 shapes.py says what is predicted for, states.py and activations.py hold the formulas, constants.py what had to be
 measured, step.py what is alive at each moment, moments.py the largest of them, planner.py which strategy fits, jobs.py
-reads a job's own files.
+reads a job's own files, build.py makes the real model that a configuration describes.
 """
 
 from helpers.memory.predict.moments import Prediction, predict
