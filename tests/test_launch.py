@@ -354,28 +354,52 @@ def gone(pid: int) -> bool:
         return False
 
 
-FAULTS = ("exception", "kill", "interrupt", "out of memory", "hang")
+# Four things that a rank can do in the middle of its work, and one that the reader does; and what is then said.
+FAULTS = {
+    "exception": (RankError, "raised ValueError"),
+    "kill": (RankError, "killed by SIGKILL"),
+    "interrupt": (KeyboardInterrupt, None),
+    "out of memory": (RankError, "raised (RuntimeError|OutOfMemoryError)"),
+    "hang": (RankError, "no result after"),
+}
+
+
+def strike(fault):
+    match fault:
+        case "exception":
+            raise ValueError("injected")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "interrupt":
+            report_progress(1, 1)
+        case "out of memory":
+            torch.empty(2**60, device=device())
+    threading.Event().wait()
 
 
 def faulty(fault, culprit):
-    """Four things a rank can do in the middle of its work, and one that the reader does."""
-    x = torch.ones(1000)
+    x = torch.ones(1000, device=device())
     dist.all_reduce(x)
-    keep = x.clone().share_memory_()
+    shared = torch.ones(1000).share_memory_()
+    fill = torch.empty(2**30, device=device(), dtype=torch.uint8) if x.is_cuda else None
     if dist.get_rank() == culprit:
-        match fault:
-            case "exception":
-                raise ValueError("injected")
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "interrupt":
-                report_progress(1, 1)
-            case "out of memory":
-                torch.empty(2**60)
-            case "hang":
-                threading.Event().wait()
+        strike(fault)
     dist.all_reduce(x)
-    return keep
+    return shared, fill
+
+
+def inject(fault, nprocs, culprit, hang_seconds):
+    """One fault; fails where it is not raised as what it is."""
+    error_type, said = FAULTS[fault]
+    with pytest.raises(error_type, match=said):
+        run(
+            faulty,
+            nprocs,
+            timeout=hang_seconds if fault == "hang" else 60,
+            on_progress=lambda progress: signal.raise_signal(signal.SIGINT),
+            fault=fault,
+            culprit=culprit,
+        )
 
 
 def test_nothing_is_left_after_300_faults(monkeypatch, tmp_path):
@@ -383,25 +407,8 @@ def test_nothing_is_left_after_300_faults(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     ports, files = listening_ports(), set(os.listdir("/dev/shm"))
     descriptors = psutil.Process().num_fds()
-    expected = {
-        "exception": (RankError, "raised ValueError"),
-        "kill": (RankError, "killed by SIGKILL"),
-        "interrupt": (KeyboardInterrupt, None),
-        "out of memory": (RankError, "raised RuntimeError"),
-        "hang": (RankError, "no result after"),
-    }
     for number in range(300):
-        fault, culprit = FAULTS[number % len(FAULTS)], number % 2
-        error_type, said = expected[fault]
-        with pytest.raises(error_type, match=said):
-            run(
-                faulty,
-                2,
-                timeout=0.5 if fault == "hang" else 60,
-                on_progress=lambda progress: signal.raise_signal(signal.SIGINT),
-                fault=fault,
-                culprit=culprit,
-            )
+        inject(list(FAULTS)[number % len(FAULTS)], max(2, torch.cuda.device_count() + 1), number % 2, hang_seconds=0.5)
     assert not ranks_alive()
     assert listening_ports() <= ports
     assert not [name for name in set(os.listdir("/dev/shm")) - files if name.startswith(("torch_", "psm_", "nccl-"))]
@@ -619,32 +626,10 @@ class TestGpu:
         assert 0 < rank.allocated <= rank.reserved < rank.nvml
 
     def test_memory_is_back_after_faults(self):
-        def fill(fault):
-            keep = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-            dist.all_reduce(torch.ones(1, device="cuda"))
-            match fault:
-                case "exception":
-                    raise ValueError("injected")
-                case "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                case "interrupt":
-                    report_progress(1, 1)
-                case "out of memory":
-                    torch.empty(2**50, device="cuda", dtype=torch.uint8)
-            threading.Event().wait()
-            return keep
-
         run(add_up, 1)
         before = open_nvml().used_bytes(0)
-        for fault in FAULTS * 4:
-            with pytest.raises((RankError, KeyboardInterrupt)):
-                run(
-                    fill,
-                    1,
-                    timeout=4 if fault == "hang" else 60,
-                    on_progress=lambda progress: signal.raise_signal(signal.SIGINT),
-                    fault=fault,
-                )
+        for fault in [*FAULTS] * 4:
+            inject(fault, nprocs=1, culprit=0, hang_seconds=4)
             assert open_nvml().used_bytes(0) - before <= 8 * 2**20, fault
 
     def test_a_hang_names_what_the_gpu_did_not_end(self):
