@@ -1,5 +1,6 @@
 """What several test files need: a small random checkpoint in the published layout, and its tokenizer."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import transformers
 from small_chatglm import random_lora, random_model, small_config, small_tokenizer
 
 from helpers.chatglm3 import ChatGLMTokenizer
+
+
+def pytest_configure() -> None:
+    """Several tests send Ctrl-C. A shell lets what it runs in the background ignore it, children included."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
