@@ -154,9 +154,8 @@ def _setup(
     }
     # Everything is on this machine, whatever its name resolves to.
     environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    # NCCL's flight recorder, under its present name and the one before: what a hang is explained from.
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        environ.setdefault(name, "200")
+    if backend == "nccl":
+        environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # NCCL's flight recorder: what a hang is explained from
     if backend == "gloo":
         environ["CUDA_VISIBLE_DEVICES"] = ""  # the same cell must not find a GPU that it cannot use
     # What a traceback would look up on disk and not find: the lines of notebook cells.
