@@ -1,10 +1,12 @@
-"""Files that are either the old one or the new one, never half of it."""
+"""Files that are either the old one or the new one, never half of it; and JSON files that users give."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -67,3 +69,16 @@ def creating_folder(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be written: {error}; choose another disk or folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json_object(path: Path, missing: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError: the line ``missing`` where there is no file, else what is wrong."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    return raw

@@ -305,20 +305,26 @@ def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str) -> CourseFi
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     for place, total in enumerate(left.values()):
         axes.text(total, place, f" {total:.1f} GiB", va="center", fontsize=TEXT_SIZE)
+    _finish_bars(fig, axes, "GPU memory (GiB)", 1.12 * max(left.values()), len(categories))
+    return fig
+
+
+def _finish_bars(fig: CourseFigure, axes: Axes, axis: str, right: float, kinds: int) -> None:
+    """What horizontal bars have in common: the first one on top, a grid to read lengths by, a legend of ``kinds``."""
     axes.invert_yaxis()
-    _label(axes, "", "GPU memory (GiB)", "")
+    axes.set_xlim(0, right)
+    _label(axes, "", axis, "")
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
-    axes.set_xlim(0, 1.12 * max(left.values()))
-    fig.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(categories)),
-        fontsize=SMALL_SIZE,
-        frameon=False,
-    )
-    return fig
+    if kinds:
+        fig.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=min(4, kinds),
+            fontsize=SMALL_SIZE,
+            frameon=False,
+        )
 
 
 def memory_sources(ranks: Mapping[str, Mapping[str, Mapping[str, int] | None]], title: str) -> CourseFigure:
@@ -605,18 +611,6 @@ def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, axis: str) 
     for place, (total, earlier) in enumerate(zip(left, [0.0, *left], strict=False)):
         text = f" {total:,.{digits}f}  ({total - earlier:+,.{digits}f})"
         axes.text(total, place, text, va="center", fontsize=SMALL_SIZE)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.18 * max(left))
-    _label(axes, "", f"{axis} ({unit.name}; in brackets what the step added)", "")
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
-    if len(items) > 1:
-        fig.legend(
-            *axes.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=min(4, len(items)),
-            fontsize=SMALL_SIZE,
-            frameon=False,
-        )
+    kinds = len(items) if len(items) > 1 else 0
+    _finish_bars(fig, axes, f"{axis} ({unit.name}; in brackets what the step added)", 1.18 * max(left), kinds)
     return fig

@@ -6,7 +6,6 @@ default; what transformers has renamed since is understood. ``FinetuneConfig.not
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from helpers.errors import UserError
+from helpers.files import read_json_object
 
 # What attention projections ChatGLM3's published adapters train, in the names of transformers' Glm.
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
@@ -180,15 +180,7 @@ def read(path: Path) -> FinetuneConfig:
 
 def read_deepspeed(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file. Raises UserError where it is missing or is not a JSON object."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no DeepSpeed file {path}; configs/ds_zero_2.json is one") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(raw).__name__}")
-    return raw
+    return read_json_object(path, f"no DeepSpeed file {path}; configs/ds_zero_2.json is one")
 
 
 def _enabled(deepspeed: dict[str, Any], key: str) -> bool | None:

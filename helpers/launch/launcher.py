@@ -29,7 +29,7 @@ from helpers.hardware import Machine, backend_for, describe
 from helpers.launch import worker
 from helpers.launch.failure import RankError, died, hung, raised
 from helpers.launch.shared_memory import remove, segments_of
-from helpers.memory.measured import Measured
+from helpers.memory.measured import Measured, RankMemory
 from helpers.memory.nvml import Sampler
 from helpers.memory.phases import read_phases
 from helpers.memory.timeline import Timeline
@@ -113,10 +113,10 @@ def run(
             ranks.leave()
         # A rank's last lines, also where it was killed, have been read: phases are complete.
         phases = read_phases(sorted(folder.glob("phases-*.jsonl")))
-    reports = ranks.done
+    reports, timeline = ranks.done, sampler.timeline()
     return RunResult(
         [cloudpickle.loads(report.result) for report in reports],
-        Measured(_with_nvml(reports, sampler.timeline(), backend), sampler.timeline(), phases),
+        Measured(_with_nvml(reports, timeline, backend), timeline, phases),
         max(report.moment for report in reports) - min(ready.moment for ready in ranks.ready),
         max(ready.moment for ready in ranks.ready) - ranks.begun,
         backend,
@@ -128,7 +128,7 @@ def _say_once(line: str) -> None:
     print(line, flush=True)
 
 
-def _with_nvml(reports: Sequence[worker.Done], timeline: Timeline, backend: str) -> list[worker.RankMemory]:
+def _with_nvml(reports: Sequence[worker.Done], timeline: Timeline, backend: str) -> list[RankMemory]:
     deltas = {gpu.index: gpu.delta for gpu in timeline.gpus} if backend == "nccl" else {}
     return [replace(report.memory, nvml=deltas.get(rank)) for rank, report in enumerate(reports)]
 

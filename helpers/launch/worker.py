@@ -72,10 +72,9 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The exception that ended a rank: its type, its text, its traceback from the function on."""
+    """The exception that ended a rank: its type, its traceback from the function on."""
 
     type: str
-    text: str
     traceback: str
     moment: float
 
@@ -223,7 +222,7 @@ def _memory() -> RankMemory:
 def _failed(error: BaseException) -> Failed:
     # The first frame is main's, above.
     lines = traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
-    return Failed(type(error).__name__, str(error), "".join(lines), time.time())
+    return Failed(type(error).__name__, "".join(lines), time.time())
 
 
 # The longer ones first: site-packages lies inside of stdlib.

@@ -1,12 +1,12 @@
 """What a prediction is made for: the model's shape, what is trained, how, on how many GPUs. Plain numbers, checked."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import UserError
+from helpers.files import read_json_object
 
 PRECISIONS = ("fp32", "autocast", "bf16")
 KINDS = ("single", "ddp", "zero-1", "zero-2", "zero-3")
@@ -238,14 +238,7 @@ def read_shape(path: Path) -> ModelShape:
     Raises UserError where the file is missing, is not JSON, or lacks a key.
     """
     path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no model configuration {path}; name a checkpoint's folder or its config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    raw = read_json_object(path, f"no model configuration {path}; name a checkpoint's folder or its config.json")
     return _shape_from(raw, str(path))
 
 
