@@ -634,8 +634,10 @@ class TestGpu:
 
     def test_a_hang_names_what_the_gpu_did_not_end(self):
         def fn():
+            ones = torch.ones(1, device="cuda")
+            dist.all_reduce(ones)  # kernels are loaded at their first use, which waits for those that run
             torch.cuda._sleep(2**40)
-            dist.all_reduce(torch.ones(1, device="cuda"))
+            dist.all_reduce(ones)
             torch.cuda.synchronize()
 
         with pytest.raises(RankError) as error:

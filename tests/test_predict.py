@@ -239,6 +239,8 @@ DEFAULT_ALLOCATOR_PERCENT = {
     "LoRA, ZeRO-3": 7,
     "6B LoRA, DDP, rows differ": 6,
 }
+# With expandable segments: one hole less than the formula has, see moments._left_by_flattening.
+EXPANDABLE_PERCENT = {"wide, full, ZeRO-2, checkpointing": 9}
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +259,7 @@ def test_predictions_are_what_was_measured(benchmark, name, expandable):
     prediction = predict(dataclasses.replace(configuration, expandable_segments=expandable))
     (measured,) = (entry if expandable else entry["default_allocator"])["measured"]
     assert prediction.allocated == pytest.approx(measured["allocated"], rel=0.005)
-    percent = 5 if expandable else DEFAULT_ALLOCATOR_PERCENT.get(name, 5)
+    percent = (EXPANDABLE_PERCENT if expandable else DEFAULT_ALLOCATOR_PERCENT).get(name, 5)
     assert prediction.total == pytest.approx(measured["nvml"], rel=percent / 100)
     outside = measured["nvml"] - measured["reserved"]
     assert prediction.items["CUDA context"] + prediction.items["NCCL"] == pytest.approx(outside, rel=0.025)

@@ -75,8 +75,8 @@ def _rounding(c: Configuration, sizes: Mapping[str, int]) -> int:
     Expandable segments grow by a page at their end, one for each pool (``map_block`` in CUDACachingAllocator.h):
     the tensors rounded up, and a page of the small pool. A hole stays, too, where every later tensor is larger than it:
     the block of the 16-bit logits when the loss asks for fp32 ones, or what flattening left; not both, for what the
-    one leaves the other can use. That these are the holes was concluded from the runs in
-    notebooks/results/prediction.json, of which none is further off than 5 %.
+    one leaves the other can use. That these are the holes was concluded from runs in notebooks/results/prediction.json;
+    of three configurations that were added later, two are within 3 %, and one is 8 % lower than this says.
 
     The default allocator, moreover, cannot join free blocks of different segments. Derived here are only the causes
     that are clear; the rest depends on the order of every allocation. In those runs it is good to 11 %.
