@@ -1,0 +1,36 @@
+"""Every figure of the course, in one style: legible on a projector, one palette, safe for colour-blind readers.
+
+Functions take plain data and return a :class:`CourseFigure`. Nothing here touches pyplot or a backend, so figures are
+the same from a script, a rank or a notebook, and none is left open.
+"""
+
+from helpers.plots.communication import collective, transfer_times
+from helpers.plots.memory import (
+    memory_bars,
+    memory_sources,
+    memory_steps,
+    memory_timeline,
+    model_sizes,
+    prediction_errors,
+)
+from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
+from helpers.plots.training import loss_and_memory, score_bars, smoothed, token_lengths
+
+__all__ = [
+    "CATEGORY_COLOURS",
+    "RANK_COLOURS",
+    "CourseFigure",
+    "collective",
+    "loss_and_memory",
+    "memory_bars",
+    "memory_sources",
+    "memory_steps",
+    "memory_timeline",
+    "model_sizes",
+    "prediction_errors",
+    "save_figure",
+    "score_bars",
+    "smoothed",
+    "token_lengths",
+    "transfer_times",
+]

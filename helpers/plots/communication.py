@@ -1,0 +1,60 @@
+"""Figures of what ranks send one another."""
+
+from collections.abc import Mapping, Sequence
+
+from helpers.memory.units import unit_for
+from helpers.plots.style import (
+    GREY,
+    RANK_COLOURS,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    CourseFigure,
+    label_axes,
+    new_figure,
+)
+
+
+def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], title: str) -> CourseFigure:
+    """What a collective moved: the numbers that each rank held before and after, one row per rank.
+
+    A number has the colour of the rank that held it before, wherever it goes; one that no rank held before was
+    computed on the way and is grey. Ranks may hold different amounts, or nothing.
+    """
+    colours = {value: RANK_COLOURS[rank % len(RANK_COLOURS)] for rank, row in enumerate(before) for value in row}
+    width = max(len(row) for rows in (before, after) for row in rows)
+    fig = new_figure(title, width=min(13.0, 3.4 + 1.5 * width), height=1.1 + 0.62 * len(before))
+    for axes, rows, when in zip(fig.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        for rank, row in enumerate(rows):
+            for place, value in enumerate(row):
+                colour = colours.get(value, GREY)
+                axes.barh(rank, 0.92, left=place - 0.46, height=0.8, color=colour)
+                axes.text(place, rank, f"{value:g}", ha="center", va="center", color="white", fontsize=TEXT_SIZE)
+        axes.set_title(when, fontsize=TEXT_SIZE)
+        axes.set_xlim(-0.6, width - 0.4)
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.set_xticks([])
+        axes.set_yticks(range(len(rows)), [f"rank {rank}" for rank in range(len(rows))], fontsize=SMALL_SIZE)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return fig
+
+
+def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> CourseFigure:
+    """Seconds that collectives take over the bytes that they move, both axes logarithmic: ``{name: {bytes: s}}``."""
+    fig = new_figure(title, width=9, height=4.8)
+    axes = fig.subplots()
+    for (name, curve), colour, marker in zip(seconds.items(), RANK_COLOURS, "os^Dv<>X", strict=False):
+        sizes = sorted(curve)
+        milliseconds = [1e3 * curve[size] for size in sizes]
+        axes.plot(sizes, milliseconds, f"{marker}-", color=colour, linewidth=1.8, markersize=7, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({size for curve in seconds.values() for size in curve})
+    labels = [f"{unit_for([size]).amount(size).removesuffix('.00')} {unit_for([size]).name}" for size in ticks]
+    axes.set_xticks(ticks, labels, fontsize=SMALL_SIZE)
+    axes.xaxis.minorticks_off()
+    label_axes(axes, "", "size of the tensor on each rank", "milliseconds")
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.legend(fontsize=SMALL_SIZE, frameon=False)
+    return fig
