@@ -17,7 +17,9 @@ from helpers.memory.timeline import GpuCurve, Timeline
 from helpers.plots import (
     CATEGORY_COLOURS,
     RANK_COLOURS,
+    Span,
     collective,
+    lanes,
     loss_and_memory,
     memory_bars,
     memory_sources,
@@ -513,3 +515,43 @@ def test_memory_steps_say_what_each_added_and_what_was_measured():
     assert [text.get_text().strip() for text in axes.texts] == ["500  (+500)", "504  (+4)"]
     assert axes.get_xlabel() == "used memory, read from NVML (MiB; in brackets what the step added)"
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["CUDA context and NCCL", "allocated"]
+
+
+# --- lanes of a schedule
+
+
+def bars(axes):
+    return [
+        (bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in axes.patches if bar.get_width()
+    ]
+
+
+def test_lanes_begin_with_the_first_span_and_say_their_unit():
+    rows = {
+        "rank 0": [Span("forward", 10.0, 10.02, "0"), Span("idle", 10.02, 10.03)],
+        "rank 1": [Span("forward", 10.03, 10.04)],
+    }
+    fig = lanes(rows, "two ranks")
+    (axes,) = fig.axes
+    assert axes.get_xlabel() == "milliseconds"
+    assert bars(axes) == [pytest.approx(bar) for bar in [(0, 20, 0), (20, 10, 0), (30, 10, 1)]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1"]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["forward", "idle"]
+    assert [text.get_text() for text in axes.texts] == ["0"]
+
+
+def test_lanes_of_an_ideal_schedule_count_in_its_unit_and_kinds_keep_their_colours():
+    fig = lanes(
+        {"stage 0": [Span("a", 0, 1), Span("b", 1, 3)], "stage 1": [Span("b", 1, 2)]}, "", {"b": "#123456"}, "steps"
+    )
+    (axes,) = fig.axes
+    assert axes.get_xlabel() == "steps" and axes.get_xlim() == (0, 3)
+    a, first_b, second_b = (patch.get_facecolor() for patch in axes.patches[:3])
+    assert first_b == second_b != a
+
+
+def test_a_text_without_room_is_left_out_and_no_span_at_all_is_an_error():
+    (axes,) = lanes({"r": [Span("a", 0, 0.001, "forward 12"), Span("b", 0.001, 1)]}, "").axes
+    assert not axes.texts
+    with pytest.raises(UserError, match="no spans"):
+        lanes({"rank 0": []}, "")

@@ -41,3 +41,73 @@ def test_the_counter_is_the_one_of_bytes_sent(monkeypatch, tmp_path):
 def test_no_number_is_made_up_where_nothing_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(traffic, "INTERFACES", tmp_path / "missing")
     assert traffic.loopback_bytes() is None
+
+
+def _collectives(calls: int):
+    """Every kind of collective, ``calls`` times; what was counted, by name."""
+    import torch.distributed._functional_collectives as functional
+
+    from helpers.traffic import count_traffic
+
+    rank, n, x = dist.get_rank(), dist.get_world_size(), torch.ones(240)
+    pair = [dist.new_group(ranks) for ranks in ([0, 1], [2])][0 if rank < 2 else 1]
+    operations = {
+        "all-reduce": lambda: dist.all_reduce(x),
+        "all-reduce of a pair": lambda: dist.all_reduce(x, group=pair),
+        "all-gather": lambda: dist.all_gather([torch.empty(240) for _ in range(n)], x),
+        "all-gather into one": lambda: dist.all_gather_into_tensor(torch.empty(240 * n), x),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(torch.empty(80), x),
+        "all-to-all": lambda: dist.all_to_all_single(torch.empty(240), x),
+        "broadcast": lambda: dist.broadcast(x, 0),
+        "functional all-reduce": lambda: functional.all_reduce(x, "sum", dist.group.WORLD) + 1,
+        "ring": lambda: _to_the_next(x),
+        "barrier": dist.barrier,
+    }
+    counted = {}
+    for name, operation in operations.items():
+        with count_traffic() as traffic:
+            for _ in range(calls):
+                operation()
+        counted[name] = (traffic.by_operation(), traffic.sent, traffic.within(pair).sent)
+    return counted
+
+
+def _to_the_next(x):
+    rank, n = dist.get_rank(), dist.get_world_size()
+    ops = [dist.P2POp(dist.isend, x, (rank + 1) % n), dist.P2POp(dist.irecv, torch.empty_like(x), (rank - 1) % n)]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+
+
+def test_every_collective_is_counted_with_what_it_must_send():
+    first, _, last = run(_collectives, 3, calls=2).results
+    whole = 2 * 960  # bytes of x, in two calls
+    for name, operation, share, size in (
+        ("all-reduce", "all-reduce", 4 / 3, 1),
+        ("all-gather", "all-gather", 2 / 3, 3),
+        ("all-gather into one", "all-gather", 2 / 3, 3),
+        ("reduce-scatter", "reduce-scatter", 2 / 3, 1),
+        ("all-to-all", "all-to-all", 2 / 3, 1),
+        ("broadcast", "broadcast", 2 / 3, 1),
+        ("functional all-reduce", "all-reduce", 4 / 3, 1),
+        ("ring", "send", 1, 1),
+    ):
+        assert first[name][:2] == ({operation: (2, share * size * whole)}, share * size * whole), name
+        assert first[name][2] == 0  # nothing of it within the pair
+    assert first["all-reduce of a pair"] == ({"all-reduce": (2, whole)}, whole, whole)
+    assert last["all-reduce of a pair"] == ({"all-reduce": (2, 0)}, 0, 0)  # alone in its group
+    assert first["barrier"] == ({}, 0, 0)
+
+
+def test_ddps_all_reduces_are_counted_in_backward():
+    def fn():
+        from helpers.traffic import count_traffic
+
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(100, 100, bias=False))
+        with count_traffic() as forward:
+            loss = model(torch.ones(2, 100)).sum()
+        with count_traffic() as backward:
+            loss.backward()
+        return forward.sent, backward.by_operation()
+
+    assert run(fn, 2).results[0] == (0, {"all-reduce": (1, 40_000)})

@@ -13,6 +13,7 @@ from helpers.plots.memory import (
     model_sizes,
     prediction_errors,
 )
+from helpers.plots.schedule import Span, lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
 from helpers.plots.training import loss_and_memory, score_bars, smoothed, token_lengths
 
@@ -20,7 +21,9 @@ __all__ = [
     "CATEGORY_COLOURS",
     "RANK_COLOURS",
     "CourseFigure",
+    "Span",
     "collective",
+    "lanes",
     "loss_and_memory",
     "memory_bars",
     "memory_sources",

@@ -21,6 +21,7 @@ def base_model(configuration: Configuration, device: torch.device | str) -> nn.M
         head_dim=shape.head_dim,
         attention_bias=shape.qkv_bias,
         tie_word_embeddings=shape.tied,
+        rms_norm_eps=1e-5,
         pad_token_id=0,
         use_cache=False,
     )
