@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERFACES = Path("/proc/net/dev")
 
-# Bytes that each rank of n sends in a ring, of the whole tensor's (Patarasu and Yuan 2009; Thakur et al. 2005). Of
+# Bytes that each rank of n sends in a ring, of the whole tensor's (Patarasuk and Yuan 2009; Thakur et al. 2005). Of
 # operations with a root it is the mean over the ranks. What a library really sends may be more.
 SENT: Mapping[str, Callable[[int], float]] = MappingProxyType(
     {
