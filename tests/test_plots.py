@@ -18,6 +18,7 @@ from helpers.plots import (
     CATEGORY_COLOURS,
     RANK_COLOURS,
     Span,
+    beside_formula,
     collective,
     lanes,
     loss_and_memory,
@@ -555,3 +556,24 @@ def test_a_text_without_room_is_left_out_and_no_span_at_all_is_an_error():
     assert not axes.texts
     with pytest.raises(UserError, match="no spans"):
         lanes({"rank 0": []}, "")
+
+
+# --- measured points beside a formula
+
+
+def test_points_and_the_line_of_their_formula_have_one_colour():
+    fig = beside_formula(
+        {"1F1B": {2: 0.4, 1: 0.6}}, {"1F1B": {1: 0.5, 2: 0.33}, "ideal": {1: 0, 2: 0}}, "idle", "m", "%"
+    )
+    (axes,) = fig.axes
+    drawn = lines(axes)
+    assert list(drawn) == ["1F1B, formula", "ideal, formula", "1F1B, measured"]
+    assert drawn["1F1B, measured"].get_xydata().tolist() == [[1, 0.6], [2, 0.4]]
+    assert drawn["1F1B, measured"].get_linestyle() == "None" and drawn["1F1B, formula"].get_linestyle() == "--"
+    assert (
+        drawn["1F1B, measured"].get_color() == drawn["1F1B, formula"].get_color() != drawn["ideal, formula"].get_color()
+    )
+    assert axes.get_ylim()[0] == 0 and (axes.get_xlabel(), axes.get_ylabel()) == ("m", "%")
+    assert legend(axes) == list(drawn)
+    with pytest.raises(UserError, match="no measured points"):
+        beside_formula({"a": {}}, {"a": {1: 1}}, "", "", "")

@@ -5,6 +5,7 @@ the same from a script, a rank or a notebook, and none is left open.
 """
 
 from helpers.plots.communication import collective, transfer_times
+from helpers.plots.curves import beside_formula
 from helpers.plots.memory import (
     memory_bars,
     memory_sources,
@@ -22,6 +23,7 @@ __all__ = [
     "RANK_COLOURS",
     "CourseFigure",
     "Span",
+    "beside_formula",
     "collective",
     "lanes",
     "loss_and_memory",

@@ -1,0 +1,37 @@
+"""Measured points beside what a formula says."""
+
+from collections.abc import Mapping
+
+from matplotlib.ticker import MaxNLocator
+
+from helpers.errors import UserError
+from helpers.plots.style import RANK_COLOURS, SMALL_SIZE, CourseFigure, label_axes, new_figure
+
+Curve = Mapping[float, float]
+
+
+def beside_formula(
+    measured: Mapping[str, Curve], formula: Mapping[str, Curve], title: str, x: str, y: str
+) -> CourseFigure:
+    """``measured`` as points and ``formula`` as lines, each ``{name: {x: y}}``; a name in both has one colour.
+
+    ``x`` and ``y`` label the axes, units included; y begins at 0. Raises :class:`UserError` where nothing was measured.
+    """
+    if not any(measured.values()):
+        raise UserError("there are no measured points to draw")
+    fig = new_figure(title, width=9, height=4.8)
+    axes = fig.subplots()
+    colours = dict(zip(dict.fromkeys([*measured, *formula]), RANK_COLOURS, strict=False))
+    for name, curve in formula.items():
+        places = sorted(curve)
+        axes.plot(places, [curve[place] for place in places], "--", color=colours[name], label=f"{name}, formula")
+    for (name, curve), marker in zip(measured.items(), "os^Dv<>X", strict=False):
+        places = sorted(curve)
+        values = [curve[place] for place in places]
+        axes.plot(places, values, marker, color=colours[name], markersize=9, label=f"{name}, measured")
+    axes.set_ylim(bottom=0)
+    if all(float(place).is_integer() for curve in measured.values() for place in curve):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label_axes(axes, "", x, y)
+    axes.legend(fontsize=SMALL_SIZE, frameon=False)
+    return fig
