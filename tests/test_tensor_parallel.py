@@ -81,6 +81,27 @@ def test_checkpointed_layers_communicate_again_and_compute_the_same(options):
     assert_equal(run(train, 2, steps=3, checkpointing=True, **options).results, alone)
 
 
+def two_backwards():
+    from helpers.launch import device
+    from helpers.parallel.tensor import parallelize
+    from helpers.traffic import count_traffic
+
+    model = build(SHAPE, device())
+    parallelize(model, **AGAIN)
+    loss = model(**batch(SHAPE, ROWS, LENGTH, 0, device())).loss
+    sent = []
+    for retain in (True, False):
+        with count_traffic() as traffic:
+            loss.backward(retain_graph=retain)
+        sent.append(traffic.by_operation())
+    return sent
+
+
+def test_what_is_gathered_again_is_dropped_after_its_last_use():
+    first, second = run(two_backwards, 2).results[0]
+    assert first == second  # nothing is left from the first that the second could use
+
+
 def on_an_axis(axis, **options):
     """Two axes of two ranks; those of one ``axis`` divide the model, and the two groups work on different batches."""
     from torch.distributed.device_mesh import init_device_mesh

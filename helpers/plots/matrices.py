@@ -12,6 +12,7 @@ from helpers.plots.style import GREY, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, Cours
 
 LONGEST = 1.0  # side of the longest matrix; others by the square root of their size, so that small ones are seen
 GAP = 0.35
+LABEL = 0.3  # above a matrix, for its name and size
 
 
 def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> CourseFigure:
@@ -30,7 +31,8 @@ def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> Course
     sides = {name: [LONGEST * (size / longest) ** 0.5 for size in np.shape(masks[0])] for name, masks in held.items()}
     slots = {name: max(width, 0.055 * len(name)) for name, (_, width) in sides.items()}  # a name needs room as well
     total = sum(slots.values()) + GAP * (len(held) - 1)
-    fig = new_figure(title, width=13, height=5.2)
+    tallest = max(height for height, _ in sides.values())
+    fig = new_figure(title, width=13, height=min(5.2, 1.0 + 12.5 * (tallest + LABEL) / total))
     axes = fig.subplots()
     left = 0.0
     for name, masks in held.items():
@@ -46,7 +48,7 @@ def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> Course
             _draw_block(axes, corner, size, ranks, len(masks))
         left += slots[name] + GAP
     axes.set_xlim(-0.05, total + 0.05)
-    axes.set_ylim(max(height for height, _ in sides.values()) + 0.05, -0.28)
+    axes.set_ylim(tallest + 0.03, -LABEL)
     axes.set_aspect("equal")
     axes.axis("off")
     return fig

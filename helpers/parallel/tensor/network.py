@@ -39,7 +39,8 @@ def parallelize(
     bsh(t - 1)/t elements sent a layer.
 
     Stages of a pipeline may be cut from the model afterwards: what a module needs goes with it. Generation and a cache
-    are not supported.
+    are not supported. A norm over all gradients, to clip them by, must be added up over the ranks; torch's
+    ``clip_grad_norm_`` sees this rank's parts only, and would let the copies of norms drift apart.
 
     Raises :class:`UserError`, before anything is changed, where the network cannot be divided evenly (see ``cuts``).
     """
