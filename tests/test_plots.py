@@ -22,6 +22,7 @@ from helpers.plots import (
     collective,
     lanes,
     loss_and_memory,
+    matrix_parts,
     memory_bars,
     memory_sources,
     memory_steps,
@@ -577,3 +578,39 @@ def test_points_and_the_line_of_their_formula_have_one_colour():
     assert legend(axes) == list(drawn)
     with pytest.raises(UserError, match="no measured points"):
         beside_formula({"a": {}}, {"a": {1: 1}}, "", "", "")
+
+
+# --- parts of matrices
+
+
+def test_each_part_of_a_matrix_has_the_colour_and_number_of_its_rank():
+    rows = [np.arange(4)[:, None] // 2 == rank for rank in (0, 1)]
+    columns = [np.arange(6)[None] // 3 == rank for rank in (0, 1)]
+    shapes = {"column": (4, 6), "row": (4, 6)}
+    held = {
+        name: [np.broadcast_to(mask, shapes[name]) for mask in masks]
+        for name, masks in (("column", rows), ("row", columns))
+    }
+    (axes,) = matrix_parts(held, "cuts").axes
+    labels = [text.get_text() for text in axes.texts]
+    assert labels == ["column\n4 x 6", "0", "1", "row\n4 x 6", "0", "1"]
+    first, second, left, right = axes.patches
+    assert first.get_y() < second.get_y() and first.get_x() == second.get_x()
+    assert left.get_x() < right.get_x() and left.get_y() == right.get_y()
+    assert first.get_facecolor() == left.get_facecolor() != second.get_facecolor()
+    assert first.get_width() == pytest.approx(2 * left.get_width())
+
+
+def test_fused_parts_alternate_and_shared_ones_bear_all_their_numbers():
+    fused = [(np.arange(8)[:, None] // 2 % 2 == rank).repeat(2, 1) for rank in (0, 1)]
+    shared = [(np.arange(4)[:, None] // 2 == rank // 2).repeat(2, 1) for rank in range(4)]
+    everyone = [np.ones((2, 2), bool)] * 2
+    (axes,) = matrix_parts({"gate and up": fused, "keys": shared, "norm": everyone}, "").axes
+    labels = [text.get_text() for text in axes.texts if "\n" not in text.get_text()]
+    assert labels == ["0", "1", "0", "1", "0, 1", "2, 3", "all"]
+
+
+@pytest.mark.parametrize("held", [{}, {"a": [np.ones((2, 2)), np.ones((2, 3))]}, {"a": [np.ones(4)]}])
+def test_matrices_that_cannot_be_drawn(held):
+    with pytest.raises(UserError):
+        matrix_parts(held, "")

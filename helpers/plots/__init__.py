@@ -6,6 +6,7 @@ the same from a script, a rank or a notebook, and none is left open.
 
 from helpers.plots.communication import collective, transfer_times
 from helpers.plots.curves import beside_formula
+from helpers.plots.matrices import matrix_parts
 from helpers.plots.memory import (
     memory_bars,
     memory_sources,
@@ -27,6 +28,7 @@ __all__ = [
     "collective",
     "lanes",
     "loss_and_memory",
+    "matrix_parts",
     "memory_bars",
     "memory_sources",
     "memory_steps",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from matplotlib.patches import Patch
 
 from helpers.errors import UserError
-from helpers.plots.style import BLACK, GREY, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, CourseFigure, new_figure
+from helpers.plots.style import GREY, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, CourseFigure, ink_on, new_figure
 
 UNITS = ((1.0, "seconds"), (1e-3, "milliseconds"), (1e-6, "microseconds"))
 CHARACTER = 0.0085  # width of one, as a share of the axis
@@ -47,7 +47,7 @@ def lanes(
             if span.text and (span.end - span.start) / (end - begin) >= CHARACTER * len(span.text):
                 axes.text(
                     left + width / 2, place, span.text, ha="center", va="center", fontsize=SMALL_SIZE,
-                    color=_ink(kinds[span.kind]),
+                    color=ink_on(kinds[span.kind]),
                 )  # fmt: skip
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=SMALL_SIZE)
@@ -61,9 +61,3 @@ def lanes(
         handles=handles, loc="outside lower center", ncols=min(6, len(kinds)), fontsize=SMALL_SIZE, frameon=False
     )
     return fig
-
-
-def _ink(colour: str) -> str:
-    """Black on pale colours, white on dark ones (relative luminance, WCAG 2)."""
-    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
-    return BLACK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.35 else "white"

@@ -72,6 +72,12 @@ def new_figure(title: str, width: float, height: float) -> CourseFigure:
     return fig
 
 
+def ink_on(colour: str) -> str:
+    """Black on pale colours, white on dark ones (relative luminance, WCAG 2)."""
+    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    return BLACK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.35 else "white"
+
+
 def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=TEXT_SIZE)
     axes.set_xlabel(x, fontsize=TEXT_SIZE)

@@ -1,0 +1,87 @@
+"""Which rank holds which part of a matrix."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from helpers.errors import UserError
+from helpers.plots.style import GREY, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, CourseFigure, ink_on, new_figure
+
+LONGEST = 1.0  # side of the longest matrix; others by the square root of their size, so that small ones are seen
+GAP = 0.35
+LABEL = 0.3  # above a matrix, for its name and size
+
+
+def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> CourseFigure:
+    """Matrices side by side, each part in the colour of its rank: ``{name: [what rank 0 holds, rank 1, …]}``.
+
+    What a rank holds is an array of the matrix's shape, true where it has the element. A part that several ranks hold
+    is striped and bears all their numbers; one that all hold is grey. Raises :class:`UserError` where there is nothing
+    to draw or the shapes of a matrix differ.
+    """
+    if not held:
+        raise UserError("there are no matrices to draw")
+    for name, masks in held.items():
+        if len({np.shape(mask) for mask in masks}) != 1 or np.ndim(masks[0]) != 2:
+            raise UserError(f"{name}: give one array for each rank, all of the matrix's two dimensions")
+    longest = max(max(np.shape(masks[0])) for masks in held.values())
+    sides = {name: [LONGEST * (size / longest) ** 0.5 for size in np.shape(masks[0])] for name, masks in held.items()}
+    slots = {name: max(width, 0.055 * len(name)) for name, (_, width) in sides.items()}  # a name needs room as well
+    total = sum(slots.values()) + GAP * (len(held) - 1)
+    tallest = max(height for height, _ in sides.values())
+    fig = new_figure(title, width=13, height=min(5.2, 1.0 + 12.5 * (tallest + LABEL) / total))
+    axes = fig.subplots()
+    left = 0.0
+    for name, masks in held.items():
+        height, width = sides[name]
+        start = left + (slots[name] - width) / 2
+        rows, columns = np.shape(masks[0])
+        axes.text(
+            start + width / 2, -0.05, f"{name}\n{rows} x {columns}", ha="center", va="bottom", fontsize=SMALL_SIZE
+        )
+        for top, bottom, first, last, ranks in _blocks(np.asarray(masks, dtype=bool)):
+            corner = (start + width * first / columns, height * top / rows)
+            size = (width * (last - first) / columns, height * (bottom - top) / rows)
+            _draw_block(axes, corner, size, ranks, len(masks))
+        left += slots[name] + GAP
+    axes.set_xlim(-0.05, total + 0.05)
+    axes.set_ylim(tallest + 0.03, -LABEL)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    return fig
+
+
+def _blocks(masks: np.ndarray) -> list[tuple[int, int, int, int, tuple[int, ...]]]:
+    """(top, bottom, first column, last column, ranks) of the rectangles that the same ranks hold."""
+    edges = []
+    for axis in (1, 2):
+        changes = np.diff(masks.astype(np.int8), axis=axis).any(axis=(0, 3 - axis))
+        edges.append([0, *(np.flatnonzero(changes) + 1).tolist(), masks.shape[axis]])
+    rows, columns = edges
+    return [
+        (top, bottom, first, last, tuple(np.flatnonzero(masks[:, top, first]).tolist()))
+        for top, bottom in pairwise(rows)
+        for first, last in pairwise(columns)
+    ]
+
+
+def _draw_block(
+    axes: Axes, corner: tuple[float, float], size: tuple[float, float], ranks: tuple[int, ...], among: int
+) -> None:
+    colours = [RANK_COLOURS[rank % len(RANK_COLOURS)] for rank in ranks]
+    everyone = len(ranks) == among > 1
+    colour = GREY if everyone else colours[0] if colours else "white"
+    axes.add_patch(Rectangle(corner, *size, facecolor=colour, edgecolor="white", linewidth=1.5))
+    text = "all" if everyone else ", ".join(map(str, ranks))
+    if len(colours) > 1 and not everyone:
+        stripes = Rectangle(corner, *size, facecolor="none", edgecolor=colours[1], hatch="//", linewidth=0)
+        axes.add_patch(stripes)
+    if min(size) > 0.03:
+        box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5} if len(colours) > 1 else None
+        axes.text(
+            corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", fontsize=TEXT_SIZE,
+            color=ink_on(colour) if text else GREY, bbox=box,
+        )  # fmt: skip

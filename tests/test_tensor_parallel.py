@@ -1,0 +1,472 @@
+"""helpers.parallel.tensor against a single process that has every matrix whole."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import GlmConfig
+
+from helpers.errors import UserError
+from helpers.launch import RankError, run
+from helpers.parallel.network import TINY, batch, build, largest_difference
+from helpers.parallel.tensor import Cut, cuts
+
+SHAPE = dataclasses.replace(TINY, layers=2)
+STEPS, ROWS, LENGTH = 20, 2, 32
+TOKENS = ROWS * LENGTH
+PLAIN, SEQUENCE, AGAIN = {}, {"sequence_parallel": True}, {"sequence_parallel": True, "again": True}
+
+
+def train(steps=STEPS, micro_batches=1, whole=False, checkpointing=False, **options):
+    """The weights after training, whole, and the losses; ``whole``: one process that divides nothing."""
+    from helpers.launch import device
+    from helpers.parallel.network import EQUALITY_EPSILON, weights
+    from helpers.parallel.tensor import full_weights, parallelize
+
+    model = build(SHAPE, device())
+    if not whole:
+        parallelize(model, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    losses = []
+    for step in range(steps):
+        for micro in range(micro_batches):
+            tokens = batch(SHAPE, ROWS, LENGTH, micro_batches * step + micro, device())
+            tokens["labels"] = tokens["labels"].clone()
+            tokens["labels"][0, : 8 * micro] = -100  # a different number of targets each time
+            loss = model(**tokens).loss / micro_batches
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model) if whole else full_weights(model), losses
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return run(train, 1, whole=True).results[0]
+
+
+def assert_equal(results, expected):
+    for found, losses in results:
+        assert largest_difference(found, expected[0]) <= 1e-6
+        assert losses == pytest.approx(expected[1], rel=1e-6)  # a loss of 6 has no digit below 5e-7
+
+
+# --- the whole network
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"), [(1, PLAIN), (2, PLAIN), (2, SEQUENCE), (2, AGAIN), (4, PLAIN), (4, SEQUENCE)]
+)
+def test_ranks_compute_what_one_process_computes(expected, ranks, options):
+    assert_equal(run(train, ranks, **options).results, expected)
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(8, PLAIN), (4, AGAIN)])
+def test_gradients_that_ranks_share_add_up_over_micro_batches(ranks, options):
+    alone = run(train, 1, whole=True, steps=3, micro_batches=2).results[0]
+    assert_equal(run(train, ranks, steps=3, micro_batches=2, **options).results, alone)
+
+
+@pytest.mark.parametrize("options", [PLAIN, AGAIN])
+def test_checkpointed_layers_communicate_again_and_compute_the_same(options):
+    alone = run(train, 1, whole=True, steps=3).results[0]
+    assert_equal(run(train, 2, steps=3, checkpointing=True, **options).results, alone)
+
+
+def two_backwards():
+    from helpers.launch import device
+    from helpers.parallel.tensor import parallelize
+    from helpers.traffic import count_traffic
+
+    model = build(SHAPE, device())
+    parallelize(model, **AGAIN)
+    loss = model(**batch(SHAPE, ROWS, LENGTH, 0, device())).loss
+    sent = []
+    for retain in (True, False):
+        with count_traffic() as traffic:
+            loss.backward(retain_graph=retain)
+        sent.append(traffic.by_operation())
+    return sent
+
+
+def test_what_is_gathered_again_is_dropped_after_its_last_use():
+    first, second = run(two_backwards, 2).results[0]
+    assert first == second  # nothing is left from the first that the second could use
+
+
+def on_an_axis(axis, **options):
+    """Two axes of two ranks; those of one ``axis`` divide the model, and the two groups work on different batches."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from helpers.launch import device
+    from helpers.parallel.tensor import full_weights, parallelize
+
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("first", "second"))
+    group = mesh.get_group(axis)
+    replica = mesh.get_local_rank("first" if axis == "second" else "second")
+    model = build(SHAPE, device())
+    parallelize(model, group, **options)
+    model(**batch(SHAPE, ROWS, LENGTH, replica, device())).loss.backward()
+    for parameter in model.parameters():
+        parameter.data -= parameter.grad
+    return replica, full_weights(model, group)
+
+
+@pytest.mark.parametrize("axis", ["first", "second"])
+@pytest.mark.parametrize("options", [PLAIN, SEQUENCE])
+def test_a_group_is_an_axis_of_a_mesh(axis, options):
+    results = run(on_an_axis, 4, axis=axis, **options).results
+    for replica, found in results:
+        model = build(SHAPE)
+        model(**batch(SHAPE, ROWS, LENGTH, replica)).loss.backward()
+        expected = {name: (parameter - parameter.grad).detach() for name, parameter in model.named_parameters()}
+        assert largest_difference(found, expected) <= 1e-6
+    assert {replica for replica, _ in results} == {0, 1}
+
+
+def parts():
+    from helpers.parallel.tensor import parallelize
+
+    model = build(SHAPE)
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
+    parallelize(model)
+    attention = model.model.layers[1].self_attn
+    return (
+        {name: parameter.detach() for name, parameter in model.named_parameters()},
+        [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        attention.num_key_value_groups,
+    )
+
+
+def test_four_ranks_and_two_groups_of_keys_and_values():
+    results = run(parts, 4).results
+    whole = dict(build(SHAPE).named_parameters())
+    key = "model.layers.0.self_attn.k_proj.weight"
+    for rank, (found, frozen, queries_per_key) in enumerate(results):
+        assert torch.equal(found[key], whole[key].chunk(2)[rank // 2])
+        assert frozen == ["model.layers.0.mlp.down_proj.weight"]
+        assert queries_per_key == 2  # of 8 heads 2 are here, with one group
+        gate, up = whole["model.layers.0.mlp.gate_up_proj.weight"].chunk(2)
+        expected = torch.cat([gate.chunk(4)[rank], up.chunk(4)[rank]])
+        assert torch.equal(found["model.layers.0.mlp.gate_up_proj.weight"], expected)
+
+
+# --- cuts
+
+
+@st.composite
+def divisions(draw):
+    ranks, fused, dim = draw(st.integers(1, 8)), draw(st.integers(1, 3)), draw(st.integers(0, 1))
+    copies = draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
+    size = [draw(st.integers(1, 3)), draw(st.integers(1, 3))]
+    size[dim] *= ranks * fused
+    return Cut(dim, fused, copies), ranks, size
+
+
+@given(divisions())
+def test_parts_join_to_the_whole(division):
+    cut, ranks, size = division
+    whole = torch.arange(math.prod(size)).view(size)
+    divided = [cut.part(whole, rank, ranks) for rank in range(ranks)]
+    assert torch.equal(cut.join(divided), whole)
+    for rank, part in enumerate(divided):
+        assert part.numel() * ranks == whole.numel() * cut.copies
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()  # the whole can be freed
+        assert torch.equal(part, divided[rank // cut.copies * cut.copies])
+
+
+@given(divisions())
+def test_every_fused_tensor_is_divided(division):
+    cut, ranks, size = division
+    which = torch.arange(cut.fused).repeat_interleave(size[cut.dim] // cut.fused)
+    whole = (which[:, None] if cut.dim == 0 else which[None]).expand(size)
+    for rank in range(ranks):
+        assert set(cut.part(whole, rank, ranks).unique().tolist()) == set(range(cut.fused))
+
+
+def config(**changes):
+    sizes = {"vocab_size": 516, "intermediate_size": 216, "num_attention_heads": 8, "num_key_value_heads": 2}
+    return GlmConfig(pad_token_id=0, **({"tie_word_embeddings": False} | sizes | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({}, 3, "num_attention_heads is 8 and cannot be divided by 3 ranks"),
+        ({}, 16, "num_attention_heads is 8 and cannot be divided by 16 ranks"),
+        ({"intermediate_size": 218}, 4, "intermediate_size is 218 and cannot be divided by 4 ranks"),
+        ({"vocab_size": 514}, 4, "vocab_size is 514 and cannot be divided by 4 ranks"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "num_key_value_heads is 4"),
+        ({"tie_word_embeddings": True}, 2, "tie_word_embeddings is set"),
+    ],
+)
+def test_what_cannot_be_divided_evenly(changes, ranks, message):
+    with pytest.raises(UserError, match=message):
+        cuts(config(**changes), ranks)
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 1), (2, 1), (4, 2), (8, 4)])
+def test_keys_and_values_are_copied_where_there_are_more_ranks_than_groups(ranks, copies):
+    plan = cuts(config(vocab_size=512), ranks)
+    assert {name for name, cut in plan.items() if cut.copies == copies} >= {"k_proj.weight", "v_proj.bias"}
+    assert plan["q_proj.weight"] == Cut(0) and plan["o_proj.weight"] == Cut(1)
+
+
+def refused():
+    from helpers.errors import UserError
+    from helpers.parallel.network import weights
+    from helpers.parallel.tensor import parallelize
+
+    model = build(SHAPE)
+    before, said = weights(model), []
+    for options in ({}, {"again": True}):
+        try:
+            parallelize(model, **options)
+        except UserError as error:
+            said.append(str(error))
+    same = largest_difference(weights(model), before) == 0 and not model._forward_pre_hooks
+    return said, same and type(model.lm_head) is torch.nn.Linear
+
+
+def test_nothing_is_changed_where_it_is_refused():
+    for said, unchanged in run(refused, 3).results:
+        assert len(said) == 2 and "num_attention_heads is 8" in said[0]
+        assert unchanged
+
+
+def twice():
+    from helpers.parallel.tensor import parallelize
+
+    model = build(SHAPE)
+    parallelize(model)
+    parallelize(model)
+
+
+def odd_length():
+    from helpers.parallel.tensor import parallelize
+
+    model = build(SHAPE)
+    parallelize(model, sequence_parallel=True)
+    model(**batch(SHAPE, 2, 31))
+
+
+def again_alone():
+    from helpers.parallel.tensor import parallelize
+
+    parallelize(build(SHAPE), again=True)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (twice, "the model is divided already"),
+        (odd_length, "rows of 31 tokens cannot be divided by 2 ranks"),
+        (again_alone, "again=True is for sequence_parallel=True"),
+    ],
+)
+def test_wrong_use_is_told_in_one_line(fn, message):
+    with pytest.raises(RankError, match=message):
+        run(fn, 2)
+
+
+# --- layers
+
+
+def row_parallel(sequence_parallel):
+    from torch import nn
+
+    from helpers.launch import device
+    from helpers.parallel.tensor import RowParallelLinear
+    from helpers.parallel.tensor.conjugates import reduce, reduce_scatter
+
+    group, rank, n = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = nn.Linear(8 * n, 5).to(device())
+    x = torch.randn(2, 3 * n, 8 * n).to(device())
+    weight = nn.Parameter(whole.weight.detach().chunk(n, 1)[rank])
+    part = RowParallelLinear(weight, whole.bias, group, reduce_scatter if sequence_parallel else reduce)
+    expected = whole(x).chunk(n, 1)[rank] if sequence_parallel else whole(x)
+    return (part(x.chunk(n, -1)[rank]) - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_bias_of_a_row_parallel_matrix_is_added_once(sequence_parallel):
+    assert max(run(row_parallel, 3, sequence_parallel=sequence_parallel).results) < 1e-5
+
+
+def embedding():
+    from torch import nn
+
+    from helpers.launch import device
+    from helpers.parallel.tensor import VocabularyParallelEmbedding
+
+    rank, n = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = nn.Embedding(4 * n, 5, padding_idx=5).to(device())
+    mine = nn.Parameter(whole.weight.detach().chunk(n)[rank])
+    divided = VocabularyParallelEmbedding(mine, whole.padding_idx, dist.group.WORLD)
+    ids = torch.tensor([[0, 5, 4 * n - 1], [3, 4, 5]], device=device())
+    upstream = torch.rand(2, 3, 5).to(device())
+    (whole(ids) * upstream).sum().backward()
+    (divided(ids) * upstream).sum().backward()
+    same = torch.equal(divided(ids), whole(ids))
+    return same and torch.equal(mine.grad, whole.weight.grad.chunk(n)[rank])
+
+
+def test_an_embedding_divided_by_its_vocabulary_and_its_padding():
+    assert all(run(embedding, 3).results)
+
+
+# --- cross-entropy
+
+
+@st.composite
+def loss_cases(draw):
+    """(tokens, vocabulary of a rank, scale of the logits, targets with some ignored, seed)"""
+    tokens, part = draw(st.integers(1, 7)), draw(st.integers(1, 5))
+    targets = draw(st.lists(st.one_of(st.just(-100), st.integers(0, 3 * part - 1)), min_size=tokens, max_size=tokens))
+    return part, draw(st.sampled_from([0.0, 1.0, 100.0, 1e4])), targets, draw(st.integers(0, 99))
+
+
+def compare_losses(cases):
+    """Largest differences of losses and of gradients from torch's, relative to their largest, over all cases."""
+    from helpers.launch import device
+    from helpers.parallel.tensor import vocabulary_parallel_cross_entropy
+
+    rank, n, worst = dist.get_rank(), dist.get_world_size(), [0.0, 0.0]
+    for part, scale, targets, seed in cases:
+        generator = torch.Generator().manual_seed(seed)
+        logits = (scale * torch.randn(len(targets), n * part, generator=generator)).to(device())
+        upstream = torch.rand(len(targets), generator=generator).to(device())
+        targets = torch.tensor(targets, device=device())
+        whole = logits.clone().requires_grad_()
+        mine = logits.chunk(n, -1)[rank].clone().requires_grad_()
+        expected = F.cross_entropy(whole, targets, reduction="none")
+        found = vocabulary_parallel_cross_entropy(mine, targets, dist.group.WORLD)
+        (expected * upstream).sum().backward()
+        (found * upstream).sum().backward()
+        differences = (found - expected).abs().max(), (mine.grad - whole.grad.chunk(n, -1)[rank]).abs().max()
+        scales = max(1.0, expected.abs().max().item()), 1.0
+        worst = [max(w, d.item() / s) for w, d, s in zip(worst, differences, scales, strict=True)]
+    return worst
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.lists(loss_cases(), min_size=8, max_size=8))
+def test_cross_entropy_is_torchs(cases):
+    for of_loss, of_gradient in run(compare_losses, 3, cases=cases).results:
+        assert of_loss <= 1e-6 and of_gradient <= 1e-6
+
+
+def test_cross_entropy_where_a_rank_has_no_target_and_where_none_counts():
+    cases = [(4, 1.0, [0, 3, 1], 1), (4, 1.0, [11, -100, 8], 2), (4, 1.0, [-100, -100], 3)]
+    for worst in run(compare_losses, 3, cases=cases).results:
+        assert max(worst) <= 1e-6
+
+
+def losses_of_the_network(labels):
+    from helpers.launch import device
+    from helpers.parallel.tensor import parallelize
+
+    model = build(SHAPE, device())
+    ids = batch(SHAPE, ROWS, LENGTH, 0, device())["input_ids"]
+    labels = labels.to(device())
+    expected = [model(input_ids=ids, labels=labels, **more).loss.item() for more in ({}, {"num_items_in_batch": 7})]
+    parallelize(model)
+    found = [model(input_ids=ids, labels=labels, **more).loss.item() for more in ({}, {"num_items_in_batch": 7})]
+    return found, expected
+
+
+@pytest.mark.parametrize("kept", [0, LENGTH // 2, LENGTH])
+def test_the_networks_loss_ignores_and_normalises_as_transformers_does(kept):
+    labels = batch(SHAPE, ROWS, LENGTH)["labels"].clone()
+    labels[:, kept:] = -100
+    for found, expected in run(losses_of_the_network, 2, labels=labels).results:
+        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)  # no target at all: nan in both
+
+
+# --- traffic and memory
+
+
+def traffic_and_memory(layers, **options):
+    from helpers.launch import device
+    from helpers.memory.activations import SavedActivations
+    from helpers.memory.ledger import count
+    from helpers.parallel.tensor import parallelize
+    from helpers.traffic import count_traffic
+
+    shape = dataclasses.replace(TINY, layers=layers)
+    model = build(shape, device())
+    if dist.get_world_size() > 1:
+        parallelize(model, **options)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with count_traffic() as traffic:
+        with SavedActivations(model) as saved:
+            loss = model(**batch(shape, ROWS, LENGTH, 0, device())).loss
+        kept = dict(saved.by_module)
+        loss.backward()
+    with torch.no_grad():
+        optimizer.step()
+    held = count(model, optimizer).categories
+    return traffic.by_operation(), traffic.sent, kept["model.layers.0"], held, saved.total
+
+
+def of_a_layer(ranks, **options):
+    """What one more layer sends."""
+    two, three = (run(traffic_and_memory, ranks, layers=layers, **options).results[0] for layers in (2, 3))
+    return three[1] - two[1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "times"), [(2, PLAIN, 8), (2, SEQUENCE, 8), (2, AGAIN, 10), (4, PLAIN, 8), (4, SEQUENCE, 8)]
+)
+def test_a_layer_sends_what_the_formula_says(ranks, options, times):
+    share = (ranks - 1) / ranks
+    formula = times * TOKENS * TINY.hidden * share * 4
+    # Beside it, and independent of the batch: gradients of two norms, and of keys and values that ranks share.
+    norms = 2 * 2 * TINY.hidden * share * 4 if options else 0
+    copies = ranks // TINY.kv_groups
+    shared = 2 * 2 * TINY.head_dim * (TINY.hidden + 1) * (copies - 1) / copies * 4
+    sent = of_a_layer(ranks, **options)
+    assert sent == formula + norms + shared
+    assert abs(sent - shared - formula) <= 0.01 * formula
+
+
+@pytest.mark.parametrize("options", [PLAIN, SEQUENCE])
+def test_the_vocabulary_parallel_ends_send_half_a_layer_and_three_numbers_a_token(options):
+    two = run(traffic_and_memory, 2, layers=2, **options).results[0]
+    ends = two[1] - 2 * of_a_layer(2, **options)
+    norm = 2 * TINY.hidden / 2 * 4 if options else 0
+    assert ends == 4 * TOKENS * TINY.hidden / 2 * 4 + 3 * 2 * TOKENS / 2 * 4 + norm
+
+
+def test_sequence_parallelism_replaces_all_reduces_by_their_two_halves():
+    plain, sequence = (run(traffic_and_memory, 2, layers=2, **options).results[0][0] for options in (PLAIN, SEQUENCE))
+    assert set(plain) == {"all-reduce"}
+    assert sequence["all-gather"] == sequence["reduce-scatter"]
+    assert sum(sent for _, sent in sequence.values()) == pytest.approx(plain["all-reduce"][1], rel=0.01)
+
+
+def test_states_are_divided_and_each_activation_as_far_as_the_technique_goes():
+    kept = {}
+    whole = run(traffic_and_memory, 1, layers=2).results[0]
+    for name, options in (("plain", PLAIN), ("sequence", SEQUENCE), ("again", AGAIN)):
+        for _, _, kept[name], held, left in run(traffic_and_memory, 2, layers=2, **options).results:
+            for category in ("parameters", "gradients", "optimizer states"):
+                assert held[category] == pytest.approx(whole[3][category] / 2, rel=0.01)  # norms are whole
+            assert left == 0  # nothing outlives backward
+    width = 4 * TOKENS * TINY.hidden  # bytes of one activation of the hidden width
+    rotary = 2 * LENGTH * TINY.head_dim // 2 * 4  # cosine and sine, whole everywhere
+    replicated = 2 * 3 * width + 2 * 4 * TOKENS  # two norms: input, normed, output; and 1/rms
+    alone = whole[2]
+    assert kept["plain"] == replicated + rotary + (alone - replicated - rotary) // 2
+    assert kept["again"] == rotary + (alone - rotary) // 2
+    assert kept["sequence"] == kept["again"] + 2 * (width // 2)  # two gathered inputs are whole
