@@ -19,15 +19,13 @@ from helpers.parallel.pipeline.timeline import Timed, needs, ranks_of_stages, re
 
 @dataclass(frozen=True)
 class Step:
-    """What a step was on this rank.
+    """``loss``: the mean over all rows on the rank with the last stage, None on the others; ``spans``: what ran when.
 
-    ``loss``: the mean over all rows on the rank with the last stage, None on the others. ``spans``: what ran when, on
-    a clock that all ranks of one machine share. ``deferred``: the most bytes kept at one time for W alone, after I.
+    The clock of the spans is the same for all ranks of one machine.
     """
 
     loss: float | None
     spans: list[Timed]
-    deferred: int
 
 
 class Executor:
@@ -93,7 +91,6 @@ class _Run:
         self._undone: dict[tuple[int, int], defer_weight_gradients] = {}
         self._losses: list[Tensor] = []
         self._spans: list[Timed] = []
-        self._most_deferred = 0
 
     def run(self) -> Step:
         work = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._weights}
@@ -105,7 +102,7 @@ class _Run:
                 self._pass_on(result(action), made)
         for sent, _ in self._sends.values():
             sent.wait()
-        return Step(sum(self._losses).item() if self._losses else None, self._spans, self._most_deferred)
+        return Step(sum(self._losses).item() if self._losses else None, self._spans)
 
     def _forward(self, stage: int, number: int, x: Tensor | None) -> Tensor | None:
         x = self._ids[number] if x is None else x.requires_grad_()
@@ -125,7 +122,6 @@ class _Run:
         y.backward(gradient)
         if deferred:
             self._undone[stage, number] = deferred
-            self._most_deferred = max(self._most_deferred, sum(undone.nbytes for undone in self._undone.values()))
         return x.grad
 
     def _weights(self, stage: int, number: int, _: Tensor | None) -> None:

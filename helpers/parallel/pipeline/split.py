@@ -42,12 +42,6 @@ class defer_weight_gradients(TorchFunctionMode):
                     _add(bias, gradient.sum(0))
         self._undone.clear()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept for what is undone: the inputs of the matrices and the gradients of their outputs."""
-        kept = {tensor.untyped_storage().data_ptr(): tensor for undone in self._undone for tensor in undone[2:]}
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
 
 class _Linear(torch.autograd.Function):
     """x W' + b that gives only x a gradient, and notes what the others' would be made of."""
