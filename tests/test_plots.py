@@ -18,6 +18,7 @@ from helpers.plots import (
     CATEGORY_COLOURS,
     RANK_COLOURS,
     Span,
+    bars_by_rank,
     beside_formula,
     collective,
     lanes,
@@ -614,3 +615,22 @@ def test_fused_parts_alternate_and_shared_ones_bear_all_their_numbers():
 def test_matrices_that_cannot_be_drawn(held):
     with pytest.raises(UserError):
         matrix_parts(held, "")
+
+
+def test_bars_by_rank_stand_side_by_side_with_the_formula_across():
+    fig = bars_by_rank({"GPipe": [4.0, 4.0], "1F1B": [2.0, 1.0]}, {"1F1B": [2.5, 1.5]}, "kept", "KiB")
+    (axes,) = fig.axes
+    assert [patch.get_height() for patch in axes.patches] == [4, 4, 2, 1]
+    lines = [line for line in axes.lines if len(line.get_xdata())]
+    assert [list(line.get_ydata()) for line in lines] == [[2.5, 2.5], [1.5, 1.5]]
+    for patch, line in zip(axes.patches[2:], lines, strict=True):
+        assert sum(line.get_xdata()) / 2 == pytest.approx(patch.get_x() + patch.get_width() / 2)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["rank 0", "rank 1"]
+    assert axes.get_ylabel() == "KiB"
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["GPipe", "1F1B", "formula"]
+
+
+def test_bars_for_different_numbers_of_ranks_are_refused():
+    for measured, expected in (({}, {}), ({"a": []}, {}), ({"a": [1.0]}, {"a": [1.0, 2.0]})):
+        with pytest.raises(UserError, match="one value for each rank"):
+            bars_by_rank(measured, expected, "", "")

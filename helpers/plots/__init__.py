@@ -4,6 +4,7 @@ Functions take plain data and return a :class:`CourseFigure`. Nothing here touch
 the same from a script, a rank or a notebook, and none is left open.
 """
 
+from helpers.plots.bars import bars_by_rank
 from helpers.plots.communication import collective, transfer_times
 from helpers.plots.curves import beside_formula
 from helpers.plots.matrices import matrix_parts
@@ -24,6 +25,7 @@ __all__ = [
     "RANK_COLOURS",
     "CourseFigure",
     "Span",
+    "bars_by_rank",
     "beside_formula",
     "collective",
     "lanes",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from matplotlib.ticker import MaxNLocator
 
 from helpers.errors import UserError
-from helpers.plots.style import RANK_COLOURS, SMALL_SIZE, CourseFigure, label_axes, new_figure
+from helpers.plots.style import RANK_COLOURS, CourseFigure, label_axes, legend_below, new_figure
 
 Curve = Mapping[float, float]
 
@@ -33,5 +33,5 @@ def beside_formula(
     if all(float(place).is_integer() for curve in measured.values() for place in curve):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(axes, "", x, y)
-    axes.legend(fontsize=SMALL_SIZE, frameon=False)
+    legend_below(axes)
     return fig

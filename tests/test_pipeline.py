@@ -1,0 +1,473 @@
+"""Pipeline parallelism: the tables as pure data, then every schedule in real processes against a single one."""
+
+from collections import Counter
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.errors import UserError
+from helpers.launch import run
+from helpers.memory.predict import ModelShape
+from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
+from helpers.parallel.pipeline import (
+    SCHEDULES,
+    Action,
+    Executor,
+    Stage,
+    Timeline,
+    causal_loss,
+    cut,
+    gpipe,
+    idle_fraction,
+    interleaved,
+    one_f_one_b,
+    simulate,
+    stages_of,
+    zero_bubble,
+    zero_bubble_idle_fraction,
+)
+from helpers.parallel.pipeline.split import defer_weight_gradients
+from helpers.parallel.pipeline.stages import part_costs
+from helpers.parallel.pipeline.timeline import needs, result, transfers
+
+ROWS, LENGTH, STEPS = 8, 16, 20
+ranks_and_batches = st.tuples(st.integers(1, 8), st.integers(1, 24))
+
+
+def seconds(forward: float = 1.0, backward: float = 2.0):
+    costs = {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2}
+    return lambda action: costs[action.kind]
+
+
+@st.composite
+def tables(draw):
+    """Any schedule at any size."""
+    ranks, micro_batches = draw(ranks_and_batches)
+    kind = draw(st.sampled_from(["GPipe", "1F1B", "interleaved", "zero-bubble"]))
+    if kind == "interleaved":
+        return interleaved(ranks, ranks * draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    return SCHEDULES[kind](ranks, micro_batches)
+
+
+@given(tables())
+def test_each_stage_does_everything_once_for_each_micro_batch_and_in_order(table):
+    stages = {action.stage for row in table for action in row}
+    numbers = {action.micro_batch for row in table for action in row}
+    assert stages == set(range(max(stages) + 1)) and numbers == set(range(max(numbers) + 1))
+    for rank, row in enumerate(table):
+        assert {action.stage % len(table) for action in row} == {rank}
+        kinds = "FIW" if any(action.kind == "W" for action in row) else "FB"
+        own = [stage for stage in stages if stage % len(table) == rank]
+        assert Counter(row) == Counter(Action(k, s, n) for k in kinds for s in own for n in numbers)
+        place = {action: place for place, action in enumerate(row)}
+        for earlier, later in pairwise(kinds):
+            assert all(place[Action(earlier, s, n)] < place[Action(later, s, n)] for s in own for n in numbers)
+
+
+@given(tables(), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_no_action_begins_before_what_it_needs_and_no_rank_does_two_at_once(table, forward, backward):
+    timeline = simulate(table, seconds(forward, backward))
+    check_causes(timeline, tolerance=1e-9)
+    assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
+
+
+def check_causes(timeline: Timeline, tolerance: float = 0.0):
+    last = max(span.action.stage for row in timeline.ranks for span in row)
+    ended = {result(span.action): span.end for row in timeline.ranks for span in row if span.action.kind != "W"}
+    for row in timeline.ranks:
+        assert all(before.end <= after.start + tolerance for before, after in pairwise(row))
+        for span in row:
+            assert all(ended[need] <= span.start + tolerance for need in needs(span.action, last))
+
+
+@given(ranks_and_batches, st.floats(0.1, 10), st.floats(0.1, 10))
+def test_gpipe_and_1f1b_idle_as_the_formula_says_whatever_backward_costs(size, forward, backward):
+    for schedule in (gpipe, one_f_one_b):
+        assert simulate(schedule(*size), seconds(forward, backward)).idle == pytest.approx(
+            idle_fraction(*size), abs=1e-9
+        )
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_interleaving_divides_the_bubble_by_the_chunks(ranks, groups, chunks, forward, backward):
+    table = interleaved(ranks, ranks * groups, chunks)
+    formula = idle_fraction(ranks, ranks * groups, chunks)
+    assert simulate(table, seconds(forward, backward)).idle == pytest.approx(formula, abs=1e-9)
+
+
+@given(st.integers(1, 8), st.integers(0, 16))
+def test_zero_bubble_leaves_a_third_of_the_bubble(ranks, more):
+    size = ranks, ranks + more
+    idle = simulate(zero_bubble(*size), seconds()).idle
+    assert idle == pytest.approx(zero_bubble_idle_fraction(*size), abs=1e-9)
+    assert ranks == 1 or idle < idle_fraction(*size)
+
+
+@given(ranks_and_batches)
+def test_zero_bubble_is_never_worse_than_1f1b(size):
+    assert simulate(zero_bubble(*size), seconds()).idle <= simulate(one_f_one_b(*size), seconds()).idle + 1e-9
+
+
+@given(ranks_and_batches)
+def test_micro_batches_alive(size):
+    ranks, micro_batches = size
+    assert simulate(gpipe(*size), seconds()).alive == [micro_batches] * ranks
+    assert simulate(one_f_one_b(*size), seconds()).alive == [min(micro_batches, ranks - r) for r in range(ranks)]
+    assert simulate(zero_bubble(*size), seconds()).alive == [min(micro_batches, ranks)] * ranks
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 4))
+def test_interleaving_keeps_somewhat_more_alive(ranks, groups, chunks):
+    alive = simulate(interleaved(ranks, ranks * groups, chunks), seconds()).alive
+    all_of_them = ranks * groups * chunks
+    assert alive == [min(all_of_them, 2 * (ranks - 1 - r) + (chunks - 1) * ranks + 1) for r in range(ranks)]
+
+
+def test_interleaving_with_one_chunk_is_1f1b():
+    assert interleaved(4, 8, chunks=1) == one_f_one_b(4, 8)
+
+
+@given(tables())
+@settings(deadline=None)
+def test_the_order_of_transfers_cannot_deadlock_even_where_each_waits_for_the_other_side(table):
+    """Every send and receive blocks until the other side is at the same one: the strictest that a backend can be."""
+    last = max(action.stage for row in table for action in row)
+    programs = []
+    for rank, row in enumerate(table):
+        pending = [t for t in transfers(table) if rank in (t.source, t.target)]
+        program = []
+        for action in row:
+            wanted = {need for need in needs(action, last)} & {t.result for t in pending if t.target == rank}
+            while wanted & {t.result for t in pending}:
+                program.append(pending.pop(0))
+            program.append(action)
+            while result(action) in {t.result for t in pending if t.source == rank}:
+                program.append(pending.pop(0))
+        assert not pending
+        programs.append(program)
+    done: set[Action] = set()
+    places = [0] * len(table)
+
+    def following(rank):
+        return programs[rank][places[rank]] if places[rank] < len(programs[rank]) else None
+
+    progress = True
+    while progress:
+        progress = False
+        for rank in range(len(table)):
+            step = following(rank)
+            if isinstance(step, Action):
+                assert all(need in done for need in needs(step, last))
+                done.add(result(step))
+                places[rank] += 1
+                progress = True
+            elif step is not None and step.source == rank and following(step.target) == step:
+                assert step.result in done
+                places[rank] += 1
+                places[step.target] += 1
+                progress = True
+    assert [following(rank) for rank in range(len(table))] == [None] * len(table)
+
+
+F, B = (lambda stage, number, kind=kind: Action(kind, stage, number) for kind in "FB")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([[F(0, 0), B(0, 0)], [B(1, 0), F(1, 0)]], "ever: rank 0 before B0 of stage 0, rank 1 before B0 of stage 1"),
+        ([[F(0, 0), B(0, 0)], [F(1, 0)]], "stage 1 does F for micro-batch 0"),
+        ([[F(0, 0), B(0, 0), B(0, 0)]], "stage 0 does FBB for micro-batch 0"),
+        ([[F(0, 0), B(0, 0)], [F(2, 0), B(2, 0)]], "stage 1 does nothing for micro-batch 0"),
+        ([[F(0, 0)], [B(0, 0)]], "stage 0 is on ranks 0 and 1"),
+        ([[], []], "no actions"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_refused(table, message):
+    with pytest.raises(UserError, match=message):
+        simulate(table, seconds())
+
+
+def test_sizes_that_make_no_schedule_are_refused():
+    with pytest.raises(UserError, match=r"6 micro-batches on 4 ranks: .* choose a multiple of 4"):
+        interleaved(4, 6)
+    for schedule in SCHEDULES.values():
+        with pytest.raises(UserError, match="micro_batches is 0"):
+            schedule(2, 0)
+    with pytest.raises(UserError, match="9 stages of 8 layers: choose 1 to 8"):
+        cut(TINY, 9, LENGTH)
+    with pytest.raises(UserError, match="0 stages"):
+        cut(TINY, 0, LENGTH)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4000), st.integers(1, 64))
+def test_the_cut_is_the_best_there_is(layers, stages, vocab, length):
+    shape = ModelShape(hidden=64, layers=layers, heads=8, kv_groups=2, head_dim=16, intermediate=216, vocab=vocab)
+    stages = min(stages, layers)
+    costs = part_costs(shape, length)
+
+    def slowest(counts):
+        work = [count * costs["layer"] for count in counts]
+        work[-1] += costs["head"]
+        return max(work)
+
+    found = cut(shape, stages, length)
+    assert [layer for part in found for layer in part] == list(range(layers))
+    every = ([b - a for a, b in pairwise((0, *ends, layers))] for ends in combinations(range(1, layers), stages - 1))
+    assert slowest([len(part) for part in found]) == min(map(slowest, every))
+
+
+def test_the_output_layer_of_the_6b_model_weighs_more_than_a_layer():
+    assert [len(layers) for layers in cut(ModelShape(), 4, 768)] == [7, 7, 8, 6]
+
+
+def test_stages_compute_what_the_whole_does_under_the_same_names():
+    whole = build(TINY)
+    ids = batch(TINY, 2, LENGTH)["input_ids"]
+    expected = whole(input_ids=ids, labels=ids)
+    names = list(weights(whole))
+    stages = stages_of(whole, cut(TINY, 3, LENGTH), range(3))
+    hidden = ids
+    for stage in stages.values():
+        hidden = stage(hidden)
+    assert torch.equal(hidden, expected.logits)
+    assert torch.equal(causal_loss(hidden, ids), expected.loss)
+    assert sorted(name for stage in stages.values() for name in weights(stage)) == sorted(names)
+
+
+def gradients(stage: Stage) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in stage.named_parameters() if parameter.grad is not None}
+
+
+def test_two_halves_of_a_backward_are_the_whole_one():
+    stage = stages_of(build(TINY), cut(TINY, 2, LENGTH), [1])[1]
+    x = torch.randn(2, LENGTH, TINY.hidden, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    stage(x).square().mean().backward()
+    expected = gradients(stage) | {"x": x.grad.clone()}
+    stage.zero_grad(), setattr(x, "grad", None)
+    with defer_weight_gradients() as deferred:
+        y = stage(x)
+    y.square().mean().backward()
+    assert largest_difference({"x": x.grad}, {"x": expected["x"]}) == 0
+    assert not [name for name in gradients(stage) if name.endswith("proj.weight") or "bias" in name or "head" in name]
+    deferred.finish()
+    assert largest_difference(gradients(stage) | {"x": x.grad}, expected) <= 1e-9
+    deferred.finish()  # nothing is added twice
+    assert largest_difference(gradients(stage) | {"x": x.grad}, expected) <= 1e-9
+
+
+def test_a_frozen_matrix_gets_no_gradient_and_still_passes_one_on():
+    linear = torch.nn.Linear(3, 2)
+    linear.weight.requires_grad_(False)
+    x = torch.ones(4, 3, requires_grad=True)
+    with defer_weight_gradients() as deferred:
+        y = linear(x)
+    y.sum().backward()
+    deferred.finish()
+    assert linear.weight.grad is None and torch.equal(linear.bias.grad, torch.full((2,), 4.0))
+    assert torch.equal(x.grad, linear.weight.sum(0).expand(4, 3))
+
+
+# --- in real processes ---
+
+
+def single_process(steps: int = STEPS) -> tuple[dict[str, torch.Tensor], float]:
+    model = build(TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch(TINY, ROWS, LENGTH, step)).loss
+        loss.backward()
+        optimizer.step()
+    return weights(model), loss.item()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return single_process()
+
+
+def own_stages(table, rank):
+    from helpers.launch import device
+
+    stages = 1 + max(action.stage for row in table for action in row)
+    return stages_of(build(TINY, device()), cut(TINY, stages, LENGTH), {action.stage for action in table[rank]})
+
+
+def trained(stages, step, steps=STEPS):
+    """Weights after ``steps`` steps of AdamW, and the last loss; ``step(ids, labels)`` makes gradients."""
+    from helpers.launch import device
+
+    parameters = [parameter for stage in stages.values() for parameter in stage.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, eps=EQUALITY_EPSILON)
+    for number in range(steps):
+        data = batch(TINY, ROWS, LENGTH, number, device())
+        optimizer.zero_grad()
+        loss = step(data["input_ids"], data["labels"])
+        optimizer.step()
+    return {name: tensor for stage in stages.values() for name, tensor in weights(stage).items()}, loss
+
+
+def all_schedules(names, micro_batches):
+    from helpers.traffic import count_traffic
+
+    found = {}
+    for name in names:
+        table = SCHEDULES[name](dist.get_world_size(), micro_batches)
+        stages = own_stages(table, dist.get_rank())
+        executor = Executor(table, stages)
+        with count_traffic() as traffic:
+            spans = executor.step(*batch(TINY, ROWS, LENGTH).values()).spans
+        for stage in stages.values():
+            stage.zero_grad()
+        own, loss = trained(stages, lambda ids, labels, executor=executor: executor.step(ids, labels).loss)
+        found[name] = own, loss, spans, traffic.by_operation()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_schedule_trains_what_a_single_process_trains(ranks, reference):
+    micro_batches = 4
+    results = run(all_schedules, ranks, names=list(SCHEDULES), micro_batches=micro_batches, timeout=120).results
+    expected, loss = reference
+    activations = ROWS * LENGTH * TINY.hidden * 4
+    for name, schedule in SCHEDULES.items():
+        ours = {key: tensor for rank in results for key, tensor in rank[name][0].items()}
+        assert largest_difference(ours, expected) <= 1e-6, name
+        assert [rank[name][1] for rank in results] == [None] * (ranks - 1) + [pytest.approx(loss, abs=1e-5)]
+        # What was recorded is the table, in a possible order.
+        timeline = Timeline([rank[name][2] for rank in results])
+        table = schedule(ranks, micro_batches)
+        assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
+        check_causes(timeline)
+        # Across each boundary: activations one way, their gradients the other, a micro-batch at a time.
+        boundaries = len({action.stage for row in table for action in row}) - 1
+        sent = [rank[name][3].get("send", (0, 0)) for rank in results]
+        assert [sum(column) for column in zip(*sent, strict=True)] == [
+            2 * boundaries * micro_batches,
+            2 * boundaries * activations,
+        ]
+        assert {operation for rank in results for operation in rank[name][3]} == {"send"}
+
+
+def test_two_stages_on_one_rank_hand_over_without_sending(reference):
+    def fn():
+        table = interleaved(1, 4, chunks=2)
+        stages = own_stages(table, 0)
+        executor = Executor(table, stages)
+        return trained(stages, lambda ids, labels: executor.step(ids, labels).loss, steps=2)
+
+    ours, _ = run(fn, 1).results[0]
+    assert largest_difference(ours, single_process(steps=2)[0]) <= 1e-6
+
+
+def test_a_group_is_a_pipeline_of_its_own_and_a_pace_is_kept():
+    def fn():
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        group = pairs[dist.get_rank() // 2]
+        table = one_f_one_b(2, 2)
+        stages = own_stages(table, dist.get_rank(group))
+        data = batch(TINY, 4, LENGTH, step=dist.get_rank() // 2)
+        step = Executor(table, stages, group, pace={"F": 0.02}).step(data["input_ids"], data["labels"])
+        return step, {name: grad for stage in stages.values() for name, grad in gradients(stage).items()}
+
+    results = run(fn, 4).results
+    for pair in range(2):
+        whole = build(TINY)
+        loss = whole(**batch(TINY, 4, LENGTH, step=pair)).loss
+        loss.backward()
+        assert results[2 * pair + 1][0].loss == pytest.approx(loss.item(), abs=1e-5)
+        ours = results[2 * pair][1] | results[2 * pair + 1][1]
+        assert largest_difference(ours, gradients(whole)) <= 1e-6
+    forward = [span for step, _ in results for span in step.spans if span.action.kind == "F"]
+    assert len(forward) == 8 and all(span.end - span.start >= 0.02 for span in forward)
+
+
+def test_what_does_not_fit_together_is_refused():
+    def fn():
+        rank, said = dist.get_rank(), []
+        table = gpipe(2, 3)
+        stages = own_stages(table, rank)
+        attempts = {
+            "rows": lambda: Executor(table, stages).step(*batch(TINY, 4, LENGTH).values()),
+            "ranks": lambda: Executor(gpipe(4, 4), stages),
+            "stages": lambda: Executor(table, {rank + 1: stages[rank]}),
+            "table": lambda: Executor([row[::-1] for row in table], stages),
+        }
+        for attempt in attempts.values():
+            with pytest.raises(UserError) as caught:
+                attempt()
+            said.append(str(caught.value))
+        return said
+
+    rows, ranks, stages, table = run(fn, 2).results[0]
+    assert rows == "4 rows do not divide into 3 micro-batches; change one of the two"
+    assert ranks == "a table for 4 ranks in a group of 2; make it for 2"
+    assert stages == "rank 0 has the stages [1] but the table gives it [0]"
+    assert table.startswith("the table makes ranks wait for ever: rank 0 before B2 of stage 0")
+
+
+# --- other people's pipelines, with the same stages ---
+
+
+def with_torch(names, micro_batches):
+    from torch.distributed.pipelining import PipelineStage, schedules
+
+    from helpers.launch import device
+
+    found, rank, ranks = {}, dist.get_rank(), dist.get_world_size()
+    for name in names:
+        kind = getattr(schedules, name)
+        count = ranks * (2 if kind is schedules.ScheduleInterleaved1F1B else 1)
+        stages = stages_of(build(TINY, device()), cut(TINY, count, LENGTH), range(rank, count, ranks))
+        theirs = [PipelineStage(stage, number, count, device()) for number, stage in stages.items()]
+        several = issubclass(kind, schedules.PipelineScheduleMulti)
+        schedule = kind(theirs if several else theirs[0], n_microbatches=micro_batches, loss_fn=causal_loss)
+
+        def step(ids, labels, schedule=schedule):
+            schedule.step(*([ids] if rank == 0 else []), **({"target": labels} if rank == ranks - 1 else {}))
+
+        found[name] = trained(stages, step)[0]
+    return found
+
+
+def test_torchs_schedules_train_the_same(reference):
+    names = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble"]
+    results = run(with_torch, 2, names=names, micro_batches=4).results
+    for name in names:
+        ours = {key: tensor for rank in results for key, tensor in rank[name].items()}
+        assert largest_difference(ours, reference[0]) <= 1e-6, name
+
+
+def with_deepspeed(micro_batches):
+    from helpers.deepspeed_setup import skip_cpu_collectives
+    from helpers.launch import device
+
+    skip_cpu_collectives()
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    ranks = dist.get_world_size()
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    stages = stages_of(build(TINY, device()), cut(TINY, ranks, LENGTH), range(ranks))
+    module = PipelineModule(list(stages.values()), num_stages=ranks, loss_fn=causal_loss, partition_method="uniform")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": 0.0,  # 1.0 unless one says so
+    }
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    for step in range(STEPS):
+        data = batch(TINY, ROWS, LENGTH, step)
+        engine.train_batch(zip(*(data[name].chunk(micro_batches) for name in ("input_ids", "labels")), strict=True))
+    return {name.partition(".")[2]: tensor for name, tensor in weights(module).items()}  # without the stage's number
+
+
+def test_deepspeeds_engine_trains_the_same(reference):
+    results = run(with_deepspeed, 2, micro_batches=4).results
+    assert largest_difference(results[0] | results[1], reference[0]) <= 1e-6
