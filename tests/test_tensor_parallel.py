@@ -82,6 +82,24 @@ def test_checkpointed_layers_communicate_again_and_compute_the_same(options):
     assert_equal(run(train, 2, steps=3, checkpointing=True, **options).results, alone(2, steps=3))
 
 
+def in_half_precision(**options):
+    from helpers.launch import device
+    from helpers.parallel.tensor import parallelize
+
+    model, whole = (build(SHAPE, device(), torch.bfloat16) for _ in range(2))
+    parallelize(model, **options)
+    losses = [network(**batch(SHAPE, ROWS, LENGTH, 0, device())).loss for network in (model, whole)]
+    losses[0].backward()
+    return [loss.item() for loss in losses], {(p.dtype, p.grad.dtype, bool(p.grad.any())) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("options", [PLAIN, AGAIN])
+def test_it_communicates_in_the_precision_of_the_network(options):
+    for losses, kinds in run(in_half_precision, 4, **options).results:
+        assert losses[0] == pytest.approx(losses[1], abs=0.01)
+        assert kinds == {(torch.bfloat16, torch.bfloat16, True)}
+
+
 def two_backwards():
     from helpers.launch import device
     from helpers.parallel.tensor import parallelize
