@@ -57,11 +57,20 @@ def ring_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Replace each gradient by its mean over the group, one all-reduce a tensor, after backward."""
+    """Replace each gradient by its mean over the group, after backward; one message for all of one dtype.
+
+    The message is a copy of them, for a moment. Ranks must have gradients of the same parameters.
+    """
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad /= dist.get_world_size(group)
-            dist.all_reduce(parameter.grad, group=group)
+            of_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in of_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat /= dist.get_world_size(group)
+        dist.all_reduce(flat, group=group)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def loss_weight(tokens: int, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> float:
