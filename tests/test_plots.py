@@ -30,9 +30,11 @@ from helpers.plots import (
     memory_timeline,
     model_sizes,
     prediction_errors,
+    rank_groups,
     save_figure,
     score_bars,
     smoothed,
+    stacked_seconds,
     token_lengths,
     transfer_times,
 )
@@ -634,3 +636,24 @@ def test_bars_for_different_numbers_of_ranks_are_refused():
     for measured, expected in (({}, {}), ({"a": []}, {}), ({"a": [1.0]}, {"a": [1.0, 2.0]})):
         with pytest.raises(UserError, match="one value for each rank"):
             bars_by_rank(measured, expected, "", "")
+
+
+def test_ranks_of_a_group_share_a_colour_and_nodes_are_parted():
+    fig = rank_groups({"tensor": [(0, 1), (2, 3)], "data": [(0, 2), (1, 3)]}, 2, "mesh")
+    (axes,) = fig.axes
+    colour = {(round(p.get_y() + 0.4), round(p.get_x() + 0.46)): p.get_facecolor() for p in axes.patches}
+    assert colour[0, 0] == colour[0, 1] != colour[0, 2] == colour[0, 3]
+    assert colour[1, 0] == colour[1, 2] != colour[1, 1] == colour[1, 3]
+    assert [line.get_xdata()[0] for line in axes.lines] == [1.5]
+    assert [t.get_text() for t in axes.texts] == ["0", "1", "2", "3", "0", "2", "1", "3", "node 0", "node 1"]
+
+
+def test_predicted_seconds_are_stacked_and_a_diamond_is_what_was_measured():
+    fig = stacked_seconds({"a": {"compute": 1.0, "bubble": 0.5}, "b": {"compute": 2.0}}, {"b": 2.5}, "step")
+    (axes,) = fig.axes
+    assert [(p.get_x(), p.get_width()) for p in axes.patches] == [(0, 1), (0, 2), (1, 0.5), (2, 0)]
+    assert axes.lines[0].get_xydata().tolist() == [[2.5, 1]] and axes.get_xlim()[1] > 2.5
+    assert axes.get_xlabel() == "seconds a step"
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["measured", "compute", "bubble"]
+    with pytest.raises(UserError, match="nothing to draw"):
+        stacked_seconds({}, {}, "")

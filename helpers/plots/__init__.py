@@ -4,8 +4,8 @@ Functions take plain data and return a :class:`CourseFigure`. Nothing here touch
 the same from a script, a rank or a notebook, and none is left open.
 """
 
-from helpers.plots.bars import bars_by_rank
-from helpers.plots.communication import collective, transfer_times
+from helpers.plots.bars import bars_by_rank, stacked_seconds
+from helpers.plots.communication import collective, rank_groups, transfer_times
 from helpers.plots.curves import beside_formula
 from helpers.plots.matrices import matrix_parts
 from helpers.plots.memory import (
@@ -37,9 +37,11 @@ __all__ = [
     "memory_timeline",
     "model_sizes",
     "prediction_errors",
+    "rank_groups",
     "save_figure",
     "score_bars",
     "smoothed",
+    "stacked_seconds",
     "token_lengths",
     "transfer_times",
 ]

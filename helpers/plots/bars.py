@@ -1,6 +1,7 @@
-"""Bars side by side: one quantity on several ranks, in several ways of doing the same."""
+"""Bars that stand for ranks, or for ways of doing the same, with what a formula says or a run measured."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from helpers.errors import UserError
 from helpers.plots.style import BLACK, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, CourseFigure, label_axes, new_figure
@@ -32,4 +33,34 @@ def bars_by_rank(
     axes.set_xticks(range(ranks), [f"rank {rank}" for rank in range(ranks)], fontsize=TEXT_SIZE)
     axes.tick_params(axis="x", length=0)
     fig.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=SMALL_SIZE, frameon=False)
+    return fig
+
+
+def stacked_seconds(
+    predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str, float], title: str
+) -> CourseFigure:
+    """Predicted seconds by cause as stacked bars, ``{bar: {cause: seconds}}``, a diamond where one was measured.
+
+    Raises :class:`UserError` where there is no bar.
+    """
+    if not predicted:
+        raise UserError("there is nothing to draw: give at least one bar")
+    fig = new_figure(title, width=13, height=1.9 + 0.5 * len(predicted))
+    axes = fig.subplots()
+    left = [0.0] * len(predicted)
+    causes = dict.fromkeys(cause for parts in predicted.values() for cause in parts)
+    for cause, colour in zip(causes, cycle(RANK_COLOURS), strict=False):
+        widths = [parts.get(cause, 0.0) for parts in predicted.values()]
+        axes.barh(list(predicted), widths, left=left, height=0.66, color=colour, label=cause)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    if measured:
+        places = [place for place, name in enumerate(predicted) if name in measured]
+        values = [measured[name] for name in predicted if name in measured]
+        axes.plot(values, places, "D", color=BLACK, markersize=9, markeredgecolor="white", label="measured")
+    axes.set_ylim(len(predicted) - 0.4, -0.6)
+    axes.set_xlim(0, 1.06 * max(*left, *measured.values(), 0.0))
+    label_axes(axes, "", "seconds a step", "")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    fig.legend(loc="outside lower center", ncols=6, fontsize=SMALL_SIZE, frameon=False)
     return fig

@@ -58,3 +58,30 @@ def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> Co
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     axes.legend(fontsize=SMALL_SIZE, frameon=False)
     return fig
+
+
+def rank_groups(groups: Mapping[str, Sequence[Sequence[int]]], per_node: int, title: str) -> CourseFigure:
+    """Which ranks talk to one another: a row for each axis of a mesh, a cell for each rank, a colour for each group.
+
+    ``groups`` has all groups of each axis, by name. Vertical lines part the nodes, of ``per_node`` ranks each.
+    """
+    ranks = 1 + max(rank for of_axis in groups.values() for group in of_axis for rank in group)
+    fig = new_figure(title, width=min(13.0, 2.2 + 0.9 * ranks), height=1.3 + 0.62 * len(groups))
+    axes = fig.subplots()
+    for row, of_axis in enumerate(groups.values()):
+        for number, group in enumerate(of_axis):
+            for rank in group:
+                axes.barh(row, 0.92, left=rank - 0.46, height=0.8, color=RANK_COLOURS[number % len(RANK_COLOURS)])
+                axes.text(rank, row, str(rank), ha="center", va="center", color="white", fontsize=TEXT_SIZE)
+    for border in range(per_node, ranks, per_node):
+        axes.axvline(border - 0.5, color="black", linewidth=1.5)
+    for node, first in enumerate(range(0, ranks, per_node)):
+        middle = (first + min(first + per_node, ranks) - 1) / 2
+        axes.text(middle, len(groups) - 0.3, f"node {node}", ha="center", va="top", fontsize=SMALL_SIZE)
+    axes.set_xlim(-0.6, ranks - 0.4)
+    axes.set_ylim(len(groups), -0.55)
+    axes.set_xticks([])
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=TEXT_SIZE)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return fig

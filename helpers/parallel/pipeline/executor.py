@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -39,6 +39,8 @@ class Executor:
     All ranks of ``group`` (the world where None) make one, with the same table. ``pace`` gives the least seconds that
     an action of a kind lasts; what is missing is slept, so that ranks that share cores behave as if each had its own.
 
+    ``loss`` makes a micro-batch's mean loss of the last stage's output and the labels.
+
     Raises :class:`UserError` for a table that cannot run, or that is not for these ranks or these stages.
     """
 
@@ -48,6 +50,7 @@ class Executor:
         stages: Mapping[int, Stage],
         group: dist.ProcessGroup | None = None,
         pace: Mapping[str, float] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = causal_loss,
     ) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if len(table) != size:
@@ -60,6 +63,7 @@ class Executor:
             raise UserError(f"rank {rank} has the stages {sorted(stages)} but the table gives it {wanted}")
         self._row, self._stages, self._group, self._rank = table[rank], stages, group, rank
         self._pace = pace or {}
+        self._loss = loss
         self._last = max(ranks)
         self._micro_batches = 1 + max(action.micro_batch for action in self._row)
         self._split = {action.stage for action in self._row if action.kind == "W"}
@@ -115,7 +119,7 @@ class _Run:
         last = stage == self._executor._last
         if last:
             # A part of the mean over all rows, so that the micro-batches' gradients add up to that of the whole batch.
-            y = causal_loss(y, self._labels[number]) / len(self._labels)
+            y = self._executor._loss(y, self._labels[number]) / len(self._labels)
             self._losses.append(y.detach())
         self._kept[stage, number] = x, y, deferred
         return None if last else y.detach()
