@@ -397,6 +397,7 @@ def test_what_does_not_fit_together_is_refused():
             "ranks": lambda: Executor(gpipe(4, 4), stages),
             "stages": lambda: Executor(table, {rank + 1: stages[rank]}),
             "table": lambda: Executor([row[::-1] for row in table], stages),
+            "idle": lambda: Executor([[], gpipe(1, 3)[0]], {}),
         }
         for attempt in attempts.values():
             with pytest.raises(UserError) as caught:
@@ -404,10 +405,11 @@ def test_what_does_not_fit_together_is_refused():
             said.append(str(caught.value))
         return said
 
-    rows, ranks, stages, table = run(fn, 2).results[0]
+    rows, ranks, stages, table, idle = run(fn, 2).results[0]
     assert rows == "4 rows do not divide into 3 micro-batches; change one of the two"
     assert ranks == "a table for 4 ranks in a group of 2; make it for 2"
     assert stages == "rank 0 has the stages [1] but the table gives it [0]"
+    assert idle == "the table gives rank 0 nothing to do; make it for fewer ranks"
     assert table.startswith("the table makes ranks wait for ever: rank 0 before B2 of stage 0")
 
 

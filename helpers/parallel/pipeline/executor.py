@@ -57,6 +57,8 @@ class Executor:
             raise UserError(f"a table for {len(table)} ranks in a group of {size}; make it for {size}")
         ranks = ranks_of_stages(table)
         wanted = sorted(stage for stage, owner in ranks.items() if owner == rank)
+        if not wanted:
+            raise UserError(f"the table gives rank {rank} nothing to do; make it for fewer ranks")
         if sorted(stages) != wanted:
             raise UserError(f"rank {rank} has the stages {sorted(stages)} but the table gives it {wanted}")
         self._row, self._stages, self._group, self._rank = table[rank], stages, group, rank
@@ -72,6 +74,7 @@ class Executor:
     def step(self, ids: Tensor, labels: Tensor) -> Step:
         """Forward and backward of ``ids`` and ``labels`` [rows, length]: gradients of the mean loss in every ``grad``.
 
+        The mean of the micro-batches' means, which is that over all tokens where no label is -100, or equally many.
         Every rank is given all rows; it uses those that its stages need. Raises :class:`UserError` where the rows do
         not divide into the table's micro-batches.
         """
