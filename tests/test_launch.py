@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver, shared_memory
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import nbformat
@@ -23,7 +24,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from helpers.errors import UserError
-from helpers.launch import RankError, device, report_progress, run
+from helpers.launch import RankError, device, launcher, report_progress, run
 from helpers.launch.failure import hung
 from helpers.launch.worker import whereabouts
 from helpers.memory.nvml import open_nvml
@@ -648,6 +649,20 @@ class TestGpu:
         count = torch.cuda.device_count() + 1
         assert run(lambda: str(device()), count).results == ["cpu"] * count
         assert "running on the CPU over gloo" in capsys.readouterr().out
+
+
+def test_a_rank_that_ends_while_it_is_looked_at_is_not_waited_for(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(writer)  # what a process's sentinel is like once it has ended
+    looks = iter([True, False])  # alive when it is asked first, and ended right after
+    process = SimpleNamespace(sentinel=reader, is_alive=lambda: next(looks, False))
+    rank = launcher._Rank(process, SimpleNamespace(send=lambda word: None), (), silent=True)
+    waited_for = []
+    monkeypatch.setattr(launcher, "wait", lambda sources, seconds: waited_for.append(sources) or sources)
+    monkeypatch.setattr(launcher, "LEAVE_SECONDS", 0.5)
+    launcher._Ranks(1, [rank]).leave()
+    os.close(reader)
+    assert waited_for == [[reader]]
 
 
 def test_the_context_of_multiprocessing_stays_as_it_was():

@@ -95,7 +95,7 @@ def test_every_axis_sends_what_its_formula_says():
         # A stage sends what it made of each micro-batch, or the gradient of what it got.
         assert sent["pipeline"] == {"send": (MICRO_BATCHES, MICRO_BATCHES * message)}, rank
         calls, reduced = sent["data"]["all-reduce"]
-        assert calls <= 2 and reduced == pytest.approx(nbytes, rel=0.01)  # gradients and loss; 2 (n - 1) / n is 1 for two ranks
+        assert calls <= 2 and reduced == pytest.approx(nbytes, rel=0.01)  # 2 (n - 1) / n is 1
         layers = MICRO_BATCHES * 4 * (TINY.layers // 2) * message
         assert layers <= sent["tensor"]["all-reduce"][1] <= 1.2 * layers  # the ends add theirs
 

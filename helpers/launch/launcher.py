@@ -250,6 +250,7 @@ class _Rank:
     failed: worker.Failed | None = None
     where: worker.Whereabouts | None = None
     silent: bool = False  # nothing will come over the connection any more
+    ended: bool = False  # its process was seen to have ended
 
 
 @dataclass
@@ -316,18 +317,21 @@ class _Ranks:
             with contextlib.suppress(OSError):
                 rank.connection.send(worker.LEAVE)
         limit = time.monotonic() + LEAVE_SECONDS
-        while any(rank.process.is_alive() for rank in self.ranks) and time.monotonic() < limit:
+        while not all(rank.ended for rank in self.ranks) and time.monotonic() < limit:
             self._wait(limit - time.monotonic(), None)
 
     def _wait(self, seconds: float, on_progress: Callable[[Progress], None] | None) -> None:
         """Handle what comes within ``seconds``: one round."""
         talking = {rank.connection: rank for rank in self.ranks if not rank.silent}
-        living = {rank.process.sentinel: rank for rank in self.ranks if rank.process.is_alive()}
+        # Not those that are alive: one that ends between the caller's look and this one would be waited for in vain.
+        living = {rank.process.sentinel: rank for rank in self.ranks if not rank.ended}
         printing = {stream.read_end: stream for rank in self.ranks for stream in rank.streams if stream.open}
         for source in wait([*talking, *living, *printing], max(0.0, seconds)):
             if source in printing:
                 printing[source].show()
-            elif source in talking:
+            elif source in living:
+                living[source].ended = True
+            else:
                 self._receive(talking[source], on_progress)
 
     def _receive(self, rank: _Rank, on_progress: Callable[[Progress], None] | None) -> None:
