@@ -1,6 +1,7 @@
 """Pipeline parallelism: the tables as pure data, then every schedule in real processes against a single one."""
 
 from collections import Counter
+from functools import cache
 from itertools import combinations, pairwise
 
 import pytest
@@ -276,19 +277,22 @@ def test_a_frozen_matrix_gets_no_gradient_and_still_passes_one_on():
 
 
 def single_process(steps: int = STEPS) -> tuple[dict[str, torch.Tensor], float]:
-    model = build(TINY)
+    from helpers.launch import device
+
+    model = build(TINY, device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
     for step in range(steps):
         optimizer.zero_grad()
-        loss = model(**batch(TINY, ROWS, LENGTH, step)).loss
+        loss = model(**batch(TINY, ROWS, LENGTH, step, device())).loss
         loss.backward()
         optimizer.step()
     return weights(model), loss.item()
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return single_process()
+@cache
+def reference(ranks: int, steps: int = STEPS) -> tuple[dict[str, torch.Tensor], float]:
+    """What one process computes, on the kind of device on which so many ranks run: seeds give other weights there."""
+    return run(single_process, ranks if torch.cuda.is_available() else 1, steps=steps).results[0]
 
 
 def own_stages(table, rank):
@@ -330,10 +334,10 @@ def all_schedules(names, micro_batches):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_schedule_trains_what_a_single_process_trains(ranks, reference):
+def test_every_schedule_trains_what_a_single_process_trains(ranks):
     micro_batches = 4
     results = run(all_schedules, ranks, names=list(SCHEDULES), micro_batches=micro_batches, timeout=120).results
-    expected, loss = reference
+    expected, loss = reference(ranks)
     activations = ROWS * LENGTH * TINY.hidden * 4
     for name, schedule in SCHEDULES.items():
         ours = {key: tensor for rank in results for key, tensor in rank[name][0].items()}
@@ -354,7 +358,7 @@ def test_every_schedule_trains_what_a_single_process_trains(ranks, reference):
         assert {operation for rank in results for operation in rank[name][3]} == {"send"}
 
 
-def test_two_stages_on_one_rank_hand_over_without_sending(reference):
+def test_two_stages_on_one_rank_hand_over_without_sending():
     def fn():
         table = interleaved(1, 4, chunks=2)
         stages = own_stages(table, 0)
@@ -362,7 +366,7 @@ def test_two_stages_on_one_rank_hand_over_without_sending(reference):
         return trained(stages, lambda ids, labels: executor.step(ids, labels).loss, steps=2)
 
     ours, _ = run(fn, 1).results[0]
-    assert largest_difference(ours, single_process(steps=2)[0]) <= 1e-6
+    assert largest_difference(ours, reference(1, steps=2)[0]) <= 1e-6
 
 
 def test_a_group_is_a_pipeline_of_its_own_and_a_pace_is_kept():
@@ -437,12 +441,12 @@ def with_torch(names, micro_batches):
     return found
 
 
-def test_torchs_schedules_train_the_same(reference):
+def test_torchs_schedules_train_the_same():
     names = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble"]
     results = run(with_torch, 2, names=names, micro_batches=4).results
     for name in names:
         ours = {key: tensor for rank in results for key, tensor in rank[name].items()}
-        assert largest_difference(ours, reference[0]) <= 1e-6, name
+        assert largest_difference(ours, reference(2)[0]) <= 1e-6, name
 
 
 def with_deepspeed(micro_batches):
@@ -451,8 +455,12 @@ def with_deepspeed(micro_batches):
 
     skip_cpu_collectives()
     import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.pipe import PipelineModule
 
+    if device().type == "cpu":
+        set_accelerator(CPU_Accelerator())  # also where there is a GPU that these ranks do not use
     ranks = dist.get_world_size()
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     stages = stages_of(build(TINY, device()), cut(TINY, ranks, LENGTH), range(ranks))
@@ -465,11 +473,11 @@ def with_deepspeed(micro_batches):
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     for step in range(STEPS):
-        data = batch(TINY, ROWS, LENGTH, step)
+        data = batch(TINY, ROWS, LENGTH, step, device())
         engine.train_batch(zip(*(data[name].chunk(micro_batches) for name in ("input_ids", "labels")), strict=True))
     return {name.partition(".")[2]: tensor for name, tensor in weights(module).items()}  # without the stage's number
 
 
-def test_deepspeeds_engine_trains_the_same(reference):
+def test_deepspeeds_engine_trains_the_same():
     results = run(with_deepspeed, 2, micro_batches=4).results
-    assert largest_difference(results[0] | results[1], reference[0]) <= 1e-6
+    assert largest_difference(results[0] | results[1], reference(2)[0]) <= 1e-6

@@ -4,6 +4,7 @@ Nothing here may create a CUDA context, or no rank could use a GPU: CUDA does no
 """
 
 import gc
+import logging
 import os
 import warnings
 
@@ -31,6 +32,8 @@ with warnings.catch_warnings():
 # What only the authors of the libraries can act on, in every rank.
 for category in (FutureWarning, DeprecationWarning):
     warnings.filterwarnings("ignore", category=category, module="torch|transformers|peft|deepspeed")
+# A rank on the CPU of a machine with CUDA's compiler has no use for it, and DeepSpeed's builder asks.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 # One process drives one GPU here, so the current device is the right one.
 warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)
 # What is here stays for good: a collection in a rank would only make it copy pages that it shares with the others.
