@@ -6,8 +6,6 @@ import warnings
 
 def quiet_libraries() -> None:
     """No progress bars of libraries, and no warnings that only library authors can act on."""
-    # In a notebook tqdm warns, when a library imports it, that it cannot draw its bars as widgets.
-    warnings.filterwarnings("ignore", message="IProgress not found")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
     # One process drives one GPU here, so the current device is the right one.
     warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)

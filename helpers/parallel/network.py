@@ -5,21 +5,16 @@ the numbers are smaller. Weights and batches depend on a seed alone, so that all
 are compared with, start from the same.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import GlmForCausalLM
 
-# In a notebook tqdm warns, when transformers imports it, that it cannot draw its bars as widgets.
-warnings.filterwarnings("ignore", message="IProgress not found")
-
-from transformers import GlmForCausalLM  # noqa: E402
-
-from helpers.hardware import Machine  # noqa: E402
-from helpers.memory.predict import Configuration, ModelShape  # noqa: E402
-from helpers.memory.predict.build import base_model  # noqa: E402
-from helpers.memory.predict.planner import fits  # noqa: E402
+from helpers.hardware import Machine
+from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.predict.build import base_model
+from helpers.memory.predict.planner import fits
 
 # 8 layers, to be cut into 2, 4 or 8 stages; everything divides by 4, and 4 ranks are more than there are groups.
 TINY = ModelShape(hidden=64, layers=8, heads=8, kv_groups=2, head_dim=16, intermediate=216, vocab=512)
