@@ -71,6 +71,7 @@ def train(layout, schedule):
         (Layout(2, 2, 2), one_f_one_b),
         (Layout(2, 2, 2), zero_bubble),
         (Layout(1, 2, 4), gpipe),
+        (Layout(1, 2, 4), zero_bubble),  # ranks that share keys and values, whose gradients come late
         (Layout(2, 2, 1), interleaved),
         (Layout(2, 1, 2), one_f_one_b),
     ],

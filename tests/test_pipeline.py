@@ -273,6 +273,18 @@ def test_a_frozen_matrix_gets_no_gradient_and_still_passes_one_on():
     assert torch.equal(x.grad, linear.weight.sum(0).expand(4, 3))
 
 
+def test_weights_behind_an_input_without_gradient_and_their_hooks_are_served_as_well():
+    linear, seen = torch.nn.Linear(3, 2), []
+    linear.weight.register_hook(lambda gradient: seen.append(gradient.clone()) or 2 * gradient)
+    with defer_weight_gradients() as deferred:
+        y = linear(torch.ones(4, 3))
+    y.sum().backward()
+    assert not seen and linear.weight.grad is None
+    deferred.finish()
+    assert [gradient.tolist() for gradient in seen] == [[[4.0] * 3] * 2]
+    assert torch.equal(linear.weight.grad, torch.full((2, 3), 8.0))
+
+
 # --- in real processes ---
 
 

@@ -32,14 +32,16 @@ class defer_weight_gradients(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def finish(self) -> None:
-        """Add what was left undone to the ``grad`` of the weights and biases, and let go of what it was kept for."""
-        with torch.no_grad():
-            for weight, bias, x, gradient in self._undone:
-                x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
-                if weight.requires_grad:
-                    _add(weight, gradient.T @ x)
-                if bias is not None and bias.requires_grad:
-                    _add(bias, gradient.sum(0))
+        """Add what was left undone to the ``grad`` of the weights and biases, and let go of what it was kept for.
+
+        Through autograd, so that hooks on a parameter (tensor parallelism's sums) see these gradients as any other.
+        """
+        for weight, bias, x, gradient in self._undone:
+            x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+            if weight.requires_grad:
+                weight.backward(gradient.T @ x)
+            if bias is not None and bias.requires_grad:
+                bias.backward(gradient.sum(0))
         self._undone.clear()
 
 
@@ -47,21 +49,20 @@ class _Linear(torch.autograd.Function):
     """x W' + b that gives only x a gradient, and notes what the others' would be made of."""
 
     @staticmethod
-    def forward(ctx: Any, undone: list, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, undone: list, x: Tensor, parameters: tuple[Tensor, Tensor | None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.undone, ctx.weight, ctx.bias = undone, weight, bias
-        return functional.linear(x, weight, bias)
+        ctx.undone, ctx.parameters = undone, parameters
+        return functional.linear(x, *parameters)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
-        ctx.undone.append((ctx.weight, ctx.bias, x, gradient))
-        return None, gradient @ ctx.weight if ctx.needs_input_grad[1] else None, None, None
+        ctx.undone.append((*ctx.parameters, x, gradient))
+        return None, gradient @ ctx.parameters[0], None
 
 
 def _linear(undone: list, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _Linear.apply(undone, input, weight, bias)
-
-
-def _add(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    if not input.requires_grad:
+        input = input.detach().requires_grad_()  # or there would be no backward that could note anything
+    # The parameters in a tuple, which autograd does not look into: their hooks must not see that they get nothing now.
+    return _Linear.apply(undone, input, (weight, bias))
