@@ -5,7 +5,7 @@ the numbers are smaller. Weights and batches depend on a seed alone, so that all
 are compared with, start from the same.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tenso
     Raises ``ValueError`` naming the first that only one of them has, or whose shapes differ.
     """
     differences: list[float] = []
-    for name in _all_names(found, expected):
+    for name in dict.fromkeys([*found, *expected]):
         if name not in found or name not in expected:
             raise ValueError(f"{name} is only {'expected' if name in expected else 'found'}")
         if found[name].shape != expected[name].shape:
@@ -72,7 +72,3 @@ def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tenso
         if found[name].numel():
             differences.append((found[name] - expected[name]).abs().max().item())
     return max(differences, key=lambda value: (value != value, value), default=0.0)
-
-
-def _all_names(*mappings: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
