@@ -1,6 +1,13 @@
-"""Two things to settle before DeepSpeed starts; both only save memory and time."""
+"""What to settle before DeepSpeed starts."""
 
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 import torch.distributed as dist
+
+from helpers.errors import UserError
 
 
 def skip_cpu_collectives() -> None:
@@ -22,3 +29,50 @@ def share_world_group() -> None:
     from deepspeed.utils import groups
 
     groups._clone_world_group = lambda: dist.group.WORLD
+
+
+def work_on(device: torch.device) -> None:
+    """Make DeepSpeed work where this rank does, and log nothing but errors; before ``deepspeed.initialize``.
+
+    It takes a GPU wherever there is one, also for ranks that run on the CPU because there are more of them than GPUs.
+    """
+    skip_cpu_collectives()
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        set_accelerator(CPU_Accelerator())
+
+
+def fill_auto(
+    config: Mapping[str, Any], *, rows: int, dtype: torch.dtype, accumulation: int = 1, clipping: float = 0.0
+) -> dict[str, Any]:
+    """``config`` with a value for each "auto", as the HF Trainer puts it there; DeepSpeed itself knows no "auto".
+
+    ``rows`` are those of one micro-batch on one rank, ``dtype`` that of the weights. Raises :class:`UserError` for an
+    "auto" that is none of the six below.
+    """
+    values = {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": rows * accumulation * dist.get_world_size(),
+        "gradient_clipping": clipping,
+        "bf16.enabled": dtype == torch.bfloat16,
+        "fp16.enabled": dtype == torch.float16,
+    }
+
+    def filled(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        return {key: value_of(prefix + key, value) for key, value in section.items()}
+
+    def value_of(path: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return filled(value, f"{path}.")
+        if value != "auto":
+            return value
+        if path not in values:
+            raise UserError(f'fill_auto: {path} is "auto"; give it a value, only the HF Trainer could guess one')
+        return values[path]
+
+    return filled(config, "")

@@ -1,7 +1,21 @@
-"""The two switches still reach what they are meant for in the installed DeepSpeed."""
+"""The switches reach what they are meant for in the installed DeepSpeed, and configs/ds_*.json train with it."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helpers.deepspeed_setup import fill_auto
+from helpers.errors import UserError
+from helpers.launch import run
+from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ROWS, LENGTH, STEPS = 4, 16, 5
 
 SCRIPT = """
 import torch.distributed as dist
@@ -20,10 +34,84 @@ before = len(dist.distributed_c10d._world.pg_map)
 assert groups._get_data_parallel_group() is dist.group.WORLD
 assert len(dist.distributed_c10d._world.pg_map) == before == 1
 assert dist.get_global_rank(dist.group.WORLD, 0) == 0
+
+import torch
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from helpers.deepspeed_setup import work_on
+
+set_accelerator(CUDA_Accelerator())  # what it takes where there is a GPU
+work_on(torch.device("cpu"))
+assert get_accelerator().device_name() == "cpu"
 print("fine")
 """
 
 
-def test_deepspeed_compiles_nothing_on_a_cpu_and_makes_no_second_world_group():
+def test_deepspeed_works_on_the_cpu_compiles_nothing_and_makes_no_second_world_group():
     finished = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert finished.stdout.endswith("fine\n"), finished.stderr
+
+
+def with_deepspeed(name):
+    from helpers.deepspeed_setup import work_on
+    from helpers.launch import device
+
+    work_on(device())
+    import deepspeed
+
+    rank, n = dist.get_rank(), dist.get_world_size()
+    model = build(TINY, device())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    config = fill_auto(json.loads((CONFIGS / name).read_text()), rows=ROWS // n, dtype=torch.float32)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for step in range(STEPS):
+        rows = {key: value.chunk(n)[rank] for key, value in batch(TINY, ROWS, LENGTH, step, device()).items()}
+        engine.backward(engine(**rows).loss)
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=engine.zero_optimization_stage() == 3):
+        return weights(model), engine.zero_optimization_stage()
+
+
+def alone():
+    from helpers.launch import device
+
+    model = build(TINY, device())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    for step in range(STEPS):
+        model(**batch(TINY, ROWS, LENGTH, step, device())).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("ds_zero_1.json", 1), ("ds_zero_1_full.json", 1), ("ds_zero_2_full.json", 2), ("ds_zero_3_full.json", 3)],
+)
+def test_a_file_trains_what_one_process_trains(name, stage):
+    expected = run(alone, 2).results[0]
+    for found, used in run(with_deepspeed, 2, name=name).results:
+        assert used == stage
+        assert largest_difference(found, expected) <= 1e-6
+
+
+def test_auto_is_filled_as_the_trainer_does():
+    def fn():
+        config = json.loads((CONFIGS / "ds_zero_2.json").read_text())
+        return fill_auto(config, rows=4, dtype=torch.bfloat16, accumulation=3, clipping=0.5)
+
+    filled = run(fn, 2).results[0]
+    assert filled["train_batch_size"] == 24 and filled["train_micro_batch_size_per_gpu"] == 4
+    assert filled["gradient_accumulation_steps"] == 3 and filled["gradient_clipping"] == 0.5
+    assert filled["bf16"] == {"enabled": True} and filled["fp16"]["enabled"] is False
+    assert filled["fp16"]["loss_scale_window"] == 1000  # what is not "auto" stays
+
+
+def test_an_auto_that_nobody_knows_is_named():
+    def fn():
+        try:
+            fill_auto({"zero_optimization": {"reduce_bucket_size": "auto"}}, rows=1, dtype=torch.float32)
+        except UserError as error:
+            return str(error)
+
+    assert run(fn, 1).results[0].startswith('fill_auto: zero_optimization.reduce_bucket_size is "auto"; give it')

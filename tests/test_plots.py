@@ -20,6 +20,7 @@ from helpers.plots import (
     Span,
     bars_by_rank,
     beside_formula,
+    bytes_over_moments,
     collective,
     lanes,
     loss_and_memory,
@@ -657,3 +658,15 @@ def test_predicted_seconds_are_stacked_and_a_diamond_is_what_was_measured():
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["measured", "compute", "bubble"]
     with pytest.raises(UserError, match="nothing to draw"):
         stacked_seconds({}, {}, "")
+
+
+# --- bytes over a step
+
+
+def test_bytes_over_moments_share_an_axis_and_a_unit():
+    axes = bytes_over_moments({"one": [0, 2**20, 0], "all": [3 * 2**20] * 2}, "Held", "a step").axes[0]
+    assert axes.get_ylabel() == "MiB" and axes.get_xlabel() == "a step"
+    assert lines(axes)["one"].get_ydata().tolist() == [0, 1, 0]
+    assert lines(axes)["all"].get_xdata().tolist() == [0, 1]
+    with pytest.raises(UserError, match="no moments to draw"):
+        bytes_over_moments({"one": []}, "Held", "a step")

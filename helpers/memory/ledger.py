@@ -113,10 +113,13 @@ def count(model: nn.Module, optimizer: Any = None, activations: SavedActivations
     for zero in chain:
         for bucket in getattr(zero, "ipg_buckets", {}).values():
             census.add(bucket.buffer, COMMUNICATION)
+    for zero in chain:  # helpers.parallel.zero
+        for category in (COMMUNICATION, PARAMETERS, GRADIENTS):
+            census.add(getattr(zero, "held", {}).get(category), category)
     _add_fsdp(census, model)
     _add_parameters(census, model)
     for owner in chain:
-        if not isinstance(owner, torch.optim.Optimizer):
+        if not isinstance(owner, torch.optim.Optimizer) and not hasattr(owner, "held"):
             _add_deepspeed(census, owner)
     for owner in chain:
         if isinstance(owner, torch.optim.Optimizer):

@@ -121,7 +121,7 @@ class BucketedDataParallel(nn.Module):
         self.module = module
         self.group = group
         broadcast_parameters(module, group)
-        self.buckets = [Bucket(parameters) for parameters in _in_buckets(module, bucket_bytes)]
+        self.buckets = [Bucket(parameters) for parameters in in_buckets(module, bucket_bytes)]
         self._synchronises = True
         self._next = 0  # the bucket that goes next: all ranks must send theirs in one order
         self._of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
@@ -171,7 +171,7 @@ class BucketedDataParallel(nn.Module):
         self._next = 0
 
 
-def _in_buckets(module: nn.Module, bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
+def in_buckets(module: nn.Module, bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
     """The trained parameters, last ones first, in lists of one dtype; a list ends before it would be too large."""
     bucket: list[nn.Parameter] = []
     for parameter in reversed([p for p in module.parameters() if p.requires_grad]):

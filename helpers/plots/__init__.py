@@ -6,7 +6,7 @@ the same from a script, a rank or a notebook, and none is left open.
 
 from helpers.plots.bars import bars_by_rank, stacked_seconds
 from helpers.plots.communication import collective, rank_groups, transfer_times
-from helpers.plots.curves import beside_formula
+from helpers.plots.curves import beside_formula, bytes_over_moments
 from helpers.plots.matrices import matrix_parts
 from helpers.plots.memory import (
     memory_bars,
@@ -27,6 +27,7 @@ __all__ = [
     "Span",
     "bars_by_rank",
     "beside_formula",
+    "bytes_over_moments",
     "collective",
     "lanes",
     "loss_and_memory",

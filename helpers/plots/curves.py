@@ -1,10 +1,11 @@
 """Measured points beside what a formula says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matplotlib.ticker import MaxNLocator
 
 from helpers.errors import UserError
+from helpers.memory.units import unit_for
 from helpers.plots.style import RANK_COLOURS, CourseFigure, label_axes, legend_below, new_figure
 
 Curve = Mapping[float, float]
@@ -33,5 +34,29 @@ def beside_formula(
     if all(float(place).is_integer() for curve in measured.values() for place in curve):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(axes, "", x, y)
+    legend_below(axes)
+    return fig
+
+
+def bytes_over_moments(curves: Mapping[str, Sequence[int]], title: str, x: str) -> CourseFigure:
+    """Bytes that were held at successive moments of a step, ``{name: [bytes, ...]}``, as lines with steps.
+
+    Curves may have different numbers of moments; each is stretched over the axis, from the step's begin to its end.
+    Raises :class:`UserError` where there is nothing to draw.
+    """
+    if not any(curves.values()):
+        raise UserError("there are no moments to draw")
+    unit = unit_for(max(curve) for curve in curves.values() if curve)
+    fig = new_figure(title, width=11, height=4.8)
+    axes = fig.subplots()
+    for (name, curve), colour in zip(curves.items(), RANK_COLOURS, strict=False):
+        places = [place / max(1, len(curve) - 1) for place in range(len(curve))]
+        axes.plot(
+            places, [size / unit.size for size in curve], color=colour, linewidth=2, drawstyle="steps-post", label=name
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([])
+    label_axes(axes, "", x, unit.name)
     legend_below(axes)
     return fig
