@@ -1,0 +1,445 @@
+"""All parameters of ChatGLM3-6B's full size trained with the optimizer in host memory, on every GPU of this machine.
+
+    python tests/benchmarks/offload_6b.py [--results notebooks/results/offload_6b.json] [--only TEXT]
+    python tests/benchmarks/offload_6b.py --tiny --results FILE      a small network on two CPU ranks: does it run?
+
+Three settings: as fast as 24 GiB of each card allow, in as little of a card's memory as it can be made, both DeepSpeed
+ZeRO-3 with the files in configs/, and helpers.parallel.offload within 24 GiB. Random weights, random tokens, bf16,
+checkpointing, a loss that never has all logits. On two GPUs it needs about 180 GiB of host memory and four minutes;
+where DeepSpeed's CPU Adam has not been built yet, a minute more.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from helpers.errors import UserError, exit_with_one_line
+from helpers.files import replacing
+from helpers.hardware import describe
+from helpers.launch import RankError, device, run
+from helpers.memory.phases import phase
+from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.timeline import GIB
+from helpers.parallel.network import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+RESULTS = ROOT / "notebooks" / "results" / "offload_6b.json"
+TIMEOUT_SECONDS = 170
+ALLOCATOR = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
+# NCCL's buffers are part of what NVML sees: fewer channels with smaller ones.
+SMALL_NCCL = {"NCCL_BUFFSIZE": "1048576", "NCCL_MAX_NCHANNELS": "4"}
+CONTEXT_AND_NCCL = int(
+    2.25 * GIB
+)  # what a rank's GPU holds beside torch's memory (2 H100, measured 1.9 GiB), with room
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """``deepspeed`` is a file of configs/, None the chapter's own code. ``chunk`` tokens have logits at one time.
+
+    A step is ``accumulation`` micro-batches of ``rows`` x ``length`` tokens on each rank. With ``budget_bytes`` torch
+    may use that much of the card, less what lies outside of its memory. ``norm_buffer`` elements of a gradient are
+    converted at one time when DeepSpeed forms its norm, in fp64.
+    """
+
+    deepspeed: str | None
+    rows: int
+    length: int
+    accumulation: int
+    chunk: int
+    budget_bytes: int | None = None
+    norm_buffer: int | None = None
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    steps: int = 3
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a rank in a step."""
+        return self.rows * self.length * self.accumulation
+
+
+SETTINGS = {
+    "24 GiB budget": Setting("ds_zero_3_offload_full.json", 8, 2048, 4, chunk=1024, budget_bytes=24 * GIB),
+    "least memory": Setting(
+        "ds_zero_3_offload_least_memory.json", 1, 1024, 8, chunk=256, norm_buffer=4_000_000, environment=SMALL_NCCL
+    ),
+    "24 GiB budget, by hand": Setting(None, 4, 2048, 8, chunk=1024, budget_bytes=24 * GIB),
+}
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of ``hidden @ weight.T`` without all logits at once; both gradients are made in forward.
+
+    The weight's gradient adds up over the chunks in the weight's own type.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """``hidden`` [tokens, width], ``weight`` [words, width], ``targets`` [tokens] -> a scalar in fp32."""
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), chunk):
+            part, words = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = (part @ weight.T).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(-1, words)).sum()
+            share = logits.sub_(log_sum).exp_()
+            share.scatter_add_(-1, words, share.new_full(words.shape, -1.0))
+            gradient = share.div_(len(hidden)).to(hidden.dtype)
+            del logits, share
+            hidden_gradient[start : start + chunk] = gradient @ weight
+            weight_gradient.addmm_(gradient.T, part)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """What forward made, times the loss's own gradient."""
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient.mul_(factor), weight_gradient.mul_(factor), None, None
+
+
+class Head(nn.Module):
+    """The output layer and the loss in one module, so that ZeRO-3 gathers its weight around both."""
+
+    def __init__(self, weight: nn.Parameter, chunk: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.chunk = chunk
+
+    def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The mean loss of predicting each next token of ``ids`` [rows, length]."""
+        flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        return ChunkedCrossEntropy.apply(flat, self.weight, ids[:, 1:].reshape(-1), self.chunk)
+
+
+class WithLoss(nn.Module):
+    """A Glm network whose output is its loss."""
+
+    def __init__(self, network: nn.Module, chunk: int) -> None:
+        super().__init__()
+        self.layers = network.model
+        self.head = Head(network.lm_head.weight, chunk)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The mean loss of ``ids`` [rows, length]."""
+        return self.head(self.layers(input_ids=ids, use_cache=False).last_hidden_state, ids)
+
+
+def deepspeed_config(setting: Setting) -> dict[str, Any]:
+    """The setting's file, with a value for every "auto"."""
+    config = json.loads((CONFIGS / setting.deepspeed).read_text(encoding="utf-8"))
+    for name in ("fp16", "train_batch_size"):  # the latter follows from the two below and the number of ranks
+        config.pop(name)
+    return config | {
+        "bf16": {"enabled": True},
+        "gradient_accumulation_steps": setting.accumulation,
+        "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": setting.rows,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def build(shape: ModelShape, setting: Setting) -> nn.Module:
+    """The network with random weights on this rank's device, or in ZeRO-3's partitions where one is active."""
+    from helpers.memory.predict.build import base_model
+
+    # The checkpointing switch is the model's own; its name differs between transformers' versions.
+    network = base_model(Configuration(shape, lora=None, precision="bf16"), device())
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return WithLoss(network, setting.chunk).train()
+
+
+def host_adam(parameters: Iterator[nn.Parameter], prefer_deepspeed: bool) -> torch.optim.Optimizer:
+    """DeepSpeed's CPU Adam where it can be built, else torch's fused one, which works on the CPU as well."""
+    parameters = list(parameters)
+    if prefer_deepspeed:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        try:
+            return DeepSpeedCPUAdam(parameters, lr=1e-5, adamw_mode=True)
+        except Exception as error:  # a compiler's, a missing header's, a loader's
+            if dist.get_rank() == 0:
+                print(f"DeepSpeed's CPU Adam cannot be used ({type(error).__name__}); torch's fused Adam instead")
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+
+def with_deepspeed(shape: ModelShape, setting: Setting, prefer_deepspeed: bool) -> tuple[Any, Any, str]:
+    """(loss of a batch, what follows it: backward and step, the optimizer's class)."""
+    from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+
+    share_world_group()
+    if dist.get_backend() != "nccl":
+        skip_cpu_collectives()
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = deepspeed_config(setting)
+    deepspeed.utils.logger.setLevel("ERROR")
+    if setting.norm_buffer:  # no file can set it; the default makes an fp64 copy of the whole embedding's gradient
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+        DeepSpeedZeroOptimizer_Stage3._constant_buffered_norm2.__defaults__ = (setting.norm_buffer,)
+    alive = HfDeepSpeedConfig(config)  # transformers partitions what it makes as long as this object lives
+    model = build(shape, setting)
+    del alive
+    say("partitioned")
+    optimizer = host_adam(model.parameters(), prefer_deepspeed)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    return engine, engine, type(optimizer).__name__
+
+
+class ByHand:
+    """helpers.parallel.offload with the engine's two methods."""
+
+    def __init__(self, model: nn.Module, accumulation: int) -> None:
+        from helpers.parallel.offload import OffloadedAdamW
+
+        self._optimizer = OffloadedAdamW(model, lr=1e-5)
+        self._accumulation = accumulation
+        self._micro_batches = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients to those on the host."""
+        (loss / self._accumulation).backward()
+
+    def step(self) -> None:
+        """Update after the last micro-batch; nothing before."""
+        self._micro_batches += 1
+        if self._micro_batches % self._accumulation == 0:
+            self._optimizer.step()
+
+
+def own_cores() -> None:
+    """Keep this rank to its share of the processors, so that its host memory lies near its threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // dist.get_world_size()
+    if share:
+        os.sched_setaffinity(0, cores[dist.get_rank() * share : (dist.get_rank() + 1) * share])
+
+
+def say(text: str) -> None:
+    """A line of progress from rank 0."""
+    if dist.get_rank() == 0:
+        print(f"{time.strftime('%H:%M:%S')} {text}, host {host_bytes() / GIB:.0f} GiB", flush=True)
+
+
+def host_bytes() -> int:
+    """Host memory that this machine, or this container, uses now; a container's count has its file cache in it."""
+    counter = Path("/sys/fs/cgroup/memory.current")
+    return int(counter.read_text()) if counter.is_file() else psutil.virtual_memory().used
+
+
+def now() -> float:
+    """Seconds, after the device has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train(shape: ModelShape, settings: dict[str, Any], prefer_deepspeed: bool) -> dict[str, Any]:
+    """Train a few steps on this rank; losses, and for each step the seconds of its parts."""
+    setting = Setting(**settings)
+    warnings.filterwarnings("ignore")
+    own_cores()
+    host_before = host_bytes()
+    here = device()
+    if setting.budget_bytes and here.type == "cuda":
+        total = torch.cuda.get_device_properties(here).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (setting.budget_bytes - CONTEXT_AND_NCCL) / total))
+    torch.manual_seed(0)
+    begin = now()
+    with phase("load"):
+        if setting.deepspeed:
+            model, engine, adam = with_deepspeed(shape, setting, prefer_deepspeed)
+        else:
+            model = build(shape, setting)
+            engine, adam = ByHand(model, setting.accumulation), "AdamW"
+    loading = now() - begin
+    say(f"ready after {loading:.0f} s, {adam}, {torch.get_num_threads()} threads a rank")
+    steps, losses, host_peak = [], [], 0
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for number in range(setting.steps):
+        seconds = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+        for _ in range(setting.accumulation):
+            ids = torch.randint(1, shape.vocab, (setting.rows, setting.length), generator=generator).to(here)
+            moments = [now()]
+            with phase("forward"):
+                loss = model(ids)
+            moments.append(now())
+            with phase("backward"):
+                engine.backward(loss)
+            moments.append(now())
+            with phase("step"):
+                engine.step()
+            moments.append(now())
+            for part, earlier, later in zip(seconds, moments, moments[1:], strict=False):
+                seconds[part] += later - earlier
+        losses.append(loss.item())
+        del loss
+        host_peak = max(host_peak, host_bytes())
+        steps.append(seconds)
+        speed = setting.tokens / sum(seconds.values())
+        parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+        say(f"step {number + 1} of {setting.steps}: {speed:,.0f} tokens/s a GPU, loss {losses[-1]:.2f}, {parts}")
+    on_gpu = here.type == "cuda"
+    return {
+        "adam": adam,
+        "threads": torch.get_num_threads(),
+        "loading_seconds": loading,
+        "losses": losses,
+        "steps": steps,
+        "host_bytes": host_peak - host_before,
+        "allocated": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "reserved": torch.cuda.max_memory_reserved() if on_gpu else None,
+        "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"] if on_gpu else None,
+    }
+
+
+def in_rank(file: str, function: str, **arguments: Any) -> Any:
+    """Call a function of this file in a rank, which reads the file: its classes of autograd cannot be sent there."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("offload_6b", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)(**arguments)
+
+
+def summary(setting: Setting, outcome: list[dict[str, Any]], nvml: list[int | None]) -> dict[str, Any]:
+    """What is recorded: peaks over the whole run, loading included; speed without the first step, which warms up."""
+    first = outcome[0]
+    steady = first["steps"][1:] or first["steps"]
+    seconds = [sum(step.values()) for step in steady]
+    return {
+        "setting": dataclasses.asdict(setting),
+        "tokens_per_gpu_and_step": setting.tokens,
+        "tokens_per_second_per_gpu": setting.tokens / median(seconds),
+        "seconds": {part: median(step[part] for step in steady) for part in steady[0]},
+        "step_seconds": median(seconds),
+        "nvml_peak": nvml,
+        "host_bytes": max(rank["host_bytes"] for rank in outcome),
+        "ranks": outcome,
+    }
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables that ranks started inside inherit; what was set before comes back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def measure(shape: ModelShape, setting: Setting, ranks: int, prefer_deepspeed: bool) -> dict[str, Any]:
+    """One setting's entry; where a rank fails, what it said under "failed"."""
+    threads = {"OMP_NUM_THREADS": str(max(1, describe().cpu_cores // ranks))}
+    with environment(ALLOCATOR | threads | setting.environment):
+        try:
+            result = run(
+                in_rank,
+                ranks,
+                timeout=TIMEOUT_SECONDS,
+                file=__file__,
+                function="train",
+                shape=shape,
+                settings=dataclasses.asdict(setting),
+                prefer_deepspeed=prefer_deepspeed,
+            )
+        except RankError as error:
+            return {"setting": dataclasses.asdict(setting), "failed": str(error)}
+    return summary(setting, result.results, [rank.nvml for rank in result.memory.ranks])
+
+
+def build_adam() -> tuple[str, float]:
+    """Compile DeepSpeed's CPU Adam once, in one rank; the class that can be used, and the seconds it took."""
+    import deepspeed
+
+    from helpers.deepspeed_setup import skip_cpu_collectives
+
+    begin = time.perf_counter()
+    skip_cpu_collectives()
+    deepspeed.utils.logger.setLevel("ERROR")
+    adam = host_adam(iter([nn.Parameter(torch.zeros(8))]), prefer_deepspeed=True)
+    name, seconds = type(adam).__name__, time.perf_counter() - begin
+    print(f"{name} is there after {seconds:.0f} s", flush=True)
+    return name, seconds
+
+
+def line(name: str, entry: dict[str, Any]) -> str:
+    """One setting for the terminal."""
+    if "failed" in entry:
+        return f"{name:24} failed: {entry['failed'].strip().splitlines()[-1]}"
+    peaks = [peak for peak in entry["nvml_peak"] if peak is not None]
+    nvml = f"{max(peaks) / GIB:.2f} GiB" if peaks else "not available"
+    parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in entry["seconds"].items())
+    return (
+        f"{name:24} NVML peak {nvml}, {entry['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, "
+        f"{entry['step_seconds']:.2f} s a step ({parts}), host {entry['host_bytes'] / GIB:.1f} GiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--adam", choices=["deepspeed", "torch"], default="deepspeed")
+    parser.add_argument("--tiny", action="store_true", help="a small network on two CPU ranks, two short steps")
+    arguments = parser.parse_args()
+    machine = describe()
+    if arguments.tiny:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        machine = describe()
+    elif not machine.gpus:
+        raise UserError("no GPU here; this measures the 6B model on GPUs (--tiny shows on a CPU that it runs)")
+    shape, ranks = (TINY, 2) if arguments.tiny else (ModelShape(), len(machine.gpus))
+    chosen = {name: setting for name, setting in SETTINGS.items() if arguments.only in name}
+    if not chosen:
+        raise UserError(f"--only {arguments.only}: no such setting; there are {', '.join(SETTINGS)}")
+    prefer_deepspeed = arguments.adam == "deepspeed"
+    content: dict[str, Any] = {"machine": dataclasses.asdict(machine), "parameters": shape.parameters, "settings": {}}
+    if prefer_deepspeed:
+        adam, content["adam_build_seconds"] = run(
+            in_rank, 1, timeout=TIMEOUT_SECONDS, file=__file__, function="build_adam"
+        ).results[0]
+        prefer_deepspeed = adam == "DeepSpeedCPUAdam"
+    for name, setting in chosen.items():
+        if arguments.tiny:
+            setting = dataclasses.replace(setting, rows=2, length=32, accumulation=2, chunk=24, steps=2)
+        print(f"{name}: {setting.tokens:,} tokens a GPU and step", flush=True)
+        content["settings"][name] = measure(shape, setting, ranks, prefer_deepspeed)
+        print(line(name, content["settings"][name]), flush=True)
+        with replacing(arguments.results) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    failed = [name for name, entry in content["settings"].items() if "failed" in entry]
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
