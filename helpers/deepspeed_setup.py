@@ -35,8 +35,10 @@ def work_on(device: torch.device) -> None:
     """Make DeepSpeed work where this rank does, and log nothing but errors; before ``deepspeed.initialize``.
 
     It takes a GPU wherever there is one, also for ranks that run on the CPU because there are more of them than GPUs.
+    Both functions above are called, too.
     """
     skip_cpu_collectives()
+    share_world_group()
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.utils import logger
