@@ -22,6 +22,7 @@ from helpers.plots import (
     beside_formula,
     collective,
     lanes,
+    levels_in_histogram,
     loss_and_memory,
     matrix_parts,
     memory_bars,
@@ -657,3 +658,16 @@ def test_predicted_seconds_are_stacked_and_a_diamond_is_what_was_measured():
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["measured", "compute", "bubble"]
     with pytest.raises(UserError, match="nothing to draw"):
         stacked_seconds({}, {}, "")
+
+
+def test_levels_stand_in_the_histogram_of_what_they_represent():
+    fig = levels_in_histogram([0.1, 0.2, -0.3], {"even": [-1, 0, 1], "nf": [-1, 1]}, "levels", "weight")
+    assert [axes.get_title() for axes in fig.axes] == ["even: 3 levels", "nf: 2 levels"]
+    assert [line.get_xdata()[0] for line in fig.axes[0].lines] == [-1, 0, 1]
+    assert fig.axes[1].get_xlabel() == "weight" and not fig.axes[0].get_xlabel()
+
+
+def test_levels_without_values_are_refused():
+    for values, levels in (([], {"even": [0]}), ([1.0], {})):
+        with pytest.raises(UserError, match="no levels, or no values"):
+            levels_in_histogram(values, levels, "levels", "weight")
