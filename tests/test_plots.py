@@ -23,6 +23,7 @@ from helpers.plots import (
     bytes_over_moments,
     collective,
     lanes,
+    levels_in_histogram,
     loss_and_memory,
     matrix_parts,
     memory_bars,
@@ -670,3 +671,16 @@ def test_bytes_over_moments_share_an_axis_and_a_unit():
     assert lines(axes)["all"].get_xdata().tolist() == [0, 1]
     with pytest.raises(UserError, match="no moments to draw"):
         bytes_over_moments({"one": []}, "Held", "a step")
+
+
+def test_levels_stand_in_the_histogram_of_what_they_represent():
+    fig = levels_in_histogram([0.1, 0.2, -0.3], {"even": [-1, 0, 1], "nf": [-1, 1]}, "levels", "weight")
+    assert [axes.get_title() for axes in fig.axes] == ["even: 3 levels", "nf: 2 levels"]
+    assert [line.get_xdata()[0] for line in fig.axes[0].lines] == [-1, 0, 1]
+    assert fig.axes[1].get_xlabel() == "weight" and not fig.axes[0].get_xlabel()
+
+
+def test_levels_without_values_are_refused():
+    for values, levels in (([], {"even": [0]}), ([1.0], {})):
+        with pytest.raises(UserError, match="no levels, or no values"):
+            levels_in_histogram(values, levels, "levels", "weight")

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ RENAMED = {
 # Keys of older transformers without an effect here; accepted so that older files keep working.
 DROPPED = ("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_sampler", "ddp_timeout_seconds")
 GENERATION_KEYS = ("predict_with_generate", "generation_config", "generation_max_length", "generation_num_beams")
-TOP_KEYS = ("data_config", "max_input_length", "max_output_length", "max_eval_samples", "training_args", "peft_config")
+TOP_KEYS = (
+    *("data_config", "max_input_length", "max_output_length", "max_eval_samples"),
+    *("quantization_bit", "training_args", "peft_config"),
+)
+QUANTIZATION_BITS = (8, 4)
 DEFAULT_SEED = 42
 WORTH_A_WARNING_MIB = 100
 
@@ -50,6 +55,7 @@ class FinetuneConfig:
     """What one ``lora.yaml`` asks for.
 
     ``training`` and ``lora`` are keyword arguments of ``TrainingArguments`` and ``LoraConfig``; lengths are in tokens.
+    ``quantization_bit`` 8 or 4 is what the frozen matrices are held in while the adapter is trained, None all bits.
     """
 
     data: DataConfig
@@ -60,6 +66,7 @@ class FinetuneConfig:
     max_eval_samples: int = 50
     predict_with_generate: bool = False
     max_new_tokens: int = 512
+    quantization_bit: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,6 +92,13 @@ def _positive_int(raw: dict[str, Any], key: str, default: int, source: str) -> i
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{source}: {key} must be a whole number above 0, not {value!r}")
+    return value
+
+
+def _quantization_bit(raw: dict[str, Any], source: str) -> int | None:
+    value = raw.get("quantization_bit")
+    if value is not None and (isinstance(value, bool) or value not in QUANTIZATION_BITS):
+        raise UserError(f"{source}: quantization_bit must be 8 or 4, not {value!r}; leave it out to train in 16 bit")
     return value
 
 
@@ -161,6 +175,7 @@ def parse(raw: dict[str, Any], source: str) -> FinetuneConfig:
         max_eval_samples=_positive_int(raw, "max_eval_samples", 50, source),
         predict_with_generate=bool(generation.get("predict_with_generate", False)),
         max_new_tokens=_positive_int(generation_config, "max_new_tokens", max_output_length, source),
+        quantization_bit=_quantization_bit(raw, source),
         notes=notes,
     )
 
@@ -213,6 +228,19 @@ def contradictions(deepspeed: dict[str, Any], training: dict[str, Any], world_si
         if asked is not None and kind in training and asked != bool(training[kind]):
             found.append(f"{kind}.enabled is {asked} but {kind} is {training[kind]}")
     return found
+
+
+def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> None:
+    """Raise UserError where quantised weights meet ZeRO-3, or their library is missing."""
+    if bits is None:
+        return
+    if (deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            f"quantization_bit {bits} does not go with ZeRO-3, which would cut codes from their scales: use "
+            "configs/ds_zero_2.json, or no DeepSpeed file"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization_bit {bits} needs the package bitsandbytes: pip install bitsandbytes==0.50.2")
 
 
 def precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardware: str) -> str:

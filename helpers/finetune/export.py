@@ -46,8 +46,10 @@ def export(
     """Merge the adapter of ``checkpoint`` (or of a run's newest one) and write the model to the new folder ``out_dir``.
 
     ``layout`` is one of ``LAYOUTS``; ``dtype`` defaults to the base model's own; ``base`` says where the base is, if
-    the adapter does not know. ``out_dir`` appears whole or not at all. Merged weights are rounded to ``dtype``: in 16
-    bit, an answer may differ from the adapter's where two words were almost equally likely.
+    the adapter does not know. An adapter of a base in 8 or 4 bits is merged into the matrices that its codes stand for,
+    to which it was trained; with the weights that those were made of it would be another model (chapter 12 measures
+    it). ``out_dir`` appears whole or not at all. Merged weights are rounded to ``dtype``: in 16 bit, an answer may
+    differ from the adapter's where two words were almost equally likely.
 
     Raises UserError for a checkpoint without an adapter, an ``out_dir`` that is not free, or a disk that is too small.
     """
@@ -63,7 +65,7 @@ def export(
     config = ChatGLM3Config.from_dict(published)
     dtype = dtype or getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
     check_disk_space(out_dir, disk_bytes(config, dtype))
-    model, tokenizer = load_for_inference(folder, dtype=dtype, device="cpu", base=str(base_folder))
+    model, tokenizer = load_for_inference(folder, dtype=dtype, device="cpu", base=str(base_folder), dequantize=True)
     merged = _merge(model, folder)
     with creating_folder(out_dir) as temporary:
         if layout == "glm":

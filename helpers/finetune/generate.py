@@ -24,8 +24,10 @@ from helpers.chatglm3.chat import Message, encode_conversation, parse_answer
 from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError, exit_with_one_line, positive
-from helpers.finetune.checkpoints import complete_checkpoints
+from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
+from helpers.finetune.config import check_quantization
 from helpers.finetune.quiet import quiet_libraries
+from helpers.quantization.library import keep_layout, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_NEW_TOKENS = 512
@@ -90,12 +92,14 @@ def load_for_inference(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     base: str | None = None,
+    dequantize: bool = False,
 ) -> tuple[Model, ChatGLMTokenizer]:
     """The model at ``path`` (see :func:`find_checkpoint`), ready to answer, and its tokenizer.
 
     An adapter comes as a ``PeftModel`` on its base; ``base`` says where that is if the adapter does not know. Default
     device: the first GPU, else the CPU. Default dtype: bfloat16 on a GPU that has it, float16 on an older one, float32
-    on the CPU; "auto" is the checkpoint's own.
+    on the CPU; "auto" is the checkpoint's own. An adapter that was trained on a base in 8 or 4 bits gets such a base
+    again; with ``dequantize`` the matrices that its codes stand for, in ``dtype``: the same function, to merge into.
 
     Raises UserError for whatever does not exist, is damaged, or does not fit together.
     """
@@ -108,8 +112,16 @@ def load_for_inference(
         raise UserError(f"{folder / 'config.json'} says model_type {kind!r}; this needs ChatGLM3 (chatglm or glm)")
     tokenizer = read_tokenizer(folder)
     placement = {} if device.type == "cpu" else {"device_map": {"": device}}
+    dtype = dtype or _default_dtype(device)
+    bits = read_quantization_bit(checkpoint)
+    if bits:
+        check_quantization(bits, deepspeed=None)
+        placement = {"device_map": {"": str(device)}, "quantization_config": quantization_config(bits, dtype)}
     load = AutoModelForCausalLM.from_pretrained if kind == "chatglm" else _load_glm
-    model = load(folder, dtype=dtype or _default_dtype(device), **placement)
+    model = load(folder, dtype=dtype, **placement)
+    keep_layout(model)
+    if bits and dequantize:
+        model = model.dequantize(dtype)
     if is_adapter:
         model = _with_adapter(model, checkpoint)
     return model.eval(), tokenizer

@@ -13,7 +13,7 @@ from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError
 from helpers.finetune import config as configuration
-from helpers.finetune.checkpoints import complete_checkpoints
+from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
 from helpers.finetune.config import FinetuneConfig
 from helpers.finetune.dataset import (
     Limits,
@@ -117,8 +117,14 @@ def prepare(
         differ = configuration.contradictions(deepspeed, config.training, ranks.world_size)
         if differ:
             raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(differ)}; say auto")
+    configuration.check_quantization(config.quantization_bit, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])
     resume_from = _resume_point(output_dir, resume)
+    if resume_from is not None and read_quantization_bit(resume_from) != config.quantization_bit:
+        raise UserError(
+            f"{resume_from} was trained with quantization_bit {read_quantization_bit(resume_from)}, but {config_file} "
+            f"says {config.quantization_bit}; go on with the same, or start anew in another folder"
+        )
     # Absolute, since the adapter names it as its base, wherever it is read from later.
     model = resolve_folder(model_dir).resolve()
     with warnings.catch_warnings(record=True) as warned:

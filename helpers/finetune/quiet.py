@@ -1,5 +1,6 @@
 """Leave the lines of our own commands and notebooks readable."""
 
+import logging
 import os
 import warnings
 
@@ -17,4 +18,6 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise warns that it had to guess
     transformers.utils.logging.disable_progress_bar()
+    # It tells in which type a model was dequantised, which the caller has just asked for.
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     datasets.disable_progress_bars()

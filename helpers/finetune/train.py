@@ -36,6 +36,7 @@ from helpers.hardware import apply_nccl_environment
 from helpers.memory.nvml import Sampler
 from helpers.memory.phases import PhaseLog
 from helpers.memory.timeline import GIB
+from helpers.quantization.library import elements, keep_layout, leave_frozen_to_ranks, quantization_config
 
 # An idle GPU uses far less; a desktop may use this much.
 BUSY_BYTES = GIB
@@ -106,20 +107,28 @@ def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
         deepspeed.init_distributed(dist_backend="gloo" if arguments.device.type == "cpu" else "nccl", verbose=False)
     # Straight to this rank's GPU; through the host, every rank would hold the whole model there first.
     placement = {"device_map": {"": arguments.device}} if arguments.device.type == "cuda" and not zero_3 else {}
+    bits = job.config.quantization_bit
+    if bits:  # bitsandbytes chooses a device by itself where it is given none
+        quantization = quantization_config(bits, DTYPES[job.precision])
+        placement = {"device_map": {"": str(arguments.device)}, "quantization_config": quantization}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not the tokenizer published")  # prepare has said it
         model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=DTYPES[job.precision], **placement)
+    keep_layout(model)
     model.config.use_cache = False
     set_seed(arguments.seed)
     try:
-        return get_peft_model(model, LoraConfig(**job.config.lora))
+        adapted = get_peft_model(model, LoraConfig(**job.config.lora))
     except ValueError as error:
         raise UserError(f"peft_config: {' '.join(str(error).split())}") from error
+    if bits:
+        leave_frozen_to_ranks(adapted)
+    return adapted
 
 
 def _count(model: PeftModel, trainable: bool) -> int:
-    """Parameters that are trained, or frozen; under ZeRO-3 each rank holds a part, and ``ds_numel`` tells the whole."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad == trainable)
+    """Parameters that are trained, or frozen."""
+    return sum(elements(p) for p in model.parameters() if p.requires_grad == trainable)
 
 
 def _plan(job: Job, arguments: TrainingArguments, ranks: Ranks, trainable: int) -> list[str]:
@@ -139,7 +148,8 @@ def _plan(job: Job, arguments: TrainingArguments, ranks: Ranks, trainable: int) 
         f"{ranks.world_size} ranks): {epochs:,.2f} passes over {count:,} rows"
     )
     lines.append(f"{how} on {ranks.world_size} rank(s), {job.precision if job.precision != 'no' else 'fp32'}")
-    lines.append(f"LoRA trains {trainable:,} parameters")
+    base = job.config.quantization_bit
+    lines.append(f"LoRA trains {trainable:,} parameters" + (f" on a base held in {base} bits" if base else ""))
     element_bytes = DTYPES[job.precision].itemsize
     warning = bucket_warning(job.deepspeed, trainable, element_bytes) if job.deepspeed else None
     return lines + ([f"warning: {warning}"] if warning else [])
@@ -171,6 +181,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
         counter=counter,
         answer_features=job.data.answers if job.config.predict_with_generate else None,
         max_new_tokens=job.config.max_new_tokens,
+        quantization_bit=job.config.quantization_bit,
         callbacks=[Recorder(job.output_dir / "metrics.jsonl", ranks, counter), stop],
     )
     if job.resume_from is not None:

@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from helpers.errors import UserError
-from helpers.finetune.checkpoints import complete_checkpoints
+from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
 from helpers.finetune.evaluate import predict
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.recorder import WorkCounter
@@ -39,12 +39,14 @@ class LoraTrainer(Trainer):
         counter: WorkCounter,
         answer_features: Dataset | None = None,
         max_new_tokens: int = 512,
+        quantization_bit: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.counter = counter
         self.answer_features = answer_features
         self.max_new_tokens = max_new_tokens
+        self.quantization_bit = quantization_bit
         self.remove_callback(PrinterCallback)  # the Recorder prints
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,10 @@ class LoraTrainer(Trainer):
         # every rank but under ZeRO-3, where gathering it is a collective.
         zero_3 = self.is_deepspeed_enabled and self.deepspeed.zero_optimization_partition_weights()
         state = self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) if zero_3 else None
-        self._save(output_dir or self.args.output_dir, state_dict=state)
+        folder = output_dir or self.args.output_dir
+        self._save(folder, state_dict=state)
+        if self.args.should_save:
+            write_quantization_bit(Path(folder), self.quantization_bit)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -48,7 +48,8 @@ class SavedActivations:
     keeps it. Other ``saved_tensors_hooks`` inside the block are followed: under gradient checkpointing only the
     inputs of the checkpointed part stay, and a tensor that ``save_on_cpu`` moved counts on the CPU. Keyword arguments
     of a layer of ``transformers`` that checkpoints itself stay, too, in a closure that autograd does not show; they
-    are counted. A closure of one's own is not seen.
+    are counted. A closure of one's own is not seen. bitsandbytes' 8-bit layers keep their input as an attribute of
+    their ``autograd.Function``'s context, past torch's hooks: it is counted, and free when the graph is, not before.
 
     Enter the block for the forward pass: while a checkpointed part is computed again in backward, torch keeps some
     of its tensors longer than the graph shows.
@@ -134,12 +135,20 @@ class SavedActivations:
         return hook
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if type(module).__module__.startswith("bitsandbytes."):
+            self._keep_in_context(output.grad_fn)
         self._running.pop()
 
     def _keep_in_closure(self, tensor: Tensor) -> None:
         if id(tensor) not in self._closures and (kept := self._track(tensor)):
             self._closures[id(tensor)] = kept
             weakref.finalize(tensor, self._closures.pop, id(tensor), None)
+
+    def _keep_in_context(self, node: torch.autograd.graph.Node | None) -> None:
+        # A context is its node. What it holds by attributes lives as long as itself, and so does this list.
+        held = getattr(node, "__dict__", {})
+        if held and "kept_for_ledger" not in held:
+            node.kept_for_ledger = [kept for tensor in tensors_in(list(held.values())) for kept in self._track(tensor)]
 
     def _pack(self, content: Any) -> _Packed:
         return _Packed(content, [kept for tensor in tensors_in(content) for kept in self._track(tensor)])

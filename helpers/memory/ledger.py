@@ -103,7 +103,8 @@ def count(model: nn.Module, optimizer: Any = None, activations: SavedActivations
     * for DDP's bucket with ``gradient_as_bucket_view=True`` a gradient; while there are no gradients, the bucket is
       a communication buffer.
 
-    fp32 master weights are optimizer states. DDP's buckets have no tensor in Python: they are counted by the
+    A weight that bitsandbytes quantised counts with its scales and tables, as parameters. fp32 master weights are
+    optimizer states. DDP's buckets have no tensor in Python: they are counted by the
     parameters that they are made for, without the reducer's two integers per parameter.
     """
     census = _Census()
@@ -194,9 +195,19 @@ def _add_parameters(census: _Census, model: nn.Module) -> None:
             census.add([parameter.ds_tensor, parameter.ds_secondary_tensor], PARAMETERS)
             census.add(parameter, COMMUNICATION)
         census.add(parameter, PARAMETERS)
+    census.add(list(quantization_states(model)), PARAMETERS)
     for parameter in parameters:
         census.add_gradient(parameter)
         census.add(getattr(parameter, "grad_accum", None), GRADIENTS)  # ZeRO-1, where gradients add up in fp32
+
+
+def quantization_states(model: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside its codes: scales and tables, attributes of the parameter or of the module."""
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            weight = module.weight
+            held = [getattr(weight, name, None) for name in ("quant_state", "CB", "SCB")]
+            yield from tensors_in([held, getattr(module, "state", None)], packages=("bitsandbytes.",))
 
 
 def _add_fsdp(census: _Census, model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from helpers.plots.memory import (
     model_sizes,
     prediction_errors,
 )
+from helpers.plots.quantization import levels_in_histogram
 from helpers.plots.schedule import Span, lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
 from helpers.plots.training import loss_and_memory, score_bars, smoothed, token_lengths
@@ -30,6 +31,7 @@ __all__ = [
     "bytes_over_moments",
     "collective",
     "lanes",
+    "levels_in_histogram",
     "loss_and_memory",
     "matrix_parts",
     "memory_bars",

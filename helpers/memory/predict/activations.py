@@ -182,14 +182,34 @@ def checkpoints(configuration: Configuration) -> list[Saved]:
     ]
 
 
+def pinned(configuration: Configuration) -> list[Saved]:
+    """Inputs that bitsandbytes' 8-bit matrices keep as attributes of their graph nodes (autograd/_functions.py).
+
+    That goes past torch's hooks: checkpointing cannot drop them, and backward does not free them before the graph goes.
+    Those of q, k and v are one tensor. The first layer's needs no gradient and is not kept, but with checkpointing,
+    for which transformers makes the embedding's output require one. o_proj's is a copy of the output that attention
+    keeps itself, in an order that can be flattened.
+    """
+    c, shape = configuration, configuration.shape
+    if c.base_bits != 8:
+        return []
+    size = c.tokens * c.compute_bytes
+    return [
+        Saved("q, k, v input", size * shape.hidden, shape.layers - (0 if c.checkpointing else 1)),
+        Saved("o_proj input", size * shape.query, shape.layers),
+        Saved("gate_up_proj input", size * shape.hidden, shape.layers),
+        Saved("down_proj input", size * shape.intermediate, shape.layers),
+    ]
+
+
 def kept(configuration: Configuration) -> list[Saved]:
     """Everything kept from the end of forward on, without the logits and what the loss makes of them."""
     c = configuration
     if c.checkpointing:
-        return [*checkpoints(c), *outside(c)]
+        return [*checkpoints(c), *outside(c), *pinned(c)]
     layers = [Saved(t.name, t.size, t.count * c.shape.layers, t.weight) for t in layer(c)]
     less = [Saved(t.name, t.size, -t.count, t.weight) for t in not_kept_by_first_layer(c)]
-    return [*layers, *less, *outside(c)]
+    return [*layers, *less, *outside(c), *pinned(c)]
 
 
 def total(saved: list[Saved], *, weights: bool = False) -> int:

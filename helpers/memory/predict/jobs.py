@@ -39,6 +39,7 @@ def read_job(
         length=length or job.max_input_length + job.max_output_length + 1,
         padded=True,
         checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
+        base_bits=job.quantization_bit or 16,
         accumulation=training.get("gradient_accumulation_steps", 1),
     )
 

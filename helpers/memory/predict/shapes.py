@@ -165,7 +165,7 @@ class Configuration:
 
     ``lora`` None trains every parameter. ``precision``: "fp32"; "autocast", which is the HF Trainer's bf16=True
     (fp32 weights where all are trained, bf16 weights and an fp32 adapter under LoRA); "bf16", 16-bit weights and no
-    autocast, which is what DeepSpeed's bf16 does. ``base_bits`` 8 or 4 quantises the matrices under LoRA.
+    autocast, which is what DeepSpeed's bf16 does. ``base_bits`` 8 or 4 quantises the layers' matrices under LoRA.
     ``rows`` x ``length`` tokens run at once; ``padded`` says that rows differ in length, so that attention gets a mask.
     ``accumulation`` is the number of micro-batches to a step. ``expandable_segments`` is torch's allocator with
     PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF).
@@ -187,10 +187,10 @@ class Configuration:
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "base_bits", (16, 8, 4))
         check_positive(self, "rows", "length", "accumulation")
-        if self.base_bits != 16 and (self.lora is None or self.precision == "fp32" or self.strategy.stage == 3):
+        if self.base_bits != 16 and (self.lora is None or self.strategy.stage == 3):
             raise UserError(
-                f"Configuration: base_bits is {self.base_bits}; such weights are frozen, computed with in 16 bit and "
-                "not partitioned: train LoRA, in autocast or bf16, with another strategy than zero-3"
+                f"Configuration: base_bits is {self.base_bits}; such weights are frozen and not partitioned: train "
+                "LoRA, with another strategy than zero-3"
             )
         if self.precision == "autocast" and self.strategy.stage:
             raise UserError("Configuration: precision is autocast, which DeepSpeed does not use; choose bf16 or fp32")

@@ -14,9 +14,12 @@ from helpers.memory.predict.shapes import Configuration
 
 ADAM = 2
 FP32 = 4
-HALF = 2
-# bitsandbytes: an fp32 scale per row at 8 bit (SCB), per block of 64 weights at 4 bit (absmax; QLoRA, Dettmers 2023).
+# bitsandbytes at 4 bits with double quantisation (QLoRA, Dettmers 2023): a scale of one byte for each block of 64
+# weights, an fp32 scale for each 256 of those. Beside every matrix: the tables of 16 and 256 levels, and the scales'
+# mean, in fp32.
 BLOCK_4BIT = 64
+BLOCK_SCALES = 256
+TABLES_4BIT = (16 + 256 + 1) * FP32
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,28 @@ def published_states(parameters: int, stage: int, ranks: int, *, tensor: int = 1
     return whole * own + -(-shared * own // ranks)
 
 
+def matrix_bytes(rows: int, columns: int, bits: int) -> int:
+    """Bytes of a matrix quantised by bitsandbytes to 8 or 4 ``bits``, its scales and tables included.
+
+    8: a byte a weight, an fp32 scale a row. 4: half a byte a weight, 8/64 bit and 32/(64 x 256) bit for the scales.
+    """
+    if bits == 8:
+        return rows * columns + rows * FP32
+    blocks = -(-rows * columns // BLOCK_4BIT)
+    return -(-rows * columns // 2) + blocks + -(-blocks // BLOCK_SCALES) * FP32 + TABLES_4BIT
+
+
 def base_bytes(configuration: Configuration) -> int:
     """Bytes of the frozen weights, quantised where the configuration says so.
 
-    transformers quantises every matrix of the layers and leaves the embedding, the output layer and norms in 16 bit.
+    transformers quantises every matrix of the layers and leaves the embedding, the output layer, biases and norms in
+    the type of the residual stream.
     """
     c = configuration
     if c.base_bits == 16:
         return c.frozen * c.stream_bytes
-    matrices = c.shape.layers * c.shape.layer_matrices
-    rows = c.shape.layers * sum(rows for rows, _ in c.shape.linears.values())
-    scales = rows if c.base_bits == 8 else matrices // BLOCK_4BIT
-    return matrices * c.base_bits // 8 + scales * FP32 + (c.frozen - matrices) * HALF
+    quantised = sum(matrix_bytes(rows, columns, c.base_bits) for rows, columns in c.shape.linears.values())
+    return c.shape.layers * quantised + (c.frozen - c.shape.layers * c.shape.layer_matrices) * c.stream_bytes
 
 
 def states(configuration: Configuration) -> States:

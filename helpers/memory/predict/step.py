@@ -16,6 +16,7 @@ from helpers.memory.predict.activations import (
     kept,
     kept_until_attention_adapters,
     layer,
+    pinned,
     total,
 )
 from helpers.memory.predict.shapes import Configuration
@@ -76,7 +77,7 @@ class Step:
         """
         if not self._c.checkpointing:
             return self._forward()
-        return self._passing + Counter({"activations": total(checkpoints(self._c))})
+        return self._passing + Counter({"activations": total(checkpoints(self._c)) + total(pinned(self._c))})
 
     def _loss(self) -> Counter[str]:
         """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
@@ -132,7 +133,7 @@ class Step:
             done -= c.shape.layer_parameters - c.shape.hidden * c.shape.intermediate
             done -= 0 if c.shape.tied else c.shape.embedding
         held = self._passing + self._buckets + self._gradients(done)
-        held["activations"] += self._layer_backward()
+        held["activations"] += self._layer_backward() + total(pinned(c))
         if c.checkpointing:
             held["activations"] += total(checkpoints(c)) // c.shape.layers
             return held + self._recomputed()

@@ -1,0 +1,164 @@
+"""``quantization_bit`` in the fine-tune: real processes, what a run leaves, what every later command makes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from helpers.assets import TINY_DATA
+from helpers.errors import UserError
+from helpers.finetune import config
+from helpers.finetune.checkpoints import QUANTIZATION_FILE, read_quantization_bit
+from helpers.finetune.export import export
+from helpers.finetune.generate import answer, load_for_inference
+from helpers.finetune.job import prepare
+from helpers.finetune.ranks import Ranks
+from helpers.memory.predict import ModelShape, predict
+from helpers.memory.predict.jobs import read_job
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {
+    "data_config": {"train_file": "train.json", "val_file": "dev.json"},
+    "max_input_length": 96,
+    "max_output_length": 96,
+    "max_eval_samples": 2,
+    "training_args": {
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-3,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "eval_strategy": "steps",  # between two steps of training: it must leave the weights as they are
+        "eval_steps": 2,
+        "predict_with_generate": True,
+        "generation_config": {"max_new_tokens": 4},
+        "seed": 1,
+    },
+    "peft_config": {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0},
+}
+
+
+def train(nprocs, folder, checkpoint, *arguments, bits=4, rows=2):
+    content = CONFIG | {"training_args": CONFIG["training_args"] | {"per_device_train_batch_size": rows}}
+    (folder / "qlora.yaml").write_text(yaml.safe_dump(content | ({"quantization_bit": bits} if bits else {})))
+    for name, count in (("train.json", 16), ("dev.json", 2)):
+        lines = (TINY_DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nprocs}"]
+    command += ["-m", "helpers.finetune.train", folder, checkpoint, folder / "qlora.yaml", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*map(str, command), "--output-dir", str(folder / "output")], capture_output=True, text=True, env=environment
+    )
+
+
+def adapter(folder, step=4):
+    return load_file(folder / "output" / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, small_checkpoint):
+    """Folder of a run on two ranks with ZeRO-2."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    finished = train(2, folder, small_checkpoint, ROOT / "configs" / "ds_zero_2.json")
+    assert finished.returncode == 0, finished.stderr
+    assert "on a base held in 4 bits" in finished.stdout
+    return folder
+
+
+def test_two_ranks_train_what_one_process_trains_and_resume(tmp_path, two_ranks, small_checkpoint):
+    # Steps 3 and 4 of the single process come after it was interrupted.
+    finished = train(1, tmp_path, small_checkpoint, rows=4)
+    assert finished.returncode == 0, finished.stderr
+    for name in ("adapter_model.safetensors", "trainer_state.json"):
+        (tmp_path / "output" / "checkpoint-4" / name).unlink()
+    resumed = train(1, tmp_path, small_checkpoint, "--resume", rows=4)
+    assert resumed.returncode == 0, resumed.stderr
+    for step in (2, 4):
+        one, two = adapter(tmp_path, step), adapter(two_ranks, step)
+        assert one.keys() == two.keys()
+        assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-6
+    assert max(w.abs().max() for name, w in one.items() if "lora_B" in name) > 1e-3
+
+    # The same run with other bits is another run.
+    yaml_file = tmp_path / "qlora.yaml"
+    yaml_file.write_text(yaml.safe_dump(CONFIG | {"quantization_bit": 8}))
+    folders = {"output_dir": tmp_path / "output", "resume": True, "ranks": Ranks(0, 0, 1, 1, None)}
+    with pytest.raises(UserError, match=r"was trained with quantization_bit 4, but .* says 8"):
+        prepare(tmp_path, str(small_checkpoint), yaml_file, None, **folders)
+
+
+def test_the_run_says_what_its_base_was_held_in(two_ranks, small_checkpoint):
+    run = json.loads((two_ranks / "output" / "run.json").read_text())
+    assert run["config"]["quantization_bit"] == 4
+    model, _ = load_for_inference(small_checkpoint, device="cpu")
+    assert run["frozen_parameters"] == model.num_parameters()  # two weights a byte, and both are counted
+    for checkpoint in (two_ranks / "output").glob("checkpoint-*"):
+        assert json.loads((checkpoint / QUANTIZATION_FILE).read_text()) == {"quantization_bit": 4}
+
+
+def test_later_commands_load_the_base_in_the_same_way_and_export_keeps_the_function_that_was_trained(
+    tmp_path, two_ranks, small_checkpoint
+):
+    model, tokenizer = load_for_inference(two_ranks / "output", device="cpu")
+    projection = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert isinstance(projection.base_layer, bnb.nn.Linear4bit)
+    assert isinstance(model.base_model.model.lm_head, torch.nn.Linear)
+    assert isinstance(answer(model, tokenizer, [{"role": "user", "content": "裙"}], 4), str)
+
+    export(two_ranks / "output", tmp_path / "merged")
+    merged, _ = load_for_inference(tmp_path / "merged", device="cpu")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        trained, exported = model(input_ids=ids).logits, merged(input_ids=ids).logits
+        original, _ = load_for_inference(small_checkpoint, device="cpu")
+        assert (trained - exported).abs().max() < 1e-4 < (trained - original(input_ids=ids).logits).abs().max()
+    export(two_ranks / "output", tmp_path / "glm", layout="glm", dtype=torch.float16)
+    assert load_for_inference(tmp_path / "glm", device="cpu", dtype="auto")[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("value", [16, "4", True, 0, 4.5, [4]])
+def test_bits_are_8_or_4_and_nothing_else(value):
+    with pytest.raises(UserError, match=r"x\.yaml: quantization_bit must be 8 or 4, not"):
+        config.parse({"quantization_bit": value, "peft_config": {"r": 8}}, "x.yaml")
+
+
+def test_without_the_key_nothing_is_quantised():
+    assert config.parse({"peft_config": {"r": 8}}, "x.yaml").quantization_bit is None
+
+
+def test_zero_3_and_a_missing_library_are_told(monkeypatch):
+    config.check_quantization(4, config.read_deepspeed(ROOT / "configs" / "ds_zero_2.json"))
+    with pytest.raises(UserError, match="quantization_bit 4 does not go with ZeRO-3"):
+        config.check_quantization(4, config.read_deepspeed(ROOT / "configs" / "ds_zero_3.json"))
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    config.check_quantization(None, None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        config.check_quantization(8, None)
+
+
+def test_a_damaged_note_of_a_checkpoint_is_told(tmp_path):
+    (tmp_path / QUANTIZATION_FILE).write_text('{"quantization_bit": 3}')
+    with pytest.raises(UserError, match="is 3 and must be 8 or 4"):
+        read_quantization_bit(tmp_path)
+
+
+def test_qlora_yaml_leaves_no_decision_open_and_is_predicted_to_fit_a_card_of_8_gib():
+    path = ROOT / "configs" / "qlora.yaml"
+    assert config.read(path).notes == [] and config.read(path).quantization_bit == 4
+    job = read_job(path, None, shape=ModelShape(), ranks=1, length=None)
+    assert job.base_bits == 4 and predict(job).total < 7.5 * 2**30
+    assert (
+        predict(read_job(ROOT / "configs" / "lora.yaml", None, shape=ModelShape(), ranks=1, length=None)).total
+        > 24 * 2**30
+    )
