@@ -210,10 +210,13 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Mapping[str, int] | None], u
     axes.set_xlim(-0.6, len(sources) - 0.4)
 
 
-def model_sizes(models: Mapping[str, int], cards: Mapping[str, int], title: str) -> CourseFigure:
+def model_sizes(
+    models: Mapping[str, int], cards: Mapping[str, int], title: str, holders: str = "memory of one card"
+) -> CourseFigure:
     """What models need beside what cards hold: ``{model: parameters}`` and ``{card: bytes}``, on a logarithmic axis.
 
     Each model is a line from its weights in 16 bit (2 bytes a parameter) to its model states in training (16 bytes).
+    ``holders`` is the legend's name for the vertical lines, where they are no cards.
     """
     fig = new_figure(title, width=13, height=2.5 + 0.5 * len(models))
     axes = fig.subplots()
@@ -244,7 +247,7 @@ def model_sizes(models: Mapping[str, int], cards: Mapping[str, int], title: str)
         for colour, marker, line, label in (
             (BLUE, "o", "", "weights in 16 bit"),
             (GREEN, "D", "", "model states in training, 16 bytes a parameter"),
-            (VERMILION, "", "--", "memory of one card"),
+            (VERMILION, "", "--", holders),
         )
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
