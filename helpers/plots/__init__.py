@@ -4,6 +4,7 @@ Functions take plain data and return a :class:`CourseFigure`. Nothing here touch
 the same from a script, a rank or a notebook, and none is left open.
 """
 
+from helpers.plots.activations import kept_tensors, memory_history, trade_off
 from helpers.plots.bars import bars_by_rank, stacked_seconds
 from helpers.plots.communication import collective, rank_groups, transfer_times
 from helpers.plots.curves import beside_formula
@@ -28,10 +29,12 @@ __all__ = [
     "bars_by_rank",
     "beside_formula",
     "collective",
+    "kept_tensors",
     "lanes",
     "loss_and_memory",
     "matrix_parts",
     "memory_bars",
+    "memory_history",
     "memory_sources",
     "memory_steps",
     "memory_timeline",
@@ -43,5 +46,6 @@ __all__ = [
     "smoothed",
     "stacked_seconds",
     "token_lengths",
+    "trade_off",
     "transfer_times",
 ]
