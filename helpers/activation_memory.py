@@ -83,7 +83,8 @@ class OffloadedActivations:
         self._copies: list[weakref.ref[_Copy]] = []
         self._by_storage: weakref.WeakValueDictionary[tuple[int, int], _Copy] = weakref.WeakValueDictionary()
         self._leaving: deque[_Copy] = deque()
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        device = next(model.parameters()).device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> "OffloadedActivations":
         owned = (*self._model.parameters(), *self._model.buffers())
