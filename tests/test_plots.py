@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from helpers.errors import UserError
 from helpers.memory.phases import Phase
+from helpers.memory.segments import Block, Segment
 from helpers.memory.timeline import GpuCurve, Timeline
 from helpers.plots import (
     CATEGORY_COLOURS,
@@ -22,11 +23,13 @@ from helpers.plots import (
     beside_formula,
     bytes_over_moments,
     collective,
+    kept_tensors,
     lanes,
     levels_in_histogram,
     loss_and_memory,
     matrix_parts,
     memory_bars,
+    memory_history,
     memory_sources,
     memory_steps,
     memory_timeline,
@@ -38,6 +41,7 @@ from helpers.plots import (
     smoothed,
     stacked_seconds,
     token_lengths,
+    trade_off,
     transfer_times,
 )
 
@@ -684,3 +688,55 @@ def test_levels_without_values_are_refused():
     for values, levels in (([], {"even": [0]}), ([1.0], {})):
         with pytest.raises(UserError, match="no levels, or no values"):
             levels_in_histogram(values, levels, "levels", "weight")
+
+
+# --- activations
+
+
+def test_kept_tensors_stand_one_after_another_with_one_colour_each():
+    fig = kept_tensors({"GPT": {"input": 60.0, "mask": 0.5}, "ChatGLM3": {"input": 80.0}}, "A layer", "bytes a token")
+    (axes,) = fig.axes
+    assert axes.get_xlabel() == "bytes a token"
+    bars = [(bar.get_x(), bar.get_width(), round(bar.get_y() + bar.get_height() / 2)) for bar in axes.patches]
+    assert bars == [(0, 60, 0), (60, 0.5, 0), (0, 80, 1)]
+    assert axes.patches[0].get_facecolor() == axes.patches[2].get_facecolor() != axes.patches[1].get_facecolor()
+    assert {"input", " 60", " 80"} <= {text.get_text() for text in axes.texts}
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["mask"]  # too narrow for its name
+
+
+def test_twelve_kinds_of_tensors_have_twelve_colours():
+    axes = kept_tensors({"layer": {f"tensor {n}": 1.0 for n in range(12)}}, "A layer", "bytes").axes[0]
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 12
+
+
+@pytest.mark.parametrize("bars", [{}, {"layer": {}}, {"layer": {"input": -1.0}}])
+def test_kept_tensors_without_a_part_or_with_a_negative_one_are_refused(bars):
+    with pytest.raises(UserError, match=r"no parts|amounts of 0 or more"):
+        kept_tensors(bars, "A layer", "bytes")
+
+
+def test_a_trade_off_shows_every_way_from_zero():
+    fig = trade_off({"plain": (1.0, 8.0), "recomputed": (1.4, 2.0)}, "Two ways", "seconds", "GiB")
+    (axes,) = fig.axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1.0, 8.0]], [[1.4, 2.0]]]
+    assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["plain", "recomputed"]
+    with pytest.raises(UserError, match="no points"):
+        trade_off({}, "None", "s", "GiB")
+
+
+def test_a_memory_history_keeps_each_segment_in_its_place():
+    mib = 2**20
+    small = Segment(0, (Block(mib, True), Block(mib, False)))
+    large = Segment(5000, (Block(3 * mib, False), Block(1 * mib, True)))
+    fig = memory_history({"default": [[small], [small, large]], "other": [[large]]}, "History")
+    left, right = fig.axes
+    assert (left.get_title(), left.get_xlabel(), left.get_ylabel()) == ("default", "moment", "segments (MiB)")
+    bars = sorted((bar.get_x() + 0.5, bar.get_y(), bar.get_height()) for bar in left.patches)
+    assert bars == [(0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1), (1, 2, 3), (1, 5, 1)]
+    used = {(bar.get_y(), bar.get_height()) for bar in left.patches if bar.get_facecolor()[0] != bar.get_facecolor()[1]}
+    assert used == {(0, 1), (5, 1)}
+    assert sorted(bar.get_y() for bar in right.patches) == [0, 3]
+    assert left.get_ylim() == right.get_ylim()
+    with pytest.raises(UserError, match="no segments"):
+        memory_history({"default": [[]]}, "Nothing")

@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_tensors import glm, live_peaks, saved_bytes
 
 from helpers.chatglm3 import ChatGLM3Config
+from helpers.chunked_loss import chunked_cross_entropy
 from helpers.errors import UserError
 from helpers.finetune.results import read_results
 from helpers.memory.categories import ITEMS
+from helpers.memory.peak import PeakBytes
 from helpers.memory.predict import (
     Configuration,
     Lora,
@@ -153,6 +156,26 @@ def run_id(c: Configuration) -> str:
 @pytest.mark.parametrize("c", RUNS, ids=run_id)
 def test_activations_are_what_autograd_saves(c, monkeypatch):
     assert autograd_keeps(c) + cpu_differences(c) == pytest.approx(saved_bytes(c, monkeypatch), rel=0.01)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 10_000])
+def test_a_chunked_loss_has_the_logits_of_one_chunk(chunk):
+    c = Configuration(shape_of(vocab=5000), lora=None, precision="fp32", rows=4, length=48, loss_chunk=chunk)
+    model = glm(c)
+    ids = torch.ones(c.rows, c.length, dtype=torch.long)
+    moments = Step(c).moments()
+    with PeakBytes("cpu") as memory:
+        hidden = model.model(ids).last_hidden_state.flatten(0, 1)
+        before = memory.now
+        loss = chunked_cross_entropy(hidden, model.lm_head.weight, ids.flatten(), chunk)
+        forward = memory.peak - before
+        loss.backward()
+    # Beside them a few numbers for each token of a chunk.
+    assert forward == pytest.approx(moments[LOSS]["logits and loss"], rel=0.05, abs=4 * 2 * c.tokens * c.shape.hidden)
+    gradients = 4 * (c.shape.embedding + c.tokens * c.shape.hidden)
+    larger = sum(moments[LOSS_BACKWARD].values()) - sum(moments[LOSS].values())
+    assert larger == gradients
+    assert predict(c).total < predict(dataclasses.replace(c, loss_chunk=None)).total or chunk > c.tokens
 
 
 def test_dropout_off_keeps_no_mask(monkeypatch):

@@ -11,6 +11,19 @@ import warnings
 # torch and DeepSpeed ask whether there is a GPU while they are imported; through NVML this creates no context.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
+
+def capability_from_nvml(device: object = None) -> tuple[int, int]:
+    """The highest compute capability of this machine's GPUs; torch's own answer would initialise CUDA."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return max(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles)
+    finally:
+        pynvml.nvmlShutdown()
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
@@ -21,7 +34,12 @@ with warnings.catch_warnings():
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
+
+    # PEFT imports bitsandbytes, which chooses its CUDA library by this.
+    get_device_capability, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability_from_nvml
     import peft  # noqa: F401
+
+    torch.cuda.get_device_capability = get_device_capability
     import torch._dynamo
     import torch.distributed.fsdp
     import torch.distributed.tensor
@@ -36,6 +54,8 @@ for category in (FutureWarning, DeprecationWarning):
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 # One process drives one GPU here, so the current device is the right one.
 warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)
+if torch.cuda.is_initialized():
+    raise RuntimeError("a library that helpers/launch/preload.py imports initialises CUDA, so no rank could use a GPU")
 # What is here stays for good: a collection in a rank would only make it copy pages that it shares with the others.
 gc.collect()
 gc.freeze()

@@ -4,6 +4,7 @@ Functions take plain data and return a :class:`CourseFigure`. Nothing here touch
 the same from a script, a rank or a notebook, and none is left open.
 """
 
+from helpers.plots.activations import kept_tensors, memory_history, trade_off
 from helpers.plots.bars import bars_by_rank, stacked_seconds
 from helpers.plots.communication import collective, rank_groups, transfer_times
 from helpers.plots.curves import beside_formula, bytes_over_moments
@@ -30,11 +31,13 @@ __all__ = [
     "beside_formula",
     "bytes_over_moments",
     "collective",
+    "kept_tensors",
     "lanes",
     "levels_in_histogram",
     "loss_and_memory",
     "matrix_parts",
     "memory_bars",
+    "memory_history",
     "memory_sources",
     "memory_steps",
     "memory_timeline",
@@ -46,5 +49,6 @@ __all__ = [
     "smoothed",
     "stacked_seconds",
     "token_lengths",
+    "trade_off",
     "transfer_times",
 ]

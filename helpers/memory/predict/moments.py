@@ -89,7 +89,8 @@ def _rounding(c: Configuration, sizes: Mapping[str, int]) -> int:
 
 def _logits_block(c: Configuration) -> int:
     """The 16-bit logits' block: free when the loss asks for fp32 ones, but too small for them."""
-    return c.tokens * c.shape.vocab * c.compute_bytes if c.compute_bytes < FP32 else 0
+    tokens = min(c.tokens, c.loss_chunk or c.tokens)
+    return tokens * c.shape.vocab * c.compute_bytes if c.compute_bytes < FP32 else 0
 
 
 def _fragmented(c: Configuration) -> int:

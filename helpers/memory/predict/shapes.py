@@ -168,7 +168,8 @@ class Configuration:
     autocast, which is what DeepSpeed's bf16 does. ``base_bits`` 8 or 4 quantises the layers' matrices under LoRA.
     ``rows`` x ``length`` tokens run at once; ``padded`` says that rows differ in length, so that attention gets a mask.
     ``accumulation`` is the number of micro-batches to a step. ``expandable_segments`` is torch's allocator with
-    PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF).
+    PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF). ``loss_chunk`` is the number
+    of tokens whose logits exist at a time (helpers.chunked_loss); None is the plain loss, which makes all of them.
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -182,11 +183,12 @@ class Configuration:
     base_bits: int = 16
     accumulation: int = 1
     expandable_segments: bool = False
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         check_choice(self, "precision", PRECISIONS)
         check_choice(self, "base_bits", (16, 8, 4))
-        check_positive(self, "rows", "length", "accumulation")
+        check_positive(self, "rows", "length", "accumulation", *(["loss_chunk"] if self.loss_chunk is not None else []))
         if self.base_bits != 16 and (self.lora is None or self.strategy.stage == 3):
             raise UserError(
                 f"Configuration: base_bits is {self.base_bits}; such weights are frozen and not partitioned: train "

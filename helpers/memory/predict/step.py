@@ -82,6 +82,7 @@ class Step:
     def _loss(self) -> Counter[str]:
         """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
 
+        In chunks there is no log-softmax, but 12 bytes a token: its place and its normaliser (helpers/chunked_loss.py).
         Autocast remembers its casts of weights until forward ends, though checkpointing does not keep them.
         """
         c = self._c
@@ -89,10 +90,20 @@ class Step:
         casts = c.shape.layers * c.shape.layer_matrices * c.compute_bytes
         remembered = casts if casts_weights(c) and c.checkpointing else 0
         logits = self._logits() * (FP32 + FP32 + half)
+        if c.loss_chunk:
+            logits = self._logits() * (FP32 + half) + 12 * c.tokens
         return self._forward() + Counter({"logits and loss": logits, "parameters": remembered})
 
     def _loss_backward(self) -> Counter[str]:
-        """The kept log-softmax, nll_loss's gradient and log-softmax's, all fp32; the logits themselves are freed."""
+        """The kept log-softmax, nll_loss's gradient and log-softmax's, all fp32; the logits themselves are freed.
+
+        In chunks: the logits once more, beside the gradients of the output layer and of its input as they grow.
+        """
+        if self._c.loss_chunk:
+            c = self._c
+            gradient = 0 if c.lora else c.shape.embedding * c.compute_bytes
+            hidden = c.tokens * c.shape.hidden * c.compute_bytes
+            return self._loss() + Counter({"gradients": gradient, "activations": hidden})
         return self._forward() + Counter({"logits and loss": 3 * FP32 * self._logits()})
 
     def _output_backward(self) -> Counter[str]:
@@ -150,7 +161,8 @@ class Step:
         return self._resident + Counter({"gradients": self._states.gradients + self._states.step})
 
     def _logits(self) -> int:
-        return self._c.tokens * self._c.shape.vocab
+        """How many exist at a time."""
+        return min(self._c.tokens, self._c.loss_chunk or self._c.tokens) * self._c.shape.vocab
 
     def _recomputed(self) -> Counter[str]:
         """With checkpointing, what one layer keeps is made anew for its backward."""

@@ -1,0 +1,220 @@
+"""helpers.activation_memory and helpers.memory.peak: the same training, with less kept on the device."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.activation_memory import ATTENTION, MATRIX_PRODUCTS, OffloadedActivations, checkpoint_layers
+from helpers.errors import UserError
+from helpers.launch import run
+from helpers.memory.activations import SavedActivations
+from helpers.memory.peak import PeakBytes
+from helpers.memory.predict import Configuration
+from helpers.memory.predict.activations import checkpoints, total
+from helpers.parallel.network import TINY, batch, build, largest_difference
+
+ROWS, LENGTH = 2, 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a network gains nothing by more, and loses much where other processes want the cores, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(way):
+    """Weights after 20 steps on this rank's device; ``way`` is (layers, names of kept operators, offloaded)."""
+    from contextlib import nullcontext
+
+    import helpers.activation_memory as activation_memory
+    from helpers.activation_memory import OffloadedActivations, checkpoint_layers
+    from helpers.launch import device
+    from helpers.parallel.network import EQUALITY_EPSILON, weights
+
+    torch.set_num_threads(1)
+    layers, keep, offloaded = way
+    model = build(TINY, device())
+    checkpoint_layers(model, layers, [operator for name in keep for operator in getattr(activation_memory, name)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    for step in range(20):
+        # 4 KiB under way: far less than one layer keeps, so that the limit is at work.
+        with OffloadedActivations(model, smallest=512, in_flight=4096) if offloaded else nullcontext():
+            loss = model(**batch(TINY, ROWS, LENGTH, step, device())).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return run(train, 1, way=((), (), False)).results[0]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        (None, (), False),
+        ((1, 6), (), False),
+        (None, ("MATRIX_PRODUCTS",), False),
+        (None, ("MATRIX_PRODUCTS", "ATTENTION"), False),
+        ((), (), True),
+        (None, (), True),
+    ],
+    ids=["all layers", "two layers", "products kept", "products and attention kept", "offloaded", "both"],
+)
+def test_weights_are_those_of_plain_training(expected, way):
+    assert largest_difference(run(train, 1, way=way).results[0], expected) <= 1e-6
+
+
+def kept(model):
+    with PeakBytes("cpu") as memory:
+        loss = model(**batch(TINY, ROWS, LENGTH)).loss
+        bytes_now = memory.now
+        loss.backward()
+    model.zero_grad()
+    return bytes_now, memory.peak
+
+
+def test_each_checkpointed_layer_keeps_its_input_only():
+    model = build(TINY)
+    sizes = []
+    for count in (0, 3, 8):
+        checkpoint_layers(model, range(count))
+        sizes.append(kept(model)[0])
+    assert sizes[0] - sizes[1] == pytest.approx(3 / 8 * (sizes[0] - sizes[2]), rel=0.01)
+    configuration = Configuration(TINY, lora=None, precision="fp32", rows=ROWS, length=LENGTH, checkpointing=True)
+    with SavedActivations(model) as activations:
+        loss = model(**batch(TINY, ROWS, LENGTH)).loss
+    assert loss.requires_grad
+    layers = sum(size for name, size in activations.by_module.items() if name.startswith("model.layers."))
+    # The tables of cosine and sine belong to all layers, as do the positions, and are counted with the first.
+    assert layers == total(checkpoints(configuration)) + 8 * LENGTH
+
+
+def test_what_is_kept_is_not_computed_again():
+    model = build(TINY)
+
+    def operations(keep):
+        checkpoint_layers(model, None, keep)
+        with FlopCounterMode(display=False) as counter:
+            model(**batch(TINY, ROWS, LENGTH)).loss.backward()
+        model.zero_grad()
+        return counter.get_total_flops()
+
+    checkpoint_layers(model, ())
+    sizes = [kept(model)[0]]
+    for keep in ((*MATRIX_PRODUCTS, *ATTENTION), MATRIX_PRODUCTS, ATTENTION, ()):
+        checkpoint_layers(model, None, keep)
+        sizes.append(kept(model)[0])
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    # Backward stops to compute anew at the last tensor that it needs: down_proj's output is not among them.
+    again = TINY.layer_matrices - TINY.hidden * TINY.intermediate
+    assert operations(()) - operations(MATRIX_PRODUCTS) == 2 * ROWS * LENGTH * TINY.layers * again
+
+
+def test_an_unknown_layer_is_named():
+    with pytest.raises(UserError, match="layer 8 of a model of 8 layers"):
+        checkpoint_layers(build(TINY), [0, 8])
+
+
+def test_offloading_moves_each_activation_once_and_no_weight():
+    model = build(TINY)
+    with SavedActivations(model) as plain:
+        loss = model(**batch(TINY, ROWS, LENGTH)).loss
+    del loss
+    offload = OffloadedActivations(model, smallest=1)
+    with SavedActivations(model) as activations, offload:
+        loss = model(**batch(TINY, ROWS, LENGTH)).loss
+    with SavedActivations(model) as again:
+        other = model(**batch(TINY, ROWS, LENGTH)).loss
+    assert offload.sent == activations.total == again.total
+    assert offload.fetched == 0
+    loss.backward()
+    assert offload.fetched == offload.sent
+    assert activations.total == 0 and other.requires_grad
+    assert plain.peak == offload.sent
+
+
+def test_small_tensors_and_weights_stay():
+    linear = nn.Linear(4, 4)
+    offload = OffloadedActivations(linear, smallest=65)
+    with offload:
+        loss = linear(torch.ones(4, 4)).square().sum()  # 64 bytes each
+    assert offload.sent == 0
+    loss.backward()
+    assert linear.weight.grad is not None
+
+
+def test_memory_that_is_used_again_is_another_tensor():
+    """The same address and the same storage, with something else in it."""
+    x = torch.ones(64, requires_grad=True)
+    offload = OffloadedActivations(nn.Linear(1, 1), smallest=1)
+    with offload:
+        y = x * 2
+        factor = torch.full((64,), 3.0)
+        z = y * factor
+        factor.fill_(5.0)  # plain autograd refuses this; what was saved is the copy
+        z = z * factor
+        for number in range(4):
+            z = z * torch.full((64,), float(number + 1))  # freed after it was saved, and its place taken
+    z.sum().backward()
+    assert torch.equal(x.grad, torch.full((64,), 2.0 * 3 * 5 * 24))
+
+
+def test_views_of_one_storage_come_back_as_they_were():
+    base = torch.arange(24.0).reshape(4, 6).requires_grad_()
+    offload = OffloadedActivations(nn.Linear(1, 1), smallest=1)
+
+    def compute(x):
+        whole = x * 1
+        left, right = whole.chunk(2, dim=1)
+        return (left * right.sin()).sum() + (whole.t()[1:3] ** 3).sum()
+
+    with offload:
+        loss = compute(base)
+    (found,) = torch.autograd.grad(loss, base)
+    (expected,) = torch.autograd.grad(compute(base), base)
+    assert torch.equal(found, expected)
+    assert offload.sent == 3 * base.nbytes - base.nbytes // 2 - base.nbytes
+
+
+def test_the_librarys_way_gives_the_same_gradients():
+    model = build(TINY)
+
+    def gradients(context):
+        with context:
+            loss = model(**batch(TINY, ROWS, LENGTH)).loss
+        model.zero_grad()
+        loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    found = gradients(OffloadedActivations(model, smallest=1))
+    assert largest_difference(found, gradients(save_on_cpu())) == 0
+
+
+def test_peak_counts_what_a_block_makes():
+    before = torch.ones(1000)
+    with PeakBytes("cpu") as memory:
+        a = before + 1
+        view = a[:10]
+        a.mul_(2)
+        assert (memory.now, memory.peak) == (4000, 4000)
+        b = torch.cat([a, a])
+        assert memory.now == 12000
+        del a, b
+        assert memory.now == 4000  # the view holds all of it
+    del view
+    assert (memory.now, memory.peak) == (4000, 12000)
+
+
+def test_peak_is_what_autograd_keeps_after_forward():
+    model = build(TINY)
+    with PeakBytes("cpu") as memory, SavedActivations(model) as activations:
+        loss = model(**batch(TINY, ROWS, LENGTH)).loss
+        assert memory.now == activations.total + loss.nbytes
