@@ -462,17 +462,13 @@ def test_torchs_schedules_train_the_same():
 
 
 def with_deepspeed(micro_batches):
-    from helpers.deepspeed_setup import skip_cpu_collectives
+    from helpers.deepspeed_setup import work_on
     from helpers.launch import device
 
-    skip_cpu_collectives()
+    work_on(device())
     import deepspeed
-    from deepspeed.accelerator import set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.pipe import PipelineModule
 
-    if device().type == "cpu":
-        set_accelerator(CPU_Accelerator())  # also where there is a GPU that these ranks do not use
     ranks = dist.get_world_size()
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     stages = stages_of(build(TINY, device()), cut(TINY, ranks, LENGTH), range(ranks))

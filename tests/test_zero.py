@@ -110,6 +110,66 @@ def train_on_six_rows(**options):
     return train(**options)
 
 
+class Odd(torch.nn.Module):
+    """Blocks of random widths, some parameters frozen, some shared: nothing divides by anything."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.width, *inner = torch.randint(1, 9, (6,), generator=generator).tolist()
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(self.width, size), torch.nn.Tanh(), torch.nn.Linear(size, self.width))
+            for size in inner
+        )
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+        first, last = self.blocks[0], self.blocks[-1]
+        if seed % 2:
+            last[2].bias = first[2].bias
+        for block in list(self.blocks)[1 : 1 + seed % 3]:
+            block[0].requires_grad_(False)
+        if seed % 5 == 0:
+            first.requires_grad_(False)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def odd_differences(stage, seeds):
+    """For each seed the largest difference to one process after five steps."""
+    from helpers.parallel.zero import Zero1, Zero2, Zero3
+
+    rank, n = dist.get_rank(), dist.get_world_size()
+    differences = []
+    for seed in range(seeds):
+        alone, model = Odd(seed), Odd(seed)
+        plain_optimizer = make_optimizer([p for p in alone.parameters() if p.requires_grad])
+        optimizer = (
+            Zero3(model, make_optimizer, model.blocks)
+            if stage == 3
+            else (Zero1, Zero2)[stage - 1](model, make_optimizer, bucket_bytes=4 * (1 + 7 * seed))
+        )
+        for step in range(5):
+            rows = torch.randn(2 * n, alone.width, generator=torch.Generator().manual_seed(step))
+            alone(rows).square().mean().backward()
+            model(rows.chunk(n)[rank]).square().mean().backward()
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+            optimizer.step()
+        with optimizer.whole() if stage == 3 else nullcontext():
+            differences.append(largest_difference(weights(model), weights(alone)))
+    return differences
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@STAGES
+def test_odd_networks(stage, ranks):
+    for differences in run(odd_differences, ranks, stage=stage, seeds=15).results:
+        assert len(differences) == 15 and max(differences) <= 1e-6
+
+
 @pytest.mark.parametrize(("stage", "units"), [(1, 2), (2, 2), (3, 3)])
 def test_traffic_is_the_formulas(stage, units):
     for _, _, sent in run(train, RANKS, stage=stage).results:
