@@ -16,15 +16,7 @@ from helpers.memory.predict.activations import checkpoints, total
 from helpers.parallel.network import TINY, batch, build, largest_difference
 
 ROWS, LENGTH = 2, 32
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a network gains nothing by more, and loses much where other processes want the cores, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(way):

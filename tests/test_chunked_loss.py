@@ -13,15 +13,7 @@ from helpers.memory.peak import PeakBytes
 from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
 
 WIDTH, VOCABULARY = 8, 37
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a network gains nothing by more, and loses much where other processes want the cores, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(tokens, masked=(), dtype=torch.float32, vocabulary=VOCABULARY, frozen=False):
