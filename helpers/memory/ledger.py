@@ -114,9 +114,8 @@ def count(model: nn.Module, optimizer: Any = None, activations: SavedActivations
     for zero in chain:
         for bucket in getattr(zero, "ipg_buckets", {}).values():
             census.add(bucket.buffer, COMMUNICATION)
-    for zero in chain:  # helpers.parallel.zero
-        for category in (COMMUNICATION, PARAMETERS, GRADIENTS):
-            census.add(getattr(zero, "held", {}).get(category), category)
+        for category, tensors in getattr(zero, "held", {}).items():  # helpers.parallel.zero
+            census.add(tensors, category)
     _add_fsdp(census, model)
     _add_parameters(census, model)
     for owner in chain:

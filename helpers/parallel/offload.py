@@ -16,9 +16,8 @@ from torch.autograd import Variable
 
 from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES
+from helpers.parallel.data import MIB, in_buckets
 
-MIB = 2**20
-FP32 = 4
 IN_FLIGHT = 2  # buckets whose gradients are on their way to the host while backward goes on
 
 
@@ -75,7 +74,7 @@ class OffloadedAdamW:
         self._copies = _Copies(self._device)
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._buckets = [
-            _Bucket(parameters, self._rank, self._ranks, settings) for parameters in _in_buckets(trained, bucket_bytes)
+            _Bucket(parameters, self._rank, self._ranks, settings) for parameters in in_buckets(model, bucket_bytes)
         ]
         largest = max(self._buckets, key=lambda bucket: bucket.values.nbytes).values
         self._outgoing = [_Outgoing(largest, self._ranks) for _ in range(min(IN_FLIGHT, len(self._buckets)))]
@@ -321,15 +320,3 @@ class _Copies:
         """Let the host wait for a mark."""
         if mark is not None:
             mark.synchronize()
-
-
-def _in_buckets(trained: list[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """The parameters, last ones first as backward makes their gradients; a list ends before it would be too large."""
-    bucket: list[nn.Parameter] = []
-    for parameter in reversed(trained):
-        if bucket and sum(p.nbytes for p in (*bucket, parameter)) > bucket_bytes:
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket

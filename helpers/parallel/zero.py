@@ -304,9 +304,10 @@ class Unit:
     def free(self) -> None:
         if self._works:
             self.gather()
-        for bucket in self.buckets:
-            bucket.free()
-        self.here = False
+        if self.here:
+            for bucket in self.buckets:
+                bucket.free()
+            self.here = False
 
 
 class Zero3(Zero2):
@@ -326,12 +327,10 @@ class Zero3(Zero2):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         broadcast_parameters(model, group)
-        names = {parameter: name for name, parameter in model.named_parameters()}
         self.units = [Unit(modules, group) for modules in _units(model, list(blocks))]
         self._order: list[Unit] = []  # of the last forward
         self._seen: list[Unit] = []  # in this forward
         self._start(model, [bucket for unit in reversed(self.units) for bucket in unit.trained])
-        self._names = names
         self._make(make_optimizer)
         model.register_forward_pre_hook(self._begin_forward)
         model.register_forward_hook(self._end_forward)
