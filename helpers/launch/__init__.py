@@ -1,7 +1,8 @@
 """Run a function of a notebook cell on N ranks: see :func:`run`."""
 
+from helpers.launch.environment import environment
 from helpers.launch.failure import RankError
 from helpers.launch.launcher import Progress, RunResult, run
 from helpers.launch.worker import device, report_progress
 
-__all__ = ["Progress", "RankError", "RunResult", "device", "report_progress", "run"]
+__all__ = ["Progress", "RankError", "RunResult", "device", "environment", "report_progress", "run"]

@@ -27,6 +27,7 @@ import cloudpickle
 from helpers.errors import UserError
 from helpers.hardware import Machine, backend_for, describe
 from helpers.launch import worker
+from helpers.launch.environment import environment
 from helpers.launch.failure import RankError, died, hung, raised
 from helpers.launch.shared_memory import remove, segments_of
 from helpers.memory.measured import Measured, RankMemory
@@ -178,15 +179,9 @@ def _start_server() -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["helpers.launch.preload"])
         # The server looks for that module before it knows this process's sys.path.
-        path = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), path)))
-        try:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        with environment({"PYTHONPATH": path}):
             forkserver.ensure_running()
-        finally:
-            if path is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = path
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ allocator's default, whose fragmentation can be predicted only in part. About fo
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
 from helpers.hardware import describe
-from helpers.launch import RankError, run
+from helpers.launch import RankError, environment, run
 from helpers.memory.predict import Configuration, Lora, ModelShape, Strategy, predict
 from helpers.memory.timeline import GIB
 
@@ -185,11 +184,10 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
 
 def prepare_deepspeed() -> None:
     """What has to be settled before DeepSpeed starts."""
-    from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+    from helpers.deepspeed_setup import work_on
+    from helpers.launch import device
 
-    share_world_group()
-    if dist.get_backend() != "nccl":
-        skip_cpu_collectives()
+    work_on(device())
 
 
 def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
@@ -252,16 +250,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
 @contextmanager
 def allocator(expandable: bool) -> Iterator[None]:
     """What ranks that start inside inherit: expandable segments, or the allocator's default. Restores what was set."""
-    before = {name: os.environ.pop(name, None) for name in ALLOCATOR_VARIABLES}
-    if expandable:
-        os.environ.update(dict.fromkeys(ALLOCATOR_VARIABLES, "expandable_segments:True"))
-    try:
+    value = "expandable_segments:True" if expandable else None
+    with environment(dict.fromkeys(ALLOCATOR_VARIABLES, value)):
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def measure(configuration: Configuration) -> dict[str, Any]:
