@@ -35,10 +35,12 @@ def work_on(device: torch.device) -> None:
     """Make DeepSpeed work where this rank does, and log nothing but errors; before ``deepspeed.initialize``.
 
     It takes a GPU wherever there is one, also for ranks that run on the CPU because there are more of them than GPUs.
-    Both functions above are called, too.
+    Both functions above are called, too, and DeepSpeed gets the process group that exists: ``zero.Init`` would read its
+    configuration before it knows how many ranks there are.
     """
     skip_cpu_collectives()
     share_world_group()
+    import deepspeed
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.utils import logger
@@ -46,6 +48,7 @@ def work_on(device: torch.device) -> None:
     logger.setLevel(logging.ERROR)
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def fill_auto(

@@ -18,18 +18,6 @@ STEPS, ROWS, LENGTH = 20, 4, 16
 RANKS = torch.cuda.device_count() if torch.cuda.device_count() > 1 else 2
 
 
-def ready(path, rows):
-    """The file's content with a value for every "auto", in fp32."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("fp16", "bf16", "gradient_accumulation_steps", "train_batch_size"):
-        content.pop(name)
-    return content | {
-        "gradient_clipping": 0.0,
-        "train_micro_batch_size_per_gpu": rows,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
 def alone():
     from helpers.launch import device
     from helpers.parallel.network import EQUALITY_EPSILON, weights
@@ -43,18 +31,18 @@ def alone():
     return weights(model)
 
 
-def with_deepspeed(config):
+def with_deepspeed(path):
     import torch.distributed as dist
 
-    from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+    from helpers.deepspeed_setup import fill_auto, work_on
     from helpers.launch import device
     from helpers.parallel.network import EQUALITY_EPSILON
 
-    skip_cpu_collectives()
-    share_world_group()
+    work_on(device())
     import deepspeed
 
-    deepspeed.utils.logger.setLevel("ERROR")
+    config = fill_auto(json.loads(path.read_text(encoding="utf-8")), rows=ROWS, dtype=torch.float32)
+    config["zero_force_ds_cpu_optimizer"] = False  # it would have to be compiled
     model = build(TINY, device())
     if config["zero_optimization"]["stage"] == 3:
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
@@ -75,7 +63,7 @@ def expected():
 
 @pytest.mark.parametrize("path", IN_HOST_MEMORY, ids=lambda path: path.stem)
 def test_it_trains_as_one_process_does(path, expected):
-    for found in run(with_deepspeed, RANKS, config=ready(path, ROWS)).results:
+    for found in run(with_deepspeed, RANKS, path=path).results:
         assert largest_difference(found, expected) <= 1e-5
 
 

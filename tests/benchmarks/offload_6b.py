@@ -17,7 +17,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
 from helpers.hardware import describe
-from helpers.launch import RankError, device, run
+from helpers.launch import RankError, device, environment, run
 from helpers.memory.phases import phase
 from helpers.memory.predict import Configuration, ModelShape
 from helpers.memory.timeline import GIB
@@ -143,16 +142,11 @@ class WithLoss(nn.Module):
 
 def deepspeed_config(setting: Setting) -> dict[str, Any]:
     """The setting's file, with a value for every "auto"."""
-    config = json.loads((CONFIGS / setting.deepspeed).read_text(encoding="utf-8"))
-    for name in ("fp16", "train_batch_size"):  # the latter follows from the two below and the number of ranks
-        config.pop(name)
-    return config | {
-        "bf16": {"enabled": True},
-        "gradient_accumulation_steps": setting.accumulation,
-        "gradient_clipping": 0.0,
-        "train_micro_batch_size_per_gpu": setting.rows,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    from helpers.deepspeed_setup import fill_auto
+
+    content = json.loads((CONFIGS / setting.deepspeed).read_text(encoding="utf-8"))
+    filled = fill_auto(content, rows=setting.rows, dtype=torch.bfloat16, accumulation=setting.accumulation)
+    return filled | {"zero_force_ds_cpu_optimizer": False}
 
 
 def build(shape: ModelShape, setting: Setting) -> nn.Module:
@@ -182,16 +176,13 @@ def host_adam(parameters: Iterator[nn.Parameter], prefer_deepspeed: bool) -> tor
 
 def with_deepspeed(shape: ModelShape, setting: Setting, prefer_deepspeed: bool) -> tuple[Any, Any, str]:
     """(loss of a batch, what follows it: backward and step, the optimizer's class)."""
-    from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+    from helpers.deepspeed_setup import work_on
 
-    share_world_group()
-    if dist.get_backend() != "nccl":
-        skip_cpu_collectives()
+    work_on(device())
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     config = deepspeed_config(setting)
-    deepspeed.utils.logger.setLevel("ERROR")
     if setting.norm_buffer:  # no file can set it; the default makes an fp64 copy of the whole embedding's gradient
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
@@ -339,20 +330,6 @@ def summary(setting: Setting, outcome: list[dict[str, Any]], nvml: list[int | No
         "host_bytes": max(rank["host_bytes"] for rank in outcome),
         "ranks": outcome,
     }
-
-
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Variables that ranks started inside inherit; what was set before comes back."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def measure(shape: ModelShape, setting: Setting, ranks: int, prefer_deepspeed: bool) -> dict[str, Any]:
