@@ -15,7 +15,9 @@ from helpers.errors import UserError
 IGNORED = -100  # the label of a token that is not trained: torch's and transformers' own
 
 
-def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int, places: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of ``hidden @ head_weight.T`` over the tokens whose label is not -100, a scalar in fp32.
 
     ``hidden`` [tokens, width] is what the output layer ``head_weight`` [vocabulary, width] reads; ``labels`` [tokens]
@@ -24,10 +26,14 @@ def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor, c
     nothing. Where none is trained, the loss and all gradients are 0: a rank without a label can take part with the
     others, where the plain loss is 0/0.
 
+    ``places`` [trained] says which tokens have a label that is not -100. Without it the device looks, and the host
+    waits for the answer.
+
     Of the logits at most ``chunk`` x vocabulary exist at a time, with 4 bytes each, or 6 where the product is in 16
-    bit. From forward to backward 12 bytes a trained token are kept. The price is one more product with ``head_weight``.
-    Where the head is trained, its gradient adds up over chunks in the product's type. Under autocast the product is in
-    autocast's type, as that of a linear layer. There is no second derivative.
+    bit. Where the head is trained, forward keeps 12 bytes a trained token, backward makes the logits again, one more
+    product with ``head_weight``, and the head's gradient adds up over chunks in the product's type. Where it is frozen,
+    as under LoRA, forward makes the gradient of ``hidden`` at once, while the logits are there, and keeps that. Under
+    autocast the product is in autocast's type, as that of a linear layer. There is no second derivative.
 
     Raises :class:`UserError` for shapes that do not fit together and a ``chunk`` below 1.
     """
@@ -46,20 +52,21 @@ def chunked_cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor, c
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
-    return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk)
+    places = (labels != IGNORED).nonzero().squeeze(1) if places is None else places
+    kind = _ChunkedCrossEntropy if head_weight.requires_grad else _FrozenHead
+    return kind.apply(hidden, head_weight, labels, chunk, places)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        trained = (labels != IGNORED).nonzero().squeeze(1)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, trained: Tensor) -> Tensor:
         normalisers = torch.empty(trained.numel(), device=hidden.device)
         loss = torch.zeros((), device=hidden.device)
         for places, part in _chunks(trained, normalisers, chunk):
             logits = _logits(hidden, weight, places)
             right = logits.gather(1, labels[places, None]).squeeze(1)
-            largest = logits.amax(1, keepdim=True)  # subtracted, so that exp cannot overflow
-            part.copy_(logits.sub_(largest).exp_().sum(1).log_() + largest.squeeze(1))  # torch.logsumexp makes a copy
+            total, largest = _exponentials(logits)
+            part.copy_(total.log_() + largest)
             loss += (part - right).sum()
             del logits  # or it would be there beside the next chunk's
         ctx.save_for_backward(hidden, weight, labels, trained, normalisers)
@@ -83,7 +90,47 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if weight_gradient is not None:
                 weight_gradient.addmm_(logits.T, hidden[places])
             del logits
-        return hidden_gradient, weight_gradient, None, None
+        return hidden_gradient, weight_gradient, None, None, None
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The same without a gradient for the head: that of ``hidden`` is made in forward, and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, trained: Tensor) -> Tensor:
+        loss = torch.zeros((), device=hidden.device)
+        hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for places in trained.split(chunk) if trained.numel() else ():
+            logits = _logits(hidden, weight, places)
+            wanted = labels[places, None]
+            right = logits.gather(1, wanted).squeeze(1)
+            total, largest = _exponentials(logits)
+            loss += (total.log() + largest - right).sum()
+            if hidden_gradient is not None:
+                # The probabilities, less 1 at the right word.
+                probabilities = logits.div_(total[:, None])
+                probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                hidden_gradient[places] = probabilities.to(weight.dtype) @ weight
+                del probabilities
+            del logits
+        ctx.scale = 1 / max(1, trained.numel())
+        ctx.save_for_backward(hidden_gradient)
+        return loss * ctx.scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden_gradient,) = ctx.saved_tensors
+        return hidden_gradient * (gradient * ctx.scale), None, None, None, None
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn ``logits`` [tokens, vocabulary] into ``exp(logits - largest)``, in place; their sums, and the largest.
+
+    torch.logsumexp would make a copy. The largest is subtracted so that exp cannot overflow.
+    """
+    largest = logits.amax(1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(1), largest.squeeze(1)
 
 
 def _chunks(trained: Tensor, normalisers: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -50,6 +50,10 @@ def test_own_configs_are_read_without_a_decision_left_to_state():
         ({"training_args": {"learning_rate": "fast"}}, ["learning_rate", "'fast'"]),
         ({"max_output_length": 0}, ["max_output_length", "0"]),
         ({"training_args": ["a"]}, ["training_args", "['a']"]),
+        ({"speed": {"paking": 2048}}, ["speed", "paking", "'packing'"]),
+        ({"speed": {"packing": -1}}, ["speed", "packing", "-1"]),
+        ({"speed": {"packing": True}}, ["speed", "packing", "True"]),
+        ({"speed": {"compile_layers": "yes"}}, ["speed", "compile_layers", "'yes'"]),
     ],
 )
 def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key(change, named):
@@ -59,6 +63,14 @@ def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key
     assert message.startswith("my.yaml") and "\n" not in message
     for text in named:
         assert text in message
+
+
+def test_speed_is_off_where_nothing_is_said_and_where_it_is_turned_off():
+    off = config.Speed()
+    assert config.parse(MINIMAL, "my.yaml").speed == off
+    assert config.parse({**MINIMAL, "speed": {"packing": False, "loss_chunk": 0}}, "my.yaml").speed == off
+    read = config.read(CONFIGS / "lora_fast.yaml").speed
+    assert read.packing and read.compile_layers and read.loss_chunk
 
 
 @given(st.text(min_size=1).filter(lambda key: key not in config.TOP_KEYS))

@@ -178,6 +178,25 @@ def test_a_chunked_loss_has_the_logits_of_one_chunk(chunk):
     assert predict(c).total < predict(dataclasses.replace(c, loss_chunk=None)).total or chunk > c.tokens
 
 
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_a_frozen_head_keeps_the_gradient_of_its_input_from_forward_on(chunk):
+    c = Configuration(shape_of(vocab=5000), precision="fp32", rows=4, length=48, loss_chunk=chunk)
+    hidden = torch.randn(c.tokens, c.shape.hidden, requires_grad=True)
+    head, labels = torch.randn(c.shape.vocab, c.shape.hidden), torch.ones(c.tokens, dtype=torch.long)
+    moments = Step(c).moments()
+    activations = Step(dataclasses.replace(c, loss_chunk=None)).moments()[LOSS]["activations"]
+    with PeakBytes("cpu") as memory:
+        loss = chunked_cross_entropy(hidden, head, labels, chunk)
+        peak, kept = memory.peak, memory.now
+        loss.backward()
+        scaled = memory.now
+    gradient = moments[LOSS]["activations"] - activations
+    assert kept == gradient + 4  # the loss
+    # Beside them a few numbers for each token of a chunk.
+    assert peak == pytest.approx(moments[LOSS]["logits and loss"] + gradient, rel=0.05)
+    assert moments[LOSS_BACKWARD]["activations"] - activations == 2 * gradient <= scaled + gradient
+
+
 def test_dropout_off_keeps_no_mask(monkeypatch):
     c = Configuration(SMALL, Lora(dropout=0.0), "bf16", rows=2, length=64)
     assert autograd_keeps(c) == pytest.approx(saved_bytes(c, monkeypatch), rel=0.01)

@@ -18,6 +18,7 @@ from helpers.assets import TINY_DATA
 from helpers.errors import UserError
 from helpers.finetune import job
 from helpers.finetune.checkpoints import complete_checkpoints
+from helpers.finetune.packing import pack
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import progress_line, read_metrics
 
@@ -53,7 +54,7 @@ CONFIG = {
 def merged(base: dict, changes: dict) -> dict:
     """``base`` with ``changes``, blocks merged."""
     return base | {
-        key: merged(base[key], value) if isinstance(value, dict) else value for key, value in changes.items()
+        key: merged(base.get(key, {}), value) if isinstance(value, dict) else value for key, value in changes.items()
     }
 
 
@@ -116,6 +117,44 @@ def test_two_ranks_train_what_one_process_trains(deepspeed, tmp_path, data_dir, 
         for folder in (tmp_path / "output", single)
     ]
     assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("deepspeed", [None, "ds_zero_2.json"])
+def test_two_ranks_with_packs_train_what_one_process_does_with_padded_rows(
+    deepspeed, tmp_path, data_dir, small_checkpoint
+):
+    def train(name: str, nprocs: int, batch: int, *file: Path, **changes) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        training = {"per_device_train_batch_size": batch, "eval_steps": 4}
+        config = write_config(folder, training_args=training, **changes)
+        finished = start(nprocs, data_dir, small_checkpoint, config, *file, "--output-dir", folder / "output")
+        assert finished.returncode == 0, finished.stderr
+        return folder / "output"
+
+    rows = prepare(data_dir, small_checkpoint, write_config(tmp_path)).data.train
+    lengths = list(map(len, rows["input_ids"][:]))
+    # As many packs on each rank: where they do not divide, one of them would be trained on twice.
+    capacity, packs = next((c, n) for c in range(400, 900) if (n := len(pack(lengths, c, seed=1))) % 2 == 0)
+    file = [ROOT / "configs" / deepspeed] if deepspeed else []
+    speed = {"packing": capacity, "loss_chunk": 100}
+    packed = train("packed", 2, packs // 2, *file, speed=speed)
+    padded = train("padded", 1, len(rows))
+    # Every step sees all rows, whatever their order.
+    assert largest_difference(adapter(packed / "checkpoint-4"), adapter(padded / "checkpoint-4")) < 1e-5
+    found, expected = ([r for r in read_metrics(f / "metrics.jsonl") if "loss" in r] for f in (packed, padded))
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
+    rates = [r["samples_per_second"] / r["tokens_per_second"] for r in (*found, *expected)]
+    assert rates == pytest.approx([len(lengths) / sum(lengths)] * len(rates))  # padding is no token, a pack many rows
+
+
+def test_grouping_by_length_puts_rows_of_like_length_into_a_batch(tmp_path, data_dir, small_checkpoint):
+    config = write_config(tmp_path, training_args={"train_sampling_strategy": "group_by_length", "max_steps": 10})
+    finished = start(1, data_dir, small_checkpoint, config, "--output-dir", tmp_path / "output")
+    assert finished.returncode == 0, finished.stderr
+    records = [r for r in read_metrics(tmp_path / "output" / "metrics.jsonl") if "loss" in r]
+    tokens = [r["tokens_per_second"] * r["step_seconds"] for r in records]
+    assert len(set(map(round, tokens))) > 2 and max(tokens) == tokens[0]  # the sampler begins with the longest rows
 
 
 def test_a_run_leaves_what_it_promises(single):
@@ -249,6 +288,11 @@ def test_bad_input_is_one_line_before_a_weight_is_loaded(tmp_path, data_dir, sma
     contradictory.write_text('{"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}')
     message = refused(data_dir, small_checkpoint, config, contradictory)
     assert "train_micro_batch_size_per_gpu is 2 but per_device_train_batch_size is 4" in message
+    packed = write_config(empty, speed={"packing": 60})
+    assert "packing 60 is shorter than the longest row of 1" in refused(data_dir, small_checkpoint, packed)
+    compiled = write_config(empty, speed={"compile_layers": True})
+    message = refused(data_dir, small_checkpoint, compiled, ROOT / "configs" / "ds_zero_3.json")
+    assert "compile_layers does not go with ZeRO-3" in message
     assert "holds no finished checkpoint" in refused(data_dir, small_checkpoint, config, resume=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     four = Ranks(rank=0, local_rank=0, world_size=4, local_world_size=4, store=None)

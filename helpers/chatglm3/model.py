@@ -5,6 +5,7 @@ the map while it streams a checkpoint in, and its reverse while it writes one, u
 """
 
 import os
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from transformers import GenerationConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.config import ChatGLM3Config
+from helpers.chunked_loss import IGNORED, chunked_cross_entropy
 
 
 class SplitQueryKeyValue(ConversionOps):
@@ -69,7 +72,11 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
 
     ``from_pretrained`` takes a folder or a hub name and is strict: before any weight is read, every tensor's name and
     shape is compared with the configuration, and a missing, extra or misshapen one is a UserError that names it.
+
+    With ``loss_chunk`` the loss is computed from the logits of so many tokens at a time, and the output has no logits.
     """
+
+    loss_chunk: int | None = None
 
     config_class = ChatGLM3Config
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # noqa: RUF012
@@ -82,6 +89,24 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
         self.generation_config = GenerationConfig(
             eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
         )
+
+    @wraps(GlmForCausalLM.forward)
+    def forward(
+        self, *args: Any, labels: torch.Tensor | None = None, places: torch.Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        if labels is None or self.loss_chunk is None:
+            return super().forward(*args, labels=labels, **kwargs)
+        counted = kwargs.pop("num_items_in_batch", None)
+        hidden = self.model(*args, **kwargs).last_hidden_state
+        following = torch.full_like(labels, IGNORED)
+        following[:, :-1] = labels[:, 1:]
+        loss = chunked_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, following.flatten(), self.loss_chunk, places
+        )
+        if counted is not None:  # the tokens of the whole step, on all ranks: its share of their mean
+            trained = (following != IGNORED).sum() if places is None else places.numel()
+            loss = loss * trained / counted
+        return CausalLMOutputWithPast(loss=loss)
 
     @classmethod
     def from_pretrained(

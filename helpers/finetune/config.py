@@ -33,7 +33,7 @@ DROPPED = ("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_s
 GENERATION_KEYS = ("predict_with_generate", "generation_config", "generation_max_length", "generation_num_beams")
 TOP_KEYS = (
     *("data_config", "max_input_length", "max_output_length", "max_eval_samples"),
-    *("quantization_bit", "training_args", "peft_config"),
+    *("quantization_bit", "speed", "training_args", "peft_config"),
 )
 QUANTIZATION_BITS = (8, 4)
 DEFAULT_SEED = 42
@@ -48,6 +48,20 @@ class DataConfig:
     val_file: str | None = None
     test_file: str | None = None
     num_proc: int = 1
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What makes the same training faster; everything is off where nothing is said.
+
+    ``packing`` is the length in tokens of a pack, several rows in one sequence (``helpers.finetune.packing``), and
+    ``per_device_train_batch_size`` then counts packs. ``compile_layers`` compiles each layer with ``torch.compile``.
+    ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.chunked_loss``).
+    """
+
+    packing: int | None = None
+    compile_layers: bool = False
+    loss_chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,7 @@ class FinetuneConfig:
     predict_with_generate: bool = False
     max_new_tokens: int = 512
     quantization_bit: int | None = None
+    speed: Speed = field(default_factory=Speed)
     notes: list[str] = field(default_factory=list)
 
 
@@ -100,6 +115,19 @@ def _quantization_bit(raw: dict[str, Any], source: str) -> int | None:
     if value is not None and (isinstance(value, bool) or value not in QUANTIZATION_BITS):
         raise UserError(f"{source}: quantization_bit must be 8 or 4, not {value!r}; leave it out to train in 16 bit")
     return value
+
+
+def _speed(block: dict[str, Any], source: str) -> Speed:
+    where = f"{source}, speed"
+    _check_keys(block, [f.name for f in dataclasses.fields(Speed)], where)
+    compiled = block.get("compile_layers", False)
+    if not isinstance(compiled, bool):
+        raise UserError(f"{where}: compile_layers must be true or false, not {compiled!r}")
+    sizes = {key: block.get(key) or None for key in ("packing", "loss_chunk")}  # false and 0 turn off, like null
+    for key, value in sizes.items():
+        if value is not None:
+            _positive_int({key: value}, key, 0, where)
+    return Speed(compile_layers=compiled, **sizes)
 
 
 def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
@@ -176,6 +204,7 @@ def parse(raw: dict[str, Any], source: str) -> FinetuneConfig:
         predict_with_generate=bool(generation.get("predict_with_generate", False)),
         max_new_tokens=_positive_int(generation_config, "max_new_tokens", max_output_length, source),
         quantization_bit=_quantization_bit(raw, source),
+        speed=_speed(_section(raw, "speed", source), source),
         notes=notes,
     )
 
@@ -241,6 +270,18 @@ def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> No
         )
     if find_spec("bitsandbytes") is None:
         raise UserError(f"quantization_bit {bits} needs the package bitsandbytes: pip install bitsandbytes==0.50.2")
+
+
+def check_speed(speed: Speed, deepspeed: dict[str, Any] | None) -> None:
+    """Raise UserError where a key of ``speed`` meets ZeRO-3, which must see every layer begin and end."""
+    if (deepspeed or {}).get("zero_optimization", {}).get("stage") != 3:
+        return
+    for key, wanted in (("compile_layers", speed.compile_layers), ("loss_chunk", speed.loss_chunk)):
+        if wanted:
+            raise UserError(
+                f"speed: {key} does not go with ZeRO-3, which gathers a layer's weights when it is called; leave it "
+                "out, or use configs/ds_zero_2.json or no DeepSpeed file"
+            )
 
 
 def precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardware: str) -> str:

@@ -201,16 +201,25 @@ class TrainingCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor | int]:
         """``input_ids``, ``labels`` and ``attention_mask``, each (rows, longest row) int64; ``tokens``, how many of
-        them are no padding, counted here so that nobody has to ask the GPU.
+        them are no padding, and ``places``, where trained tokens are predicted: so that nobody has to ask the GPU.
         """
         input_ids = [torch.tensor(f["input_ids"], dtype=torch.int64) for f in features]
         labels = [torch.tensor(f["labels"], dtype=torch.int64) for f in features]
+        padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+            "labels": padded,
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            "places": predicted_places(padded),
             "tokens": sum(map(len, input_ids)),
         }
+
+
+def predicted_places(labels: torch.Tensor) -> torch.Tensor:
+    """Where the hidden states are, counted through ``labels`` [rows, tokens], that predict a trained token."""
+    following = torch.full_like(labels, IGNORED_LABEL)
+    following[:, :-1] = labels[:, 1:]
+    return (following.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 def parse_row(raw: bytes, *, training: bool) -> tuple[list[Message], list[Any] | None]:

@@ -23,6 +23,7 @@ from helpers.finetune.dataset import (
     read_split,
     training_features,
 )
+from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
 from helpers.hardware import Machine, describe, mixed_precision
 
@@ -72,11 +73,25 @@ def _resume_point(output_dir: Path, resume: bool) -> Path | None:
     return None
 
 
+def _packing_note(rows: Dataset, packs: Dataset, capacity: int) -> str:
+    tokens = sum(map(sum, packs["lengths"][:]))
+    return (
+        f"packing: {len(rows):,} rows into {len(packs):,} packs of {capacity:,} tokens, "
+        f"{tokens / (len(packs) * capacity):.1%} full"
+    )
+
+
 def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer, notes: list[str]) -> Data:
     limits = Limits(config.max_input_length, config.max_output_length)
     names = config.data
     train = read_split(find_split(folder, names.train_file), tokenizer, limits, training=True, num_proc=names.num_proc)
     train_features = training_features(train, limits)
+    if config.speed.packing:
+        rows, train_features = (
+            train_features,
+            packed_features(train_features, config.speed.packing, config.training["seed"]),
+        )
+        notes.append(_packing_note(rows, train_features, config.speed.packing))
     if names.val_file is None or not (folder / names.val_file).is_file():
         missing = f"no file {names.val_file} in {folder}" if names.val_file else "no val_file given"
         notes.append(f"{missing}: evaluation is skipped")
@@ -118,6 +133,7 @@ def prepare(
         if differ:
             raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(differ)}; say auto")
     configuration.check_quantization(config.quantization_bit, deepspeed)
+    configuration.check_speed(config.speed, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])
     resume_from = _resume_point(output_dir, resume)
     if resume_from is not None and read_quantization_bit(resume_from) != config.quantization_bit:

@@ -27,10 +27,12 @@ from helpers.finetune.config import bucket_warning
 from helpers.finetune.dataset import TrainingCollator
 from helpers.finetune.evaluate import Evaluation, evaluate
 from helpers.finetune.job import Job, prepare
+from helpers.finetune.packing import PackCollator
 from helpers.finetune.quiet import quiet_libraries
 from helpers.finetune.ranks import Ranks, StopOnSignal
 from helpers.finetune.recorder import Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
+from helpers.finetune.speed import as_it_was, make_fast
 from helpers.finetune.trainer import LoraTrainer
 from helpers.hardware import apply_nccl_environment
 from helpers.memory.nvml import Sampler
@@ -90,6 +92,8 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
                 "remove_unused_columns": False,
                 "label_names": ["labels"],
                 "disable_tqdm": True,
+                # It looks at the loss after every step, for which the host would wait for the GPU.
+                "logging_nan_inf_filter": given.get("logging_nan_inf_filter", False),
                 "report_to": given.get("report_to", "none"),
             }
         )
@@ -115,7 +119,6 @@ def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
         warnings.filterwarnings("ignore", message=".*not the tokenizer published")  # prepare has said it
         model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=DTYPES[job.precision], **placement)
     keep_layout(model)
-    model.config.use_cache = False
     set_seed(arguments.seed)
     try:
         adapted = get_peft_model(model, LoraConfig(**job.config.lora))
@@ -123,6 +126,7 @@ def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
         raise UserError(f"peft_config: {' '.join(str(error).split())}") from error
     if bits:
         leave_frozen_to_ranks(adapted)
+    make_fast(adapted, job.config.speed)
     return adapted
 
 
@@ -142,10 +146,11 @@ def _plan(job: Job, arguments: TrainingArguments, ranks: Ranks, trainable: int) 
     else:
         amount, epochs = f"{arguments.num_train_epochs:g} epochs", arguments.num_train_epochs
     how = f"DeepSpeed ZeRO-{job.zero_stage}" if job.deepspeed else "DDP" if ranks.world_size > 1 else "one process"
+    unit = "packs" if job.config.speed.packing else "rows"
     lines = [str(report) for report in job.data.reports]
     lines.append(
-        f"{amount} of {rows} rows ({arguments.per_device_train_batch_size} rows x {accumulation} micro-batches x "
-        f"{ranks.world_size} ranks): {epochs:,.2f} passes over {count:,} rows"
+        f"{amount} of {rows} {unit} ({arguments.per_device_train_batch_size} {unit} x {accumulation} micro-batches x "
+        f"{ranks.world_size} ranks): {epochs:,.2f} passes over {count:,} {unit}"
     )
     lines.append(f"{how} on {ranks.world_size} rank(s), {job.precision if job.precision != 'no' else 'fp32'}")
     base = job.config.quantization_bit
@@ -169,6 +174,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
     run_file.update(plan=plan, **counts, training_arguments=arguments.to_dict())
 
     counter = WorkCounter()
+    packing = job.config.speed.packing
     stop = StopOnSignal(ranks)
     stop.install()
     trainer = LoraTrainer(
@@ -179,6 +185,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
         data_collator=TrainingCollator(job.tokenizer.pad_token_id),
         processing_class=job.tokenizer,
         counter=counter,
+        pack_collator=PackCollator.of(job.data.train, packing, job.tokenizer.pad_token_id) if packing else None,
         answer_features=job.data.answers if job.config.predict_with_generate else None,
         max_new_tokens=job.config.max_new_tokens,
         quantization_bit=job.config.quantization_bit,
@@ -195,7 +202,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
     run_file.update(status="trained", step=trainer.state.global_step)
     if job.data.answers is None:
         return None
-    with phases.phase("evaluate"):
+    with phases.phase("evaluate"), as_it_was(model):
         return evaluate(
             model,
             job.tokenizer,

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
@@ -15,7 +16,9 @@ from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
 from helpers.finetune.evaluate import predict
 from helpers.finetune.metrics import mean_scores, score
+from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
+from helpers.finetune.speed import as_it_was
 
 
 def _shared(value: Any) -> Any:
@@ -30,6 +33,7 @@ def _shared(value: Any) -> Any:
 class LoraTrainer(Trainer):
     """Trains a ``PeftModel``; only its adapter is saved.
 
+    ``pack_collator`` makes batches of training features that are packs; evaluation always pads.
     ``answer_features`` (of ``evaluation_features``) are answered at each evaluation, greedily, and scored.
     """
 
@@ -37,6 +41,7 @@ class LoraTrainer(Trainer):
         self,
         *,
         counter: WorkCounter,
+        pack_collator: PackCollator | None = None,
         answer_features: Dataset | None = None,
         max_new_tokens: int = 512,
         quantization_bit: int | None = None,
@@ -44,19 +49,32 @@ class LoraTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.counter = counter
+        self.pack_collator = pack_collator
         self.answer_features = answer_features
         self.max_new_tokens = max_new_tokens
         self.quantization_bit = quantization_bit
         self.remove_callback(PrinterCallback)  # the Recorder prints
 
+    def get_train_dataloader(self) -> DataLoader:
+        padding = self.data_collator
+        self.data_collator = self.pack_collator or padding
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padding
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # The collator counts on the host; summing the mask here would make the host wait for the GPU in every step.
-        tokens = inputs.pop("tokens")
+        tokens, rows = inputs.pop("tokens"), inputs.pop("rows", len(inputs["input_ids"]))
         if self.model.training:
-            self.counter.add(tokens, len(inputs["input_ids"]))
+            self.counter.add(tokens, rows)
         return super()._prepare_inputs(inputs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        with as_it_was(self.model):
+            return self._loss_and_scores(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def _loss_and_scores(self, *args: Any, metric_key_prefix: str, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.answer_features is None:
             return metrics

@@ -36,11 +36,12 @@ def read_job(
         strategy=strategy,
         rows=training.get("per_device_train_batch_size", DEFAULT_ROWS),
         # A row is cut to the sum of both limits and one (helpers.finetune.dataset).
-        length=length or job.max_input_length + job.max_output_length + 1,
-        padded=True,
+        length=length or job.speed.packing or job.max_input_length + job.max_output_length + 1,
+        padded=job.speed.packing is None,
         checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
         base_bits=job.quantization_bit or 16,
         accumulation=training.get("gradient_accumulation_steps", 1),
+        loss_chunk=job.speed.loss_chunk,
     )
 
 

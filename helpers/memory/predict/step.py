@@ -82,7 +82,8 @@ class Step:
     def _loss(self) -> Counter[str]:
         """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
 
-        In chunks there is no log-softmax, but 12 bytes a token: its place and its normaliser (helpers/chunked_loss.py).
+        In chunks there is no log-softmax. A trained head keeps 12 bytes a token, its place and its normaliser; a frozen
+        one the gradient of its input, which forward makes (helpers/chunked_loss.py).
         Autocast remembers its casts of weights until forward ends, though checkpointing does not keep them.
         """
         c = self._c
@@ -90,19 +91,26 @@ class Step:
         casts = c.shape.layers * c.shape.layer_matrices * c.compute_bytes
         remembered = casts if casts_weights(c) and c.checkpointing else 0
         logits = self._logits() * (FP32 + FP32 + half)
+        kept = 0
         if c.loss_chunk:
-            logits = self._logits() * (FP32 + half) + 12 * c.tokens
-        return self._forward() + Counter({"logits and loss": logits, "parameters": remembered})
+            logits = self._logits() * (FP32 + half) + (0 if c.lora else 12 * c.tokens)
+            kept = self._hidden_gradient() if c.lora else 0
+        return self._forward() + Counter({"logits and loss": logits, "activations": kept, "parameters": remembered})
+
+    def _hidden_gradient(self) -> int:
+        return self._c.tokens * self._c.shape.hidden * self._c.compute_bytes
 
     def _loss_backward(self) -> Counter[str]:
         """The kept log-softmax, nll_loss's gradient and log-softmax's, all fp32; the logits themselves are freed.
 
-        In chunks: the logits once more, beside the gradients of the output layer and of its input as they grow.
+        In chunks: the logits once more, beside the gradients of the output layer and of its input as they grow. With a
+        frozen head only the latter is left, and is scaled.
         """
         if self._c.loss_chunk:
-            c = self._c
-            gradient = 0 if c.lora else c.shape.embedding * c.compute_bytes
-            hidden = c.tokens * c.shape.hidden * c.compute_bytes
+            hidden = self._hidden_gradient()
+            if self._c.lora:
+                return self._forward() + Counter({"activations": 2 * hidden})
+            gradient = self._c.shape.embedding * self._c.compute_bytes
             return self._loss() + Counter({"gradients": gradient, "activations": hidden})
         return self._forward() + Counter({"logits and loss": 3 * FP32 * self._logits()})
 

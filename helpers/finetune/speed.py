@@ -1,0 +1,40 @@
+"""What ``speed`` in the configuration asks of the model: compiled layers, attention for packs, a loss in chunks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+
+from helpers import packed_attention
+from helpers.finetune.config import Speed
+
+# Generation and padded rows: what every model starts with.
+ORDINARY = "sdpa"
+
+
+def make_fast(model: PeftModel, speed: Speed) -> None:
+    """Change ``model`` to what ``speed`` says. It computes the same function as before."""
+    base = model.get_base_model()
+    base.loss_chunk = speed.loss_chunk
+    # With a cache transformers does not look at the position ids, and rows of a pack would see each other.
+    base.config.use_cache = False
+    if speed.packing and packed_attention.has_kernel(model.device, base.dtype):
+        base.set_attn_implementation(packed_attention.IMPLEMENTATION)
+    if speed.compile_layers:
+        # One layer, not the whole model: all of them are the same code, which is compiled once, in seconds.
+        for layer in base.model.layers:
+            layer.compile()
+
+
+@contextmanager
+def as_it_was(model: PeftModel) -> Iterator[None]:
+    """Evaluation and generation: padded rows of every length, for which nothing was compiled and no pack is there."""
+    base = model.get_base_model()
+    implementation = base.config._attn_implementation
+    base.set_attn_implementation(ORDINARY)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        base.set_attn_implementation(implementation)
