@@ -23,6 +23,7 @@ test: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(RUN) tests/benchmarks/finetune_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
+	$(RUN) tests/benchmarks/speed_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
 
 notebooks: $(VENV)/installed
 	$(VENV)/bin/jupyter nbconvert --to notebook --inplace --execute --coalesce-streams \

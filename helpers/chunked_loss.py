@@ -57,6 +57,13 @@ def chunked_cross_entropy(
     return kind.apply(hidden, head_weight, labels, chunk, places)
 
 
+def following(labels: Tensor) -> Tensor:
+    """The label that each token of ``labels`` [rows, tokens] should predict: its successor's; -100 for a row's last."""
+    shifted = torch.full_like(labels, IGNORED)
+    shifted[:, :-1] = labels[:, 1:]
+    return shifted
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, trained: Tensor) -> Tensor:

@@ -313,6 +313,9 @@ def test_the_collator_pads_ids_labels_and_mask(split, tokenizer):
     batch = TrainingCollator(tokenizer.pad_token_id)([features[0], features[1]])
     short, long = (len(row["input_ids"]) for row in features)
     assert batch.pop("tokens") == short + long
+    places = batch.pop("places")
+    assert (batch["labels"].flatten()[places + 1] != -100).all()
+    assert places.numel() == (batch["labels"][:, 1:] != -100).sum()
     assert {name: tensor.shape for name, tensor in batch.items()} == dict.fromkeys(batch, (2, long))
     assert batch["input_ids"][0, short:].eq(0).all()
     assert batch["labels"][0, short:].eq(-100).all()

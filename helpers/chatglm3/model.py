@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.config import ChatGLM3Config
-from helpers.chunked_loss import IGNORED, chunked_cross_entropy
+from helpers.chunked_loss import IGNORED, chunked_cross_entropy, following
 
 
 class SplitQueryKeyValue(ConversionOps):
@@ -98,13 +98,10 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
             return super().forward(*args, labels=labels, **kwargs)
         counted = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(*args, **kwargs).last_hidden_state
-        following = torch.full_like(labels, IGNORED)
-        following[:, :-1] = labels[:, 1:]
-        loss = chunked_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, following.flatten(), self.loss_chunk, places
-        )
+        wanted = following(labels).flatten()
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, wanted, self.loss_chunk, places)
         if counted is not None:  # the tokens of the whole step, on all ranks: its share of their mean
-            trained = (following != IGNORED).sum() if places is None else places.numel()
+            trained = (wanted != IGNORED).sum() if places is None else places.numel()
             loss = loss * trained / counted
         return CausalLMOutputWithPast(loss=loss)
 

@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from helpers.chatglm3.chat import Message, Turn, conversation_turns, encode_conversation
 from helpers.chatglm3.tokenizer import ROLE_TOKENS, ChatGLMTokenizer
+from helpers.chunked_loss import IGNORED as IGNORED_LABEL
+from helpers.chunked_loss import following
 from helpers.errors import UserError
 
-IGNORED_LABEL = -100
 SHOWN_PROBLEMS = 5
 MAX_REASON_LENGTH = 150
 # Encoding this many short rows takes less than a second; for fewer, another process is not worth its start.
@@ -217,9 +218,7 @@ class TrainingCollator:
 
 def predicted_places(labels: torch.Tensor) -> torch.Tensor:
     """Where the hidden states are, counted through ``labels`` [rows, tokens], that predict a trained token."""
-    following = torch.full_like(labels, IGNORED_LABEL)
-    following[:, :-1] = labels[:, 1:]
-    return (following.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
+    return (following(labels).flatten() != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 def parse_row(raw: bytes, *, training: bool) -> tuple[list[Message], list[Any] | None]:
