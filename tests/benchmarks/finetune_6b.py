@@ -90,13 +90,17 @@ def summary(output_dir: Path) -> dict[str, Any]:
     }
 
 
-def write_results(path: Path, checkpoint: Path, runs: dict[str, dict[str, Any]]) -> None:
+def mean_tokens(run: dict[str, Any]) -> float:
+    """Tokens of a row, padding not counted."""
+    return run["tokens_per_second_per_gpu"] * run["ranks"] / run["samples_per_second"]
+
+
+def write_results(path: Path, checkpoint: Path, runs: dict[str, dict[str, Any]], **facts: float) -> None:
     """The runs so far and what they have in common; a checkpoint without the published tokenizer has random weights."""
     machine = next(iter(runs.values()))["machine"]
-    ddp = runs["DDP"]
     content = {
         "random_weights": not is_published_tokenizer(checkpoint / "tokenizer.model"),
-        "mean_tokens": ddp["tokens_per_second_per_gpu"] * ddp["ranks"] / ddp["samples_per_second"],
+        **facts,
         "machine": machine,
         "runs": {label: {key: run[key] for key in run if key != "machine"} for label, run in runs.items()},
     }
@@ -127,7 +131,7 @@ def main() -> None:
             if status:
                 sys.exit(status)
             runs[label] = summary(output_dir)
-            write_results(arguments.results, arguments.checkpoint, runs)
+            write_results(arguments.results, arguments.checkpoint, runs, mean_tokens=mean_tokens(runs["DDP"]))
     for label, run in runs.items():
         print(f"{label:32} {run['tokens_per_second_per_gpu']:8,.0f} tokens/s per GPU, NVML {run['nvml_peak_gib']} GiB")
 

@@ -8,7 +8,6 @@ Needs a GPU of 80 GiB for packs of 4,096 tokens. ``--only`` runs those whose nam
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 import yaml
-from finetune_6b import ROOT, summary, write_rows
+from finetune_6b import ROOT, summary, write_results, write_rows
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import replacing
 from helpers.finetune.launch import run_command, torchrun_command
 from helpers.memory.predict import ModelShape
 
@@ -103,21 +101,12 @@ print(sorted(rates[3:])[5])
     return float(found.stdout)
 
 
-def write_results(path: Path, rate: float, runs: dict[str, dict[str, Any]]) -> None:
-    """The runs so far. A token costs 4 operations for each frozen parameter but the embedding, which is looked up."""
+def share_of(rate: float, run: dict[str, Any]) -> float:
+    """Operations of a run by those of the product. A token costs 4 for each frozen parameter that is multiplied with,
+    which are all but the embedding's.
+    """
     shape = ModelShape()
-    operations = 4 * (shape.parameters - shape.embedding)
-    machine = next(iter(runs.values()))["machine"]
-    for run in runs.values():
-        run["share_of_product_rate"] = run["tokens_per_second_per_gpu"] * operations / (rate * 1e12)
-    content = {
-        "random_weights": True,
-        "machine": machine,
-        "product_tflops": rate,
-        "runs": {name: {key: run[key] for key in run if key != "machine"} for name, run in runs.items()},
-    }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return run["tokens_per_second_per_gpu"] * 4 * (shape.parameters - shape.embedding) / (rate * 1e12)
 
 
 def main() -> None:
@@ -151,8 +140,10 @@ def main() -> None:
             status = run_command(command)
             if status:
                 sys.exit(status)
-            runs[run.name] = summary(output_dir) | {"speed": run.speed, "training": run.training}
-            write_results(arguments.results, rate, runs)
+            found = summary(output_dir)
+            changes = {"speed": run.speed, "training": run.training}
+            runs[run.name] = found | changes | {"share_of_product_rate": share_of(rate, found)}
+            write_results(arguments.results, arguments.checkpoint, runs, product_tflops=rate)
     for name, run in runs.items():
         print(
             f"{name:32} {run['tokens_per_second_per_gpu']:8,.0f} tokens/s per GPU, "
