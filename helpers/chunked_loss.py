@@ -53,8 +53,8 @@ def chunked_cross_entropy(
         dtype = torch.get_autocast_dtype(kind)
         hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     places = (labels != IGNORED).nonzero().squeeze(1) if places is None else places
-    kind = _ChunkedCrossEntropy if head_weight.requires_grad else _FrozenHead
-    return kind.apply(hidden, head_weight, labels, chunk, places)
+    function = _ChunkedCrossEntropy if head_weight.requires_grad else _FrozenHead
+    return function.apply(hidden, head_weight, labels, chunk, places)
 
 
 def following(labels: Tensor) -> Tensor:

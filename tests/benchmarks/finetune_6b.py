@@ -38,6 +38,14 @@ RUNS = {
 }
 
 
+def ensure_checkpoint(folder: Path) -> None:
+    """Write a checkpoint with random weights where there is none."""
+    if not folder.exists():
+        # In a process of its own, so that nothing of it is left on the GPU that is measured.
+        subprocess.run([sys.executable, "-m", "helpers.chatglm3.random_weights", str(folder)], check=True)
+        os.sync()  # or the first run is measured while 12 GB are still on their way to the disk
+
+
 def write_rows(folder: Path) -> None:
     """Two rows of the embedded set in one: AdvertiseGen's length of about 140 tokens."""
     rows = [json.loads(line) for line in (TINY_DATA / "train.json").read_text(encoding="utf-8").splitlines()]
@@ -115,10 +123,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("no GPU here; this measures the 6B model on GPUs")
-    if not arguments.checkpoint.exists():
-        # In a process of its own, so that nothing of it is left on the GPU that is measured.
-        subprocess.run([sys.executable, "-m", "helpers.chatglm3.random_weights", str(arguments.checkpoint)], check=True)
-        os.sync()  # or the first run is measured while 12 GB are still on their way to the disk
+    ensure_checkpoint(arguments.checkpoint)
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

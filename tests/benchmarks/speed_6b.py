@@ -8,7 +8,6 @@ Needs a GPU of 80 GiB for packs of 4,096 tokens. ``--only`` runs those whose nam
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from finetune_6b import ROOT, summary, write_results, write_rows
+from finetune_6b import ROOT, ensure_checkpoint, summary, write_results, write_rows
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune.launch import run_command, torchrun_command
@@ -118,9 +117,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("no GPU here; this measures the 6B model on GPUs")
     wanted = [run for run in RUNS if not arguments.only or any(text in run.name for text in arguments.only)]
-    if not arguments.checkpoint.exists():
-        subprocess.run([sys.executable, "-m", "helpers.chatglm3.random_weights", str(arguments.checkpoint)], check=True)
-        os.sync()  # or the first run is measured while 12 GB are still on their way to the disk
+    ensure_checkpoint(arguments.checkpoint)
     rate = product_rate()
     print(f"8192 x 8192 x 8192 in bf16: {rate:.0f} TFLOP/s", flush=True)
     runs: dict[str, dict[str, Any]] = {}
