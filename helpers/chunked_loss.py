@@ -108,18 +108,14 @@ class _FrozenHead(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for places in trained.split(chunk) if trained.numel() else ():
-            logits = _logits(hidden, weight, places)
             wanted = labels[places, None]
-            right = logits.gather(1, wanted).squeeze(1)
-            total, largest = _exponentials(logits)
-            loss += (total.log() + largest - right).sum()
+            # Passed on without a name, so that they are gone when there are probabilities.
+            right, probabilities = _probabilities(hidden[places] @ weight.T, wanted)
+            loss -= right.sum()
             if hidden_gradient is not None:
-                # The probabilities, less 1 at the right word.
-                probabilities = logits.div_(total[:, None])
-                probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
-                hidden_gradient[places] = probabilities.to(weight.dtype) @ weight
-                del probabilities
-            del logits
+                probabilities.scatter_(1, wanted, right.expm1_().to(weight.dtype))  # less 1 at the right word
+                hidden_gradient[places] = probabilities @ weight
+            del probabilities
         ctx.scale = 1 / max(1, trained.numel())
         ctx.save_for_backward(hidden_gradient)
         return loss * ctx.scale
@@ -138,6 +134,20 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = logits.amax(1, keepdim=True)
     return logits.sub_(largest).exp_().sum(1), largest.squeeze(1)
+
+
+def _probabilities(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of the probability of the ``wanted`` [tokens, 1] words, in fp32, and all probabilities.
+
+    Those have the type of ``logits`` [tokens, vocabulary]: of 16 bit through one fp32 copy, made by the kernel that
+    reads the logits; of 32 bit in their place.
+    """
+    if logits.dtype != torch.float32:
+        logarithms = torch.log_softmax(logits, 1, dtype=torch.float32)
+        return logarithms.gather(1, wanted), torch.exp(logarithms, out=logits)
+    right = logits.gather(1, wanted)
+    total, largest = _exponentials(logits)
+    return right - largest[:, None] - total.log()[:, None], logits.div_(total[:, None])
 
 
 def _chunks(trained: Tensor, normalisers: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:

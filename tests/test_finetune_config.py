@@ -65,12 +65,41 @@ def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key
         assert text in message
 
 
-def test_speed_is_off_where_nothing_is_said_and_where_it_is_turned_off():
-    off = config.Speed()
-    assert config.parse(MINIMAL, "my.yaml").speed == off
-    assert config.parse({**MINIMAL, "speed": {"packing": False, "loss_chunk": 0}}, "my.yaml").speed == off
+def test_of_speed_only_what_changes_no_result_is_on_where_nothing_is_said():
+    said = config.parse(MINIMAL, "my.yaml").speed
+    assert said.loss_chunk and not (said.packing or said.compile_layers or said.offload_checkpoints)
+    off = config.parse({**MINIMAL, "speed": {"packing": False, "loss_chunk": 0}}, "my.yaml").speed
+    assert off == config.Speed(loss_chunk=None)
     read = config.read(CONFIGS / "lora_fast.yaml").speed
     assert read.packing and read.compile_layers and read.loss_chunk
+
+
+@pytest.mark.parametrize(
+    ("speed", "training", "stage", "named"),
+    [
+        ({"compile_layers": True}, {}, 3, ["compile_layers", "ZeRO-3", "ds_zero_2.json"]),
+        ({"offload_checkpoints": True}, {}, 0, ["offload_checkpoints", "gradient_checkpointing: true"]),
+        ({"offload_checkpoints": True}, {"gradient_checkpointing": True}, 0, None),
+        ({"offload_checkpoints": True}, {"gradient_checkpointing": "auto"}, 3, None),
+        ({"compile_layers": True}, {}, 2, None),
+    ],
+)
+def test_what_does_not_go_together_is_named(speed, training, stage, named):
+    read = config.parse({**MINIMAL, "speed": speed, "training_args": training}, "my.yaml")
+    deepspeed = {"zero_optimization": {"stage": stage}} if stage else None
+    if named is None:
+        config.check_speed(read, deepspeed)
+        return
+    with pytest.raises(UserError) as caught:
+        config.check_speed(read, deepspeed)
+    assert all(text in str(caught.value) for text in named) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*lora*.yaml")))
+def test_the_courses_own_configurations_are_read_without_a_note(name):
+    read = config.read(CONFIGS / name)
+    config.check_speed(read, None)
+    assert read.notes == []
 
 
 @given(st.text(min_size=1).filter(lambda key: key not in config.TOP_KEYS))

@@ -38,9 +38,9 @@ def packed_batch(features, capacity=CAPACITY):
     return PackCollator.of(packs, capacity, PAD)(list(packs))
 
 
-def lora_model(**options):
+def lora_model(targets=("q_proj", "k_proj", "v_proj"), **options):
     torch.manual_seed(0)
-    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
     model = get_peft_model(random_model(small_config(**options)), adapter)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # which begins with zeros, and would then pass no gradient to lora_A
@@ -113,6 +113,18 @@ def test_packed_rows_train_as_padded_ones(chunk):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(ours, right, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():
+    padded = TrainingCollator(PAD)(list(rows()))
+    counted = padded["places"].numel()
+    model = lora_model(["q_proj", "lm_head"])
+    found = []
+    for chunk in (None, 7):
+        make_fast(model, Speed(loss_chunk=chunk))
+        found.append(loss_and_gradients(model, padded, counted))
+    assert found[0][0].item() == found[1][0].item()
+    assert all(gradient.abs().max() > 0 for gradient in found[1][1])
 
 
 def test_the_loss_of_every_token_is_the_one_it_has_alone():

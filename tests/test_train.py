@@ -1,5 +1,6 @@
 """The fine-tune as users start it: real processes, real DeepSpeed on gloo, equality with one process, bad input."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -21,11 +22,14 @@ from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.packing import pack
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import progress_line, read_metrics
+from helpers.hardware import Gpu, describe
+from helpers.memory.timeline import GIB
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "tests" / "data"
 ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, store=None)
 STEPS = 4
+AUTO = {"gradient_checkpointing": "auto"}
 
 CONFIG = {
     "data_config": {"train_file": "train.json", "val_file": "dev.json"},
@@ -146,6 +150,31 @@ def test_two_ranks_with_packs_train_what_one_process_does_with_padded_rows(
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
     rates = [r["samples_per_second"] / r["tokens_per_second"] for r in (*found, *expected)]
     assert rates == pytest.approx([len(lengths) / sum(lengths)] * len(rates))  # padding is no token, a pack many rows
+
+
+def test_layer_inputs_in_host_memory_change_nothing(tmp_path, data_dir, small_checkpoint):
+    training = {"gradient_checkpointing": True, "eval_strategy": "no"}
+    trained = []
+    for offloaded in (False, True):
+        folder = tmp_path / str(offloaded)
+        folder.mkdir()
+        config = write_config(folder, training_args=training, speed={"offload_checkpoints": offloaded})
+        finished = start(2, data_dir, small_checkpoint, config, "--output-dir", folder / "output")
+        assert finished.returncode == 0, finished.stderr
+        trained.append(adapter(folder / "output" / "checkpoint-4"))
+    assert largest_difference(*trained) == 0
+
+
+@pytest.mark.parametrize(("gib", "wanted"), [(80, False), (0.5, True), (None, False)])
+def test_checkpointing_is_turned_on_where_the_card_needs_it(
+    gib, wanted, monkeypatch, tmp_path, data_dir, small_checkpoint
+):
+    gpus = () if gib is None else (Gpu("a card", int(gib * GIB), (9, 0)), Gpu("a larger one", 2**40, (9, 0)))
+    monkeypatch.setattr(job, "describe", lambda: dataclasses.replace(describe(), gpus=gpus))
+    prepared = prepare(data_dir, small_checkpoint, write_config(tmp_path, training_args=AUTO))
+    assert prepared.config.checkpointing is wanted
+    (note,) = [note for note in prepared.notes if note.startswith("gradient_checkpointing auto")]
+    assert str(wanted).lower() in note and ("GiB predicted" in note) == (gib is not None)
 
 
 def test_grouping_by_length_puts_rows_of_like_length_into_a_batch(tmp_path, data_dir, small_checkpoint):

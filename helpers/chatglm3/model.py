@@ -5,11 +5,13 @@ the map while it streams a checkpoint in, and its reverse while it writes one, u
 """
 
 import os
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
@@ -67,6 +69,18 @@ def weight_map() -> list[WeightRenaming | WeightConverter]:
 register_checkpoint_conversion_mapping(ChatGLM3Config.model_type, weight_map(), overwrite=True)
 
 
+def _in_a_call_of(layer: nn.Module, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """``function(*args)`` as if ``layer`` computed it: ZeRO-3 gathers the weights of layers that are called."""
+    own = vars(layer).get("forward")
+    layer.forward = function
+    try:
+        return layer(*args)
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
 class ChatGLM3ForCausalLM(GlmForCausalLM):
     """``GlmForCausalLM`` whose checkpoints are in ChatGLM3's published layout.
 
@@ -94,12 +108,17 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
     def forward(
         self, *args: Any, labels: torch.Tensor | None = None, places: torch.Tensor | None = None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
-        if labels is None or self.loss_chunk is None:
+        # With an adapter on it, the output layer is more than a matrix.
+        if labels is None or self.loss_chunk is None or type(self.lm_head) is not nn.Linear:
             return super().forward(*args, labels=labels, **kwargs)
         counted = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(*args, **kwargs).last_hidden_state
         wanted = following(labels).flatten()
-        loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, wanted, self.loss_chunk, places)
+
+        def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+            return chunked_cross_entropy(hidden, self.lm_head.weight, wanted, self.loss_chunk, places)
+
+        loss = _in_a_call_of(self.lm_head, loss_of, hidden.flatten(0, 1))
         if counted is not None:  # the tokens of the whole step, on all ranks: its share of their mean
             trained = (wanted != IGNORED).sum() if places is None else places.numel()
             loss = loss * trained / counted

@@ -36,6 +36,7 @@ TOP_KEYS = (
     *("quantization_bit", "speed", "training_args", "peft_config"),
 )
 QUANTIZATION_BITS = (8, 4)
+AUTO = "auto"
 DEFAULT_SEED = 42
 WORTH_A_WARNING_MIB = 100
 
@@ -52,16 +53,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Speed:
-    """What makes the same training faster; everything is off where nothing is said.
+    """What makes the same training faster or smaller; off where nothing is said, but for the loss, which is the same.
 
     ``packing`` is the length in tokens of a pack, several rows in one sequence (``helpers.finetune.packing``), and
     ``per_device_train_batch_size`` then counts packs. ``compile_layers`` compiles each layer with ``torch.compile``.
-    ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.chunked_loss``).
+    ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.chunked_loss``), None all of them.
+    ``offload_checkpoints`` keeps the layers' inputs, which gradient checkpointing keeps, in host memory.
     """
 
     packing: int | None = None
     compile_layers: bool = False
-    loss_chunk: int | None = None
+    loss_chunk: int | None = 1024
+    offload_checkpoints: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,13 @@ class FinetuneConfig:
     quantization_bit: int | None = None
     speed: Speed = field(default_factory=Speed)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def checkpointing(self) -> bool | str:
+        """Whether layers are computed again in backward; "auto" where the job looks whether the card needs it."""
+        keys = ("gradient_checkpointing", "activation_checkpointing")
+        asked = next((self.training[key] for key in keys if self.training.get(key)), False)
+        return asked if asked == AUTO else bool(asked)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
@@ -120,14 +130,15 @@ def _quantization_bit(raw: dict[str, Any], source: str) -> int | None:
 def _speed(block: dict[str, Any], source: str) -> Speed:
     where = f"{source}, speed"
     _check_keys(block, [f.name for f in dataclasses.fields(Speed)], where)
-    compiled = block.get("compile_layers", False)
-    if not isinstance(compiled, bool):
-        raise UserError(f"{where}: compile_layers must be true or false, not {compiled!r}")
-    sizes = {key: block.get(key) or None for key in ("packing", "loss_chunk")}  # false and 0 turn off, like null
+    for key in ("compile_layers", "offload_checkpoints"):
+        if not isinstance(block.get(key, False), bool):
+            raise UserError(f"{where}: {key} must be true or false, not {block[key]!r}")
+    # false and 0 turn off, like null
+    sizes = {key: block[key] or None for key in ("packing", "loss_chunk") if key in block}
     for key, value in sizes.items():
         if value is not None:
             _positive_int({key: value}, key, 0, where)
-    return Speed(compile_layers=compiled, **sizes)
+    return Speed(**block | sizes)
 
 
 def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
@@ -272,16 +283,18 @@ def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> No
         raise UserError(f"quantization_bit {bits} needs the package bitsandbytes: pip install bitsandbytes==0.50.2")
 
 
-def check_speed(speed: Speed, deepspeed: dict[str, Any] | None) -> None:
-    """Raise UserError where a key of ``speed`` meets ZeRO-3, which must see every layer begin and end."""
-    if (deepspeed or {}).get("zero_optimization", {}).get("stage") != 3:
-        return
-    for key, wanted in (("compile_layers", speed.compile_layers), ("loss_chunk", speed.loss_chunk)):
-        if wanted:
-            raise UserError(
-                f"speed: {key} does not go with ZeRO-3, which gathers a layer's weights when it is called; leave it "
-                "out, or use configs/ds_zero_2.json or no DeepSpeed file"
-            )
+def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
+    """Raise UserError where a key of ``speed`` meets what it does not go with."""
+    if config.speed.compile_layers and (deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            "speed: compile_layers does not go with ZeRO-3, which gathers a layer's weights when it is called; leave "
+            "it out, or use configs/ds_zero_2.json or no DeepSpeed file"
+        )
+    if config.speed.offload_checkpoints and not config.checkpointing:
+        raise UserError(
+            "speed: offload_checkpoints is for the inputs that gradient checkpointing keeps, which is off: say "
+            "gradient_checkpointing: true under training_args"
+        )
 
 
 def precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardware: str) -> str:

@@ -1,5 +1,6 @@
 """The fine-tune before it starts: everything that can be checked without loading a weight."""
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from helpers.finetune.dataset import (
 from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
 from helpers.hardware import Machine, describe, mixed_precision
+from helpers.memory.predict import read_shape
+from helpers.memory.predict.jobs import configuration_of
+from helpers.memory.predict.planner import fits
+from helpers.memory.timeline import GIB
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,22 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
     return Data(train_features, training_features(dev, limits), answers, [train.report, dev.report])
 
 
+def _decide_checkpointing(
+    config: FinetuneConfig, deepspeed: dict[str, Any] | None, model: Path, machine: Machine, ranks: Ranks, longest: int
+) -> tuple[FinetuneConfig, str]:
+    """``gradient_checkpointing: auto`` as true where the smallest GPU could not hold the job without it; and a note."""
+    wanted, why = False, "no GPU here whose memory is known"
+    sizes = [gpu.total_bytes for gpu in machine.gpus if gpu.total_bytes is not None]
+    if sizes:
+        job = configuration_of(config, deepspeed, shape=read_shape(model), ranks=ranks.world_size, length=longest)
+        fit = fits(job, min(sizes))
+        wanted = not fit
+        why = f"{fit.needed / GIB:.1f} GiB predicted without it, {fit.usable / GIB:.1f} usable"
+    training = {key: value for key, value in config.training.items() if key != "activation_checkpointing"}
+    decided = dataclasses.replace(config, training=training | {"gradient_checkpointing": wanted})
+    return decided, f"gradient_checkpointing auto -> {str(wanted).lower()}: {why}"
+
+
 def prepare(
     data_dir: Path,
     model_dir: str,
@@ -133,7 +154,7 @@ def prepare(
         if differ:
             raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(differ)}; say auto")
     configuration.check_quantization(config.quantization_bit, deepspeed)
-    configuration.check_speed(config.speed, deepspeed)
+    configuration.check_speed(config, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])
     resume_from = _resume_point(output_dir, resume)
     if resume_from is not None and read_quantization_bit(resume_from) != config.quantization_bit:
@@ -149,4 +170,8 @@ def prepare(
     notes += [f"warning: {warning.message}" for warning in warned]
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = _read_data(data_dir, config, tokenizer, notes)
+    if config.checkpointing == configuration.AUTO:
+        longest = max(map(len, data.train["input_ids"][:]))
+        config, note = _decide_checkpointing(config, deepspeed, model, machine, ranks, longest)
+        notes.append(note)
     return Job(config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, notes)

@@ -28,8 +28,15 @@ class Ranks:
     store: dist.Store | None
 
     @classmethod
-    def from_environment(cls) -> "Ranks":
-        """Read what torchrun put into the environment; a process that it did not start is rank 0 of 1."""
+    def from_environment(cls, *, group_of_one: bool) -> "Ranks":
+        """Read what torchrun put into the environment; a process that it did not start is rank 0 of 1.
+
+        Without ``group_of_one``, which DeepSpeed needs, torchrun's only rank forgets that it is one: libraries would
+        make a process group from the environment, with half a gibibyte of the GPU and nobody to talk to.
+        """
+        if os.environ.get("WORLD_SIZE") == "1" and not group_of_one:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
         if "RANK" not in os.environ:
             return cls(0, 0, 1, 1, None)
         store, rank, world_size = next(dist.rendezvous("env://"))

@@ -1,6 +1,6 @@
-"""Measurements of the 6B fine-tune as a table and as parts of a bar: what the README and chapter 14 show.
+"""Measurements of the 6B fine-tune as tables and figures: what the README and chapter 14 show.
 
-python -m helpers.finetune.results        writes the table into README.md, between its markers
+python -m helpers.finetune.results    writes the tables into README.md, between their markers, and the figure it shows
 """
 
 import json
@@ -10,19 +10,24 @@ from typing import Any
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
 from helpers.memory.timeline import GIB
+from helpers.plots import CourseFigure, rates_and_memory, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "finetune_6b.json"
-BEGIN, END = "<!-- results: finetune_6b -->", "<!-- end of results -->"
+SPEED_RESULTS = RESULTS.with_name("speed_6b.json")
+SPEED_FIGURE = RESULTS.with_name("speed_6b.png")
+END = "<!-- end of results -->"
+# What ChatGLM3's authors gave for their recipe, and the cards that many have. GiB.
+MEMORY_MARKS = {"published: 14,082 MiB": 14082 / 1024, "24 GB": 24.0}
 # Per trained parameter: fp32 weight, gradient, and Adam's two moments.
 TRAINED_BYTES = 16
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
-    """What tests/benchmarks/finetune_6b.py wrote. Raises UserError where there is nothing."""
+    """What the benchmark of that name in tests/benchmarks wrote. Raises UserError where there is nothing."""
     if not path.is_file():
         raise UserError(
-            f"no measurements in {path}; tests/benchmarks/finetune_6b.py writes them on a machine with GPUs"
+            f"no measurements in {path}; tests/benchmarks/{path.stem}.py writes them on a machine with GPUs"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -58,7 +63,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for label, run in results["runs"].items():
-        used = max(p - b for p, b in zip(run["nvml_peak_gib"], run["nvml_before_gib"], strict=True))
+        used = nvml_used(run)
         slowest, fastest = run["tokens_per_second_per_gpu_range"]
         lines.append(
             f"| {label} | {run['ranks']} | {run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f}) "
@@ -79,20 +84,64 @@ def markdown_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, table: str) -> str:
-    """``text`` with ``table`` between its markers. Raises UserError where there are none."""
-    before, begin, rest = text.partition(BEGIN)
+def nvml_used(run: dict[str, Any]) -> float:
+    """GiB of one run's fullest GPU by NVML, without what was in use before."""
+    return max(p - b for p, b in zip(run["nvml_peak_gib"], run["nvml_before_gib"], strict=True))
+
+
+def speed_table(results: dict[str, Any]) -> str:
+    """One row per run of the speed benchmark: speed, share of the matrix product's rate, seconds, NVML's peak."""
+    runs = results["runs"]
+    first = next(iter(runs.values()))["tokens_per_second_per_gpu"]
+    lines = [
+        f"| LoRA, r = 8, rows of {results['mean_tokens']:.0f} tokens | GPUs | tokens/s per GPU | times the first "
+        f"| of the product's {results['product_tflops']:.0f} TFLOP/s | rows/s | seconds a step | NVML peak, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, run in runs.items():
+        rate = run["tokens_per_second_per_gpu"]
+        slowest, fastest = run["tokens_per_second_per_gpu_range"]
+        lines.append(
+            f"| {label} | {run['ranks']} | {rate:,.0f} ({slowest:,.0f} to {fastest:,.0f}) | {rate / first:.1f} "
+            f"| {run['share_of_product_rate']:.0%} | {run['samples_per_second']:.0f} | {run['step_seconds']:.2f} "
+            f"| {nvml_used(run):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def speed_figure(results: dict[str, Any]) -> CourseFigure:
+    """The runs of the speed benchmark on one GPU as bars: speed, with its range, and memory."""
+    alone = {label: run for label, run in results["runs"].items() if run["ranks"] == 1}
+    return rates_and_memory(
+        {r: (v["tokens_per_second_per_gpu"], *v["tokens_per_second_per_gpu_range"]) for r, v in alone.items()},
+        {label: nvml_used(run) for label, run in alone.items()},
+        MEMORY_MARKS,
+        "LoRA on ChatGLM3-6B, one H100" if "H100" in results["machine"]["gpus"][0]["name"] else "LoRA on ChatGLM3-6B",
+    )
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between the markers of that ``name``. Raises UserError where there are none."""
+    marker = f"<!-- results: {name} -->"
+    before, begin, rest = text.partition(marker)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"README.md has no place for the table; put {BEGIN} and {END} where it belongs")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+        raise UserError(f"README.md has no place for the table; put {marker} and {END} where it belongs")
+    return f"{before}{marker}\n{table}\n{END}{after}"
+
+
+def with_tables(text: str) -> str:
+    """The README's ``text`` with the newest measurements."""
+    text = with_table(text, RESULTS.stem, markdown_table(read_results()))
+    return with_table(text, SPEED_RESULTS.stem, speed_table(read_results(SPEED_RESULTS)))
 
 
 def main() -> None:
     readme = ROOT / "README.md"
-    text = with_table(readme.read_text(encoding="utf-8"), markdown_table(read_results()))
+    text = with_tables(readme.read_text(encoding="utf-8"))
     with replacing(readme) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    save_figure(speed_figure(read_results(SPEED_RESULTS)), SPEED_FIGURE)
 
 
 if __name__ == "__main__":

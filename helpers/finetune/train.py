@@ -67,7 +67,7 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
         given["dataloader_num_workers"] = cores
     if job.data.dev is None:
         given["eval_strategy"] = "no"
-    if given.get("gradient_checkpointing") or given.get("activation_checkpointing"):
+    if job.config.checkpointing:
         # The reentrant kind needs an input that requires gradients, which frozen embeddings do not give: it would
         # silently train nothing.
         given["activation_checkpointing"] = True
@@ -79,7 +79,7 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
         if on_cpu:
             skip_cpu_collectives()
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **{
                 **given,
                 "output_dir": str(job.output_dir),
@@ -88,6 +88,9 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
                 "use_cpu": on_cpu,
                 "ddp_backend": given.get("ddp_backend", "gloo" if on_cpu and ranks.store else None),
                 "ddp_find_unused_parameters": False,
+                "ddp_broadcast_buffers": given.get("ddp_broadcast_buffers", False),  # rotary tables, alike on all
+                # A copy to the GPU that is waited for empties the GPU's queue in every step.
+                "accelerator_config": {"non_blocking": not on_cpu} | (given.get("accelerator_config") or {}),
                 "deepspeed": job.deepspeed,
                 "remove_unused_columns": False,
                 "label_names": ["labels"],
@@ -99,6 +102,10 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"training_args: {' '.join(str(error).split())}") from error
+    if ranks.store is None and arguments.n_gpu > 1:
+        # A process alone trains on one GPU. The Trainer would split its batches over all it sees (nn.DataParallel).
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
@@ -185,6 +192,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
         data_collator=TrainingCollator(job.tokenizer.pad_token_id),
         processing_class=job.tokenizer,
         counter=counter,
+        offload_checkpoints=job.config.speed.offload_checkpoints,
         pack_collator=PackCollator.of(job.data.train, packing, job.tokenizer.pad_token_id) if packing else None,
         answer_features=job.data.answers if job.config.predict_with_generate else None,
         max_new_tokens=job.config.max_new_tokens,
@@ -283,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; under torchrun, one rank of it."""
     arguments = _arguments(argv)
     quiet_libraries()
-    ranks = Ranks.from_environment()
+    ranks = Ranks.from_environment(group_of_one=arguments.deepspeed is not None)
     try:
         status = _run(arguments, ranks)
     except UserError as error:

@@ -1,6 +1,7 @@
 """transformers' Trainer for a LoRA adapter: small checkpoints, whole or not at all, and scored answers."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from helpers.activation_memory import OffloadedActivations
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
 from helpers.finetune.evaluate import predict
@@ -19,6 +21,7 @@ from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
 from helpers.finetune.speed import as_it_was
+from helpers.memory.predict.activations import CHECKPOINTS_IN_FLIGHT
 
 
 def _shared(value: Any) -> Any:
@@ -34,6 +37,7 @@ class LoraTrainer(Trainer):
     """Trains a ``PeftModel``; only its adapter is saved.
 
     ``pack_collator`` makes batches of training features that are packs; evaluation always pads.
+    ``offload_checkpoints`` keeps what gradient checkpointing keeps in host memory.
     ``answer_features`` (of ``evaluation_features``) are answered at each evaluation, greedily, and scored.
     """
 
@@ -41,6 +45,7 @@ class LoraTrainer(Trainer):
         self,
         *,
         counter: WorkCounter,
+        offload_checkpoints: bool = False,
         pack_collator: PackCollator | None = None,
         answer_features: Dataset | None = None,
         max_new_tokens: int = 512,
@@ -49,6 +54,7 @@ class LoraTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.counter = counter
+        self.offload_checkpoints = offload_checkpoints
         self.pack_collator = pack_collator
         self.answer_features = answer_features
         self.max_new_tokens = max_new_tokens
@@ -69,6 +75,11 @@ class LoraTrainer(Trainer):
         if self.model.training:
             self.counter.add(tokens, rows)
         return super()._prepare_inputs(inputs)
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        offloaded = self.offload_checkpoints and self.model.training
+        with OffloadedActivations(self.model, in_flight=CHECKPOINTS_IN_FLIGHT) if offloaded else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         with as_it_was(self.model):

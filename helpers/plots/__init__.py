@@ -5,7 +5,7 @@ the same from a script, a rank or a notebook, and none is left open.
 """
 
 from helpers.plots.activations import kept_tensors, memory_history, trade_off
-from helpers.plots.bars import bars_by_rank, stacked_seconds
+from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
 from helpers.plots.communication import collective, rank_groups, transfer_times
 from helpers.plots.curves import beside_formula, bytes_over_moments
 from helpers.plots.matrices import matrix_parts
@@ -44,6 +44,7 @@ __all__ = [
     "model_sizes",
     "prediction_errors",
     "rank_groups",
+    "rates_and_memory",
     "save_figure",
     "score_bars",
     "smoothed",

@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 from helpers.errors import UserError
-from helpers.plots.style import BLACK, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, CourseFigure, label_axes, new_figure
+from helpers.plots.style import (
+    BLACK,
+    BLUE,
+    RANK_COLOURS,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    VERMILION,
+    CourseFigure,
+    label_axes,
+    new_figure,
+)
 
 
 def bars_by_rank(
@@ -63,4 +73,41 @@ def stacked_seconds(
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     fig.legend(loc="outside lower center", ncols=6, fontsize=SMALL_SIZE, frameon=False)
+    return fig
+
+
+def rates_and_memory(
+    rates: Mapping[str, tuple[float, float, float]], memory: Mapping[str, float], marks: Mapping[str, float], title: str
+) -> CourseFigure:
+    """Ways of doing the same, a row each: tokens per second and GPU on the left, GiB of that GPU on the right.
+
+    ``rates`` are ``(median, slowest, fastest)``; the last two are drawn as a line. ``marks`` are sizes in GiB, drawn
+    across all rows. Raises :class:`UserError` where the two are not of the same rows, or there are none.
+    """
+    if not rates or list(rates) != list(memory):
+        raise UserError(f"rates of {list(rates)} and memory of {list(memory)}; give both for the same rows")
+    fig = new_figure(title, width=13, height=2.2 + 0.46 * len(rates))
+    left, right = fig.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    places = range(len(rates))
+    medians = [median for median, _, _ in rates.values()]
+    left.barh(places, medians, height=0.66, color=BLUE)
+    for place, (median, slowest, fastest) in enumerate(rates.values()):
+        left.plot([slowest, fastest], [place, place], color=BLACK, linewidth=2)
+        left.text(fastest, place, f"  {median:,.0f}", va="center", fontsize=SMALL_SIZE)
+    right.barh(places, list(memory.values()), height=0.66, color=VERMILION)
+    for place, used in enumerate(memory.values()):
+        right.text(used, place, f"  {used:.1f}", va="center", fontsize=SMALL_SIZE)
+    for (name, size), style in zip(marks.items(), cycle(("--", ":")), strict=False):
+        right.axvline(size, color=BLACK, linewidth=1.6, linestyle=style, label=name)
+    left.set_xlim(0, 1.2 * max(fastest for _, _, fastest in rates.values()))
+    right.set_xlim(0, 1.2 * max(*memory.values(), *marks.values()))
+    left.set_ylim(len(rates) - 0.4, -0.6)
+    label_axes(left, "", "tokens/s per GPU (line: slowest to fastest)", "")
+    label_axes(right, "", "NVML peak, GiB", "")
+    left.set_yticks(places, list(rates), fontsize=SMALL_SIZE)
+    for axes in (left, right):
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    fig.legend(loc="outside lower right", ncols=len(marks), fontsize=SMALL_SIZE, frameon=False)
     return fig

@@ -17,13 +17,30 @@ def read_job(
 ) -> Configuration:
     """The job that ``python -m helpers.finetune.train`` would start with these files on ``ranks`` GPUs with bf16.
 
-    ``length`` is the longest row in tokens; None takes the longest that the file allows. Raises UserError.
+    ``length`` is the longest row in tokens, and of no matter to packs; None takes the longest that the file allows.
+    Raises UserError.
     """
     job = finetune.read(config_file)
     deepspeed = finetune.read_deepspeed(deepspeed_file) if deepspeed_file else None
+    return configuration_of(job, deepspeed, shape=shape, ranks=ranks, length=length, source=str(deepspeed_file))
+
+
+def configuration_of(
+    job: finetune.FinetuneConfig,
+    deepspeed: dict[str, Any] | None,
+    *,
+    shape: ModelShape,
+    ranks: int,
+    length: int | None,
+    source: str = "the DeepSpeed file",
+) -> Configuration:
+    """The same for files that were read already; ``source`` names the DeepSpeed file in messages.
+
+    ``gradient_checkpointing: auto`` counts as off, which is what the job looks at first.
+    """
     kind = finetune.precision(job.training, deepspeed, "bf16")
     training = job.training
-    strategy = _strategy(deepspeed, ranks, shape, str(deepspeed_file)) if deepspeed is not None else _without(ranks)
+    strategy = _strategy(deepspeed, ranks, shape, source) if deepspeed is not None else _without(ranks)
     targets = job.lora["target_modules"]
     return Configuration(
         shape=shape,
@@ -36,18 +53,18 @@ def read_job(
         strategy=strategy,
         rows=training.get("per_device_train_batch_size", DEFAULT_ROWS),
         # A row is cut to the sum of both limits and one (helpers.finetune.dataset).
-        length=length or job.speed.packing or job.max_input_length + job.max_output_length + 1,
+        length=job.speed.packing or length or job.max_input_length + job.max_output_length + 1,
         padded=job.speed.packing is None,
-        checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
+        checkpointing=job.checkpointing is True,
         base_bits=job.quantization_bit or 16,
         accumulation=training.get("gradient_accumulation_steps", 1),
         loss_chunk=job.speed.loss_chunk,
+        offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
     )
 
 
 def _without(ranks: int) -> Strategy:
-    # torchrun with one process makes a group of one, and the Trainer then wraps the model in DDP all the same.
-    return Strategy("ddp", ranks)
+    return Strategy("ddp", ranks) if ranks > 1 else Strategy()
 
 
 def _strategy(deepspeed: dict[str, Any], ranks: int, shape: ModelShape, source: str) -> Strategy:

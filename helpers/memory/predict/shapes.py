@@ -170,6 +170,7 @@ class Configuration:
     ``accumulation`` is the number of micro-batches to a step. ``expandable_segments`` is torch's allocator with
     PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF). ``loss_chunk`` is the number
     of tokens whose logits exist at a time (helpers.chunked_loss); None is the plain loss, which makes all of them.
+    ``offloaded_checkpoints``: with ``checkpointing``, the layers' inputs are in host memory.
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -184,6 +185,7 @@ class Configuration:
     accumulation: int = 1
     expandable_segments: bool = False
     loss_chunk: int | None = None
+    offloaded_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, "precision", PRECISIONS)

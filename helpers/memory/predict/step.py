@@ -154,7 +154,8 @@ class Step:
         held = self._passing + self._buckets + self._gradients(done)
         held["activations"] += self._layer_backward() + total(pinned(c))
         if c.checkpointing:
-            held["activations"] += total(checkpoints(c)) // c.shape.layers
+            layer_input, rotary = checkpoints(c)
+            held["activations"] += layer_input.size + rotary.total
             return held + self._recomputed()
         return held + Counter({"activations": total(self._layer), "parameters": total(self._layer, weights=True)})
 
