@@ -3,7 +3,17 @@
 import pytest
 
 from helpers.errors import UserError
-from helpers.finetune.results import BEGIN, END, RESULTS, ROOT, markdown_table, memory_parts, read_results, with_table
+from helpers.finetune.results import (
+    END,
+    ROOT,
+    SPEED_RESULTS,
+    memory_parts,
+    nvml_used,
+    read_results,
+    speed_figure,
+    with_table,
+    with_tables,
+)
 from helpers.memory.timeline import GIB
 
 
@@ -30,12 +40,31 @@ def test_the_published_buckets_cost_no_more_than_their_size():
 
 def test_the_readme_shows_the_newest_measurements():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_table(text, markdown_table(read_results(RESULTS))) == text
+    assert with_tables(text) == text
+
+
+def test_the_fast_configurations_are_as_fast_and_as_small_as_the_course_says():
+    runs = read_results(SPEED_RESULTS)["runs"]
+    published, fast = (runs[name] for name in ("published recipe", "lora_fast.yaml: packing, compiled layers"))
+    assert fast["tokens_per_second_per_gpu"] > 10 * published["tokens_per_second_per_gpu_range"][1]
+    assert nvml_used(runs["lora_24gb.yaml"]) < 22 and nvml_used(runs["lora_14gb.yaml"]) < 13.4
+    # The same rows in the same order, whatever makes them faster: the losses of packed runs agree.
+    one, every = (runs[f"8 packs a step, {gpus}"]["loss"] for gpus in ("one GPU", "every GPU"))
+    assert one == pytest.approx(every, abs=5e-3)
+
+
+def test_the_speed_figure_has_a_bar_for_each_run_on_one_gpu():
+    runs = read_results(SPEED_RESULTS)["runs"]
+    left, right = speed_figure(read_results(SPEED_RESULTS)).axes
+    alone = [name for name, run in runs.items() if run["ranks"] == 1]
+    assert [label.get_text() for label in left.get_yticklabels()] == alone
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([nvml_used(runs[name]) for name in alone])
 
 
 def test_missing_files_and_markers_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no measurements"):
         read_results(tmp_path / "none.json")
     with pytest.raises(UserError, match="no place"):
-        with_table("no markers", "table")
-    assert with_table(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\nnew\n{END} b"
+        with_table("no markers", "some", "table")
+    begin = "<!-- results: some -->"
+    assert with_table(f"a {begin} old {END} b", "some", "new") == f"a {begin}\nnew\n{END} b"

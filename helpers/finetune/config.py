@@ -59,12 +59,14 @@ class Speed:
     ``per_device_train_batch_size`` then counts packs. ``compile_layers`` compiles each layer with ``torch.compile``.
     ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.chunked_loss``), None all of them.
     ``offload_checkpoints`` keeps the layers' inputs, which gradient checkpointing keeps, in host memory.
+    ``expandable_segments`` lets torch's allocator grow its segments, so that no holes are left between them.
     """
 
     packing: int | None = None
     compile_layers: bool = False
     loss_chunk: int | None = 1024
     offload_checkpoints: bool = False
+    expandable_segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _quantization_bit(raw: dict[str, Any], source: str) -> int | None:
 def _speed(block: dict[str, Any], source: str) -> Speed:
     where = f"{source}, speed"
     _check_keys(block, [f.name for f in dataclasses.fields(Speed)], where)
-    for key in ("compile_layers", "offload_checkpoints"):
+    for key in ("compile_layers", "offload_checkpoints", "expandable_segments"):
         if not isinstance(block.get(key, False), bool):
             raise UserError(f"{where}: {key} must be true or false, not {block[key]!r}")
     # false and 0 turn off, like null

@@ -32,7 +32,7 @@ from helpers.finetune.quiet import quiet_libraries
 from helpers.finetune.ranks import Ranks, StopOnSignal
 from helpers.finetune.recorder import Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
-from helpers.finetune.speed import as_it_was, make_fast
+from helpers.finetune.speed import as_it_was, make_fast, set_allocator
 from helpers.finetune.trainer import LoraTrainer
 from helpers.hardware import apply_nccl_environment
 from helpers.memory.nvml import Sampler
@@ -65,6 +65,11 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
     if given.get("dataloader_num_workers", 0) > cores:
         notes.append(f"dataloader_num_workers {given['dataloader_num_workers']} -> {cores}: cores of a rank here")
         given["dataloader_num_workers"] = cores
+    if given.get("dataloader_num_workers"):
+        # The rows of a step are there when it begins, those of an epoch's first one, too.
+        given.setdefault("dataloader_persistent_workers", True)
+        a_step = -(-given.get("gradient_accumulation_steps", 1) // given["dataloader_num_workers"])
+        given.setdefault("dataloader_prefetch_factor", 2 * a_step)
     if job.data.dev is None:
         given["eval_strategy"] = "no"
     if job.config.checkpointing:
@@ -171,6 +176,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
     """Load, train, evaluate. None where there is nothing to evaluate, on ranks other than 0, or after a signal."""
     notes: list[str] = list(job.notes)
     arguments = _training_arguments(job, ranks, notes)
+    set_allocator(job.config.speed, arguments.device)
     with phases.phase("load model"):
         model = _load(job, arguments, ranks)
     trainable = _count(model, trainable=True)

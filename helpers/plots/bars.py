@@ -12,6 +12,7 @@ from helpers.plots.style import (
     TEXT_SIZE,
     VERMILION,
     CourseFigure,
+    ink_on,
     label_axes,
     new_figure,
 )
@@ -96,7 +97,8 @@ def rates_and_memory(
         left.text(fastest, place, f"  {median:,.0f}", va="center", fontsize=SMALL_SIZE)
     right.barh(places, list(memory.values()), height=0.66, color=VERMILION)
     for place, used in enumerate(memory.values()):
-        right.text(used, place, f"  {used:.1f}", va="center", fontsize=SMALL_SIZE)
+        # At the bar's foot, where no mark is in the way.
+        right.text(0, place, f"  {used:.1f}", va="center", fontsize=SMALL_SIZE, color=ink_on(VERMILION))
     for (name, size), style in zip(marks.items(), cycle(("--", ":")), strict=False):
         right.axvline(size, color=BLACK, linewidth=1.6, linestyle=style, label=name)
     left.set_xlim(0, 1.2 * max(fastest for _, _, fastest in rates.values()))

@@ -38,7 +38,7 @@ FAST = "lora_fast.yaml"
 class Run:
     """``config`` with changes in ``speed`` and ``training``; ``ranks`` None is every GPU.
 
-    ``packs`` is how many a step takes on all GPUs together, in few steps, each of which is measured.
+    ``packs`` is how many a step takes on all GPUs together, in fewer steps.
     """
 
     name: str
@@ -76,7 +76,7 @@ def write_config(folder: Path, run: Run) -> Path:
     raw["training_args"] |= {"eval_strategy": "no"} | run.training
     if run.packs:
         ranks = run.ranks or torch.cuda.device_count()
-        few = {"max_steps": 10, "logging_steps": 1, "gradient_accumulation_steps": run.packs // ranks}
+        few = {"max_steps": 24, "logging_steps": 4, "gradient_accumulation_steps": run.packs // ranks}
         raw["training_args"] |= few
     raw["speed"] = raw.get("speed", {}) | run.speed
     path = folder / f"{run.name.replace(' ', '-').replace(',', '').replace(':', '')}.yaml"

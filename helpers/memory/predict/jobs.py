@@ -58,6 +58,7 @@ def configuration_of(
         checkpointing=job.checkpointing is True,
         base_bits=job.quantization_bit or 16,
         accumulation=training.get("gradient_accumulation_steps", 1),
+        expandable_segments=job.speed.expandable_segments,
         loss_chunk=job.speed.loss_chunk,
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
     )
