@@ -17,7 +17,7 @@ def set_allocator(speed: Speed, device: torch.device) -> None:
     """Let torch's allocator on ``device`` work as ``speed`` says; call it before anything is loaded."""
     if speed.expandable_segments and device.type == "cuda":
         # PYTORCH_ALLOC_CONF says the same, but whoever starts the job would have to know it.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def make_fast(model: PeftModel, speed: Speed) -> None:
