@@ -79,6 +79,10 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
         given.pop("gradient_checkpointing", None)
         given.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     on_cpu = job.precision == "no"
+    accelerator = given.get("accelerator_config") or {}
+    if isinstance(accelerator, dict):  # or the name of a file
+        # A copy to the GPU that is waited for empties the GPU's queue in every step.
+        accelerator = {"non_blocking": not on_cpu} | accelerator
     if job.deepspeed:
         share_world_group()
         if on_cpu:
@@ -94,8 +98,7 @@ def _training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArg
                 "ddp_backend": given.get("ddp_backend", "gloo" if on_cpu and ranks.store else None),
                 "ddp_find_unused_parameters": False,
                 "ddp_broadcast_buffers": given.get("ddp_broadcast_buffers", False),  # rotary tables, alike on all
-                # A copy to the GPU that is waited for empties the GPU's queue in every step.
-                "accelerator_config": {"non_blocking": not on_cpu} | (given.get("accelerator_config") or {}),
+                "accelerator_config": accelerator,
                 "deepspeed": job.deepspeed,
                 "remove_unused_columns": False,
                 "label_names": ["labels"],
@@ -198,7 +201,8 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
         data_collator=TrainingCollator(job.tokenizer.pad_token_id),
         processing_class=job.tokenizer,
         counter=counter,
-        offload_checkpoints=job.config.speed.offload_checkpoints,
+        # "auto" may have found that nothing has to be computed again; all activations are not to go to the host.
+        offload_checkpoints=job.config.speed.offload_checkpoints and job.config.checkpointing,
         pack_collator=PackCollator.of(job.data.train, packing, job.tokenizer.pad_token_id) if packing else None,
         answer_features=job.data.answers if job.config.predict_with_generate else None,
         max_new_tokens=job.config.max_new_tokens,

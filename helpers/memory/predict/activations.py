@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from helpers.memory.predict.shapes import Configuration
 
 FP32 = 4
-# Bytes of layer inputs that may be on their way to host memory, or back, beside the one in use (a choice: 4 layers of
-# 2,048 tokens of the 6B model, of which the copies take a third of the time that a layer computes).
+# Bytes of layer inputs that may be on their way to host memory, or back, beside the one in use. A choice: those of 4
+# layers with 2,048 tokens of the 6B model.
 CHECKPOINTS_IN_FLIGHT = 2**26
 INT64 = 8
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
