@@ -149,6 +149,8 @@ def label(configuration: Configuration) -> str:
     parts += ["optimizer in host memory"] if strategy.offload_optimizer else []
     parts += ["parameters in host memory"] if strategy.offload_parameters else []
     parts += ["checkpointing"] if configuration.checkpointing else []
+    offloaded = configuration.checkpointing and configuration.offloaded_checkpoints
+    parts += ["layer inputs in host memory"] if offloaded else []
     return " + ".join(parts)
 
 
