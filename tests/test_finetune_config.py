@@ -54,6 +54,8 @@ def test_own_configs_are_read_without_a_decision_left_to_state():
         ({"speed": {"packing": -1}}, ["speed", "packing", "-1"]),
         ({"speed": {"packing": True}}, ["speed", "packing", "True"]),
         ({"speed": {"compile_layers": "yes"}}, ["speed", "compile_layers", "'yes'"]),
+        ({"speed": {"offload_checkpoints": 1}}, ["speed", "offload_checkpoints", "1"]),
+        ({"training_args": {"gradient_checkpointing": "on demand"}}, ["gradient_checkpointing", "auto", "on demand"]),
     ],
 )
 def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key(change, named):

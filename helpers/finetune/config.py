@@ -37,6 +37,7 @@ TOP_KEYS = (
 )
 QUANTIZATION_BITS = (8, 4)
 AUTO = "auto"
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
 DEFAULT_SEED = 42
 WORTH_A_WARNING_MIB = 100
 
@@ -92,8 +93,7 @@ class FinetuneConfig:
     @property
     def checkpointing(self) -> bool | str:
         """Whether layers are computed again in backward; "auto" where the job looks whether the card needs it."""
-        keys = ("gradient_checkpointing", "activation_checkpointing")
-        asked = next((self.training[key] for key in keys if self.training.get(key)), False)
+        asked = next((self.training[key] for key in CHECKPOINTING if self.training.get(key)), False)
         return asked if asked == AUTO else bool(asked)
 
 
@@ -153,6 +153,8 @@ def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str,
         name = RENAMED.get(key, key)
         if name not in known:
             raise UserError(f"{source}, training_args: unknown key {key!r}{_nearest(key, [*known, *RENAMED])}")
+        if name in CHECKPOINTING and value not in (True, False, None, AUTO):
+            raise UserError(f"{source}, training_args: {key} must be true, false or auto, not {value!r}")
         if name != key:
             notes.append(f"{key} is called {name} today")
         training[name] = "group_by_length" if key == "group_by_length" and value is True else value
