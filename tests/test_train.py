@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "tests" / "data"
 ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, store=None)
 STEPS = 4
-AUTO = {"gradient_checkpointing": "auto"}
 
 CONFIG = {
     "data_config": {"train_file": "train.json", "val_file": "dev.json"},
@@ -171,7 +170,9 @@ def test_checkpointing_is_turned_on_where_the_card_needs_it(
 ):
     gpus = () if gib is None else (Gpu("a card", int(gib * GIB), (9, 0)), Gpu("a larger one", 2**40, (9, 0)))
     monkeypatch.setattr(job, "describe", lambda: dataclasses.replace(describe(), gpus=gpus))
-    prepared = prepare(data_dir, small_checkpoint, write_config(tmp_path, training_args=AUTO))
+    prepared = prepare(
+        data_dir, small_checkpoint, write_config(tmp_path, training_args={"gradient_checkpointing": "auto"})
+    )
     assert prepared.config.checkpointing is wanted
     (note,) = [note for note in prepared.notes if note.startswith("gradient_checkpointing auto")]
     assert str(wanted).lower() in note and ("GiB predicted" in note) == (gib is not None)

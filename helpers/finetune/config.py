@@ -131,16 +131,17 @@ def _quantization_bit(raw: dict[str, Any], source: str) -> int | None:
 
 def _speed(block: dict[str, Any], source: str) -> Speed:
     where = f"{source}, speed"
-    _check_keys(block, [f.name for f in dataclasses.fields(Speed)], where)
-    for key in ("compile_layers", "offload_checkpoints", "expandable_segments"):
-        if not isinstance(block.get(key, False), bool):
-            raise UserError(f"{where}: {key} must be true or false, not {block[key]!r}")
-    # false and 0 turn off, like null
-    sizes = {key: block[key] or None for key in ("packing", "loss_chunk") if key in block}
-    for key, value in sizes.items():
-        if value is not None:
-            _positive_int({key: value}, key, 0, where)
-    return Speed(**block | sizes)
+    types = {f.name: f.type for f in dataclasses.fields(Speed)}
+    _check_keys(block, types, where)
+    for key, value in block.items():
+        if types[key] is bool:
+            if not isinstance(value, bool):
+                raise UserError(f"{where}: {key} must be true or false, not {value!r}")
+        elif value:
+            _positive_int(block, key, value, where)
+        else:
+            block[key] = None  # false and 0 turn off, like null
+    return Speed(**block)
 
 
 def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
@@ -274,11 +275,16 @@ def contradictions(deepspeed: dict[str, Any], training: dict[str, Any], world_si
     return found
 
 
+def zero_stage(deepspeed: dict[str, Any] | None) -> int:
+    """ZeRO stage of a DeepSpeed file; 0 without one."""
+    return (deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+
 def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> None:
     """Raise UserError where quantised weights meet ZeRO-3, or their library is missing."""
     if bits is None:
         return
-    if (deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+    if zero_stage(deepspeed) == 3:
         raise UserError(
             f"quantization_bit {bits} does not go with ZeRO-3, which would cut codes from their scales: use "
             "configs/ds_zero_2.json, or no DeepSpeed file"
@@ -289,7 +295,7 @@ def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> No
 
 def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
     """Raise UserError where a key of ``speed`` meets what it does not go with."""
-    if config.speed.compile_layers and (deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+    if config.speed.compile_layers and zero_stage(deepspeed) == 3:
         raise UserError(
             "speed: compile_layers does not go with ZeRO-3, which gathers a layer's weights when it is called; leave "
             "it out, or use configs/ds_zero_2.json or no DeepSpeed file"
@@ -330,7 +336,7 @@ def bucket_bytes(deepspeed: dict[str, Any], element_bytes: int) -> int:
     """
     zero = deepspeed.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size", 5e8)
-    if zero.get("stage", 0) not in (1, 2) or bucket == "auto":
+    if zero_stage(deepspeed) not in (1, 2) or bucket == "auto":
         return 0
     return (2 if zero.get("overlap_comm") else 1) * int(bucket) * element_bytes
 

@@ -61,7 +61,7 @@ class Job:
     @property
     def zero_stage(self) -> int:
         """ZeRO stage of the DeepSpeed file; 0 without one."""
-        return (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+        return configuration.zero_stage(self.deepspeed)
 
 
 def _resume_point(output_dir: Path, resume: bool) -> Path | None:
@@ -78,10 +78,11 @@ def _resume_point(output_dir: Path, resume: bool) -> Path | None:
     return None
 
 
-def _packing_note(rows: Dataset, packs: Dataset, capacity: int) -> str:
-    tokens = sum(map(sum, packs["lengths"][:]))
+def _packing_note(packs: Dataset, capacity: int) -> str:
+    lengths = packs["lengths"][:]
+    rows, tokens = sum(map(len, lengths)), sum(map(sum, lengths))
     return (
-        f"packing: {len(rows):,} rows into {len(packs):,} packs of {capacity:,} tokens, "
+        f"packing: {rows:,} rows into {len(packs):,} packs of {capacity:,} tokens, "
         f"{tokens / (len(packs) * capacity):.1%} full"
     )
 
@@ -92,11 +93,8 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
     train = read_split(find_split(folder, names.train_file), tokenizer, limits, training=True, num_proc=names.num_proc)
     train_features = training_features(train, limits)
     if config.speed.packing:
-        rows, train_features = (
-            train_features,
-            packed_features(train_features, config.speed.packing, config.training["seed"]),
-        )
-        notes.append(_packing_note(rows, train_features, config.speed.packing))
+        train_features = packed_features(train_features, config.speed.packing, config.training["seed"])
+        notes.append(_packing_note(train_features, config.speed.packing))
     if names.val_file is None or not (folder / names.val_file).is_file():
         missing = f"no file {names.val_file} in {folder}" if names.val_file else "no val_file given"
         notes.append(f"{missing}: evaluation is skipped")
@@ -171,7 +169,8 @@ def prepare(
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = _read_data(data_dir, config, tokenizer, notes)
     if config.checkpointing == configuration.AUTO:
-        longest = max(map(len, data.train["input_ids"][:]))
+        limits = Limits(config.max_input_length, config.max_output_length)
+        longest = min(data.reports[0].tokens.max, limits.max_length)
         config, note = _decide_checkpointing(config, deepspeed, model, machine, ranks, longest)
         notes.append(note)
     return Job(config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, notes)

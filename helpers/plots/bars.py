@@ -12,6 +12,7 @@ from helpers.plots.style import (
     TEXT_SIZE,
     VERMILION,
     CourseFigure,
+    grid_along_x,
     ink_on,
     label_axes,
     new_figure,
@@ -71,8 +72,7 @@ def stacked_seconds(
     axes.set_ylim(len(predicted) - 0.4, -0.6)
     axes.set_xlim(0, 1.06 * max(*left, *measured.values(), 0.0))
     label_axes(axes, "", "seconds a step", "")
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    grid_along_x(axes)
     fig.legend(loc="outside lower center", ncols=6, fontsize=SMALL_SIZE, frameon=False)
     return fig
 
@@ -109,7 +109,6 @@ def rates_and_memory(
     left.set_yticks(places, list(rates), fontsize=SMALL_SIZE)
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+        grid_along_x(axes)
     fig.legend(loc="outside lower right", ncols=len(marks), fontsize=SMALL_SIZE, frameon=False)
     return fig

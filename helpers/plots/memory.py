@@ -24,6 +24,7 @@ from helpers.plots.style import (
     TEXT_SIZE,
     VERMILION,
     CourseFigure,
+    grid_along_x,
     label_axes,
     new_figure,
 )
@@ -148,8 +149,7 @@ def _finish_bars(fig: CourseFigure, axes: Axes, axis: str, right: float, kinds: 
     axes.invert_yaxis()
     axes.set_xlim(0, right)
     label_axes(axes, "", axis, "")
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
-    axes.grid(axis="y", visible=False)
+    grid_along_x(axes)
     axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
     if kinds:
         fig.legend(
@@ -286,8 +286,7 @@ def prediction_errors(configurations: Mapping[str, tuple[int, int]], title: str)
     label_axes(left, "Peak of the fullest GPU", f"GPU memory ({unit.name})", "")
     label_axes(right, "Error of the prediction", "percent of what was measured", "")
     for axes in (left, right):
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
-        axes.grid(axis="y", visible=False)
+        grid_along_x(axes)
     right.tick_params(axis="y", length=0, labelleft=False)
     fig.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=SMALL_SIZE, frameon=False

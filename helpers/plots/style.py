@@ -88,6 +88,12 @@ def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def grid_along_x(axes: Axes) -> None:
+    """Grid lines where values run to the right, as lying bars do, instead of :func:`label_axes`'s."""
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+
+
 def legend_below(axes: Axes) -> None:
     """A legend under the axis label, in as many columns as fit: it never covers a curve."""
     handles, labels = axes.get_legend_handles_labels()

@@ -54,14 +54,12 @@ def write_rows(folder: Path) -> None:
     (folder / "train.json").write_text(text, encoding="utf-8")
 
 
-def write_config(folder: Path) -> Path:
-    """configs/lora.yaml, cut to a few steps, without evaluation, and with the logits of all tokens at once."""
-    raw = yaml.safe_load((ROOT / "configs" / "lora.yaml").read_text(encoding="utf-8"))
-    raw["training_args"] |= {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_steps": STEPS}
-    raw["training_args"] |= {"eval_strategy": "no"}
-    raw["speed"] = {"loss_chunk": 0}
+def write_config(path: Path, base: str, training: dict[str, Any], speed: dict[str, Any]) -> Path:
+    """Write the configuration named ``base`` to ``path``, without evaluation and with the changes in two blocks."""
+    raw = yaml.safe_load((ROOT / "configs" / base).read_text(encoding="utf-8"))
     raw["data_config"].pop("val_file")
-    path = folder / "lora.yaml"
+    raw["training_args"] |= {"eval_strategy": "no"} | training
+    raw["speed"] = raw.get("speed", {}) | speed
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
 
@@ -129,7 +127,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)
-        config = write_config(folder)
+        few = {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_steps": STEPS}
+        # The logits of all tokens at once, as the published recipe makes them.
+        config = write_config(folder / "lora.yaml", "lora.yaml", few, {"loss_chunk": 0})
         for label, deepspeed in RUNS.items():
             output_dir = folder / f"run-{len(runs)}"
             command = torchrun_command(folder, arguments.checkpoint, config, deepspeed, output_dir=output_dir)

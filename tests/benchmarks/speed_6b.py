@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from finetune_6b import ROOT, ensure_checkpoint, mean_tokens, summary, write_results, write_rows
+from finetune_6b import ROOT, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune.launch import run_command, torchrun_command
 from helpers.finetune.results import SPEED_RESULTS
 from helpers.memory.predict import ModelShape
 
-CONFIGS = ROOT / "configs"
 PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"
 STEPS, LOGGING_STEPS = 30, 5
 # What transformers does where nothing is said, as at the time of the published recipe.
@@ -68,20 +66,14 @@ RUNS = [
 ]
 
 
-def write_config(folder: Path, run: Run) -> Path:
-    """The run's configuration, cut to a few steps and without evaluation."""
-    raw = yaml.safe_load((CONFIGS / run.config).read_text(encoding="utf-8"))
-    raw["data_config"].pop("val_file")
-    raw["training_args"] |= {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_strategy": "no"}
-    raw["training_args"] |= {"eval_strategy": "no"} | run.training
+def write_run(folder: Path, run: Run) -> Path:
+    """The run's configuration, cut to a few steps."""
+    training = {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_strategy": "no"} | run.training
     if run.packs:
         ranks = run.ranks or torch.cuda.device_count()
-        few = {"max_steps": 24, "logging_steps": 4, "gradient_accumulation_steps": run.packs // ranks}
-        raw["training_args"] |= few
-    raw["speed"] = raw.get("speed", {}) | run.speed
+        training |= {"max_steps": 24, "logging_steps": 4, "gradient_accumulation_steps": run.packs // ranks}
     path = folder / f"{run.name.replace(' ', '-').replace(',', '').replace(':', '')}.yaml"
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return path
+    return write_config(path, run.config, training, run.speed)
 
 
 def product_rate() -> float:
@@ -129,7 +121,7 @@ def main() -> None:
             command = torchrun_command(
                 folder,
                 arguments.checkpoint,
-                write_config(folder, run),
+                write_run(folder, run),
                 run.deepspeed,
                 output_dir=output_dir,
                 nprocs=run.ranks,
