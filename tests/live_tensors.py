@@ -32,7 +32,7 @@ def fused_dropout(x, p=0.5, training=True, inplace=False):
 
 def batch(c: Configuration) -> dict[str, torch.Tensor]:
     ids = torch.ones(c.rows, c.length, dtype=torch.long)
-    mask = {"attention_mask": torch.ones(c.rows, 1, c.length, c.length, dtype=torch.bool).tril()} if c.padded else {}
+    mask = {"attention_mask": torch.ones(c.rows, 1, c.length, c.length, dtype=torch.bool).tril()} if c.masked else {}
     return {"input_ids": ids, "labels": ids, **mask}
 
 

@@ -71,7 +71,8 @@ def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key
 
 def test_of_speed_only_what_changes_no_result_is_on_where_nothing_is_said():
     said = config.parse(MINIMAL, "my.yaml").speed
-    assert said.loss_chunk and not (said.packing or said.compile_layers or said.offload_checkpoints)
+    assert said.loss_chunk and not said.padding_mask
+    assert not (said.packing or said.compile_layers or said.offload_checkpoints)
     off = config.parse({**MINIMAL, "speed": {"packing": False, "loss_chunk": 0}}, "my.yaml").speed
     assert off == config.Speed(loss_chunk=None)
     read = config.read(CONFIGS / "lora_fast.yaml").speed

@@ -15,7 +15,7 @@ from helpers.errors import UserError
 from helpers.finetune.config import Speed
 from helpers.finetune.dataset import IGNORED_LABEL, TrainingCollator
 from helpers.finetune.packing import PackCollator, pack, packed_features
-from helpers.finetune.speed import as_it_was, make_fast
+from helpers.finetune.speed import ORDINARY, RIGHT_PADDED, as_it_was, make_fast
 
 CAPACITY, PAD = 40, 0
 LENGTHS = (11, 29, 7, 18, 5, 23, 13)
@@ -113,6 +113,29 @@ def test_packed_rows_train_as_padded_ones(chunk):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(ours, right, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_rows_padded_on_the_right_train_without_a_mask_as_with_one():
+    padded = TrainingCollator(PAD)(list(rows()))
+    counted = padded["places"].numel()
+    model = lora_model()
+    found = {}
+    for masked, implementation in ((True, ORDINARY), (False, RIGHT_PADDED)):
+        make_fast(model, Speed(padding_mask=masked))
+        assert model.get_base_model().config._attn_implementation == implementation
+        found[masked] = loss_and_gradients(model, padded, counted)
+    assert found[False][0].item() == pytest.approx(found[True][0].item(), rel=1e-5)
+    for mine, theirs in zip(found[False][1], found[True][1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    # Without a mask, padding in front of a row would be seen: the implementation is for the padding on the right.
+    ids = torch.randint(3, 400, (1, 9))
+    front = torch.cat([torch.full((1, 5), PAD), ids], dim=1)
+    mask = (front != PAD).long()
+    with torch.no_grad():
+        alone, seen = model(ids).logits[:, -1], model(front, attention_mask=mask).logits[:, -1]
+        with as_it_was(model):
+            hidden = model(front, attention_mask=mask).logits[:, -1]
+    assert torch.allclose(alone, hidden, atol=1e-4) and not torch.allclose(alone, seen, atol=1e-2)
 
 
 def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():

@@ -206,6 +206,7 @@ def test_dropout_off_keeps_no_mask(monkeypatch):
 def test_kernels():
     assert attention_kernel(Configuration()) == "flash"
     assert attention_kernel(Configuration(padded=True)) == "efficient"
+    assert attention_kernel(Configuration(padded=True, padding_mask=False)) == "flash"
     assert attention_kernel(Configuration(precision="fp32")) == "math"
     assert attention_kernel(Configuration(ModelShape(kv_groups=32), precision="fp32")) == "efficient"
 
@@ -242,10 +243,12 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
 
 
 def job_of_the_benchmark(deepspeed):
-    """What finetune_6b.json measured on one GPU: logits of all tokens, and torchrun's only rank made a group of one."""
+    """What finetune_6b.json measured on one GPU: transformers' loss and mask, torchrun's only rank a group of one."""
     # 183 tokens is the longest row of that benchmark.
     job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), ranks=1, length=183)
-    return dataclasses.replace(job, loss_chunk=None, strategy=job.strategy if deepspeed else Strategy("ddp", 1))
+    return dataclasses.replace(
+        job, loss_chunk=None, padding_mask=True, strategy=job.strategy if deepspeed else Strategy("ddp", 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -556,7 +559,7 @@ def test_a_jobs_files_are_read_as_the_job_reads_them():
         ROOT / "tests/data/published_lora.yaml", PUBLISHED_DEEPSPEED, shape=ModelShape(), ranks=2, length=None
     )
     assert job.strategy == Strategy("zero-2", 2, overlap_comm=True)
-    assert (job.rows, job.length, job.padded, job.precision) == (4, 769, True, "bf16")
+    assert (job.rows, job.length, job.padded, job.masked, job.precision) == (4, 769, True, False, "bf16")
     assert job.trained == 3_784_704
 
 

@@ -393,6 +393,53 @@ def test_gradient_checkpointing_really_runs_each_layer_twice(tmp_path, data_dir,
     assert counts[True] == 2 * counts[False] > 0
 
 
+WATCH_FOR_WAITING = """
+import sys
+import torch
+from helpers.finetune import train
+
+class Watching(train.Recorder):
+    def on_step_begin(self, args, state, control, **kwargs):
+        # From the third step to the fifth, with all that happens between them: everything is compiled, nothing logged.
+        mode = {2: "error", 4: "default"}.get(state.global_step)
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
+
+train.Recorder = Watching
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("changes", "waits"),
+    [
+        ({}, False),
+        ({"speed": {"packing": 400, "compile_layers": True, "loss_chunk": 64}}, False),
+        ({"speed": {"offload_checkpoints": True}, "training_args": {"gradient_checkpointing": True}}, False),
+        ({"training_args": {"logging_nan_inf_filter": True}}, True),  # so that the test is known to notice
+    ],
+    ids=["rows", "packs", "layer inputs in host memory", "looking at every loss"],
+)
+def test_the_host_never_waits_for_the_gpu_between_logs(changes, waits, tmp_path, data_dir, tokenizer):
+    model = random_model(small_config(head_dim=64, eos_token_id=tokenizer.stop_token_ids))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    plain = {"max_steps": 6, "logging_steps": 6, "eval_strategy": "no", "save_strategy": "no"}
+    config = write_config(tmp_path, **merged({"training_args": plain}, changes))
+    arguments = [data_dir, tmp_path / "model", config, "--output-dir", tmp_path / "output"]
+    finished = subprocess.run(
+        [sys.executable, "-c", WATCH_FOR_WAITING, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    if waits:
+        assert finished.returncode != 0 and "called a synchronizing CUDA operation" in finished.stderr
+    else:
+        assert finished.returncode == 0, finished.stderr
+
+
 def test_the_progress_line_tells_loss_speed_memory_and_time_left():
     record = {"step": 10, "loss": 3.4212, "learning_rate": 5e-5, "grad_norm": 0.5, "tokens_per_second": 12345.6}
     record |= {"nvml_used_gib": [17.23, 16.9], "resident_gib": [3.0, 3.0]}

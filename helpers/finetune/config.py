@@ -54,11 +54,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Speed:
-    """What makes the same training faster or smaller; off where nothing is said, but for the loss, which is the same.
+    """What makes the same training faster or smaller; only what computes the same is on where nothing is said.
 
     ``packing`` is the length in tokens of a pack, several rows in one sequence (``helpers.finetune.packing``), and
     ``per_device_train_batch_size`` then counts packs. ``compile_layers`` compiles each layer with ``torch.compile``.
     ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.chunked_loss``), None all of them.
+    ``padding_mask`` gives attention a mask of the padding, which no token that counts could see without one either.
     ``offload_checkpoints`` keeps the layers' inputs, which gradient checkpointing keeps, in host memory.
     ``expandable_segments`` lets torch's allocator grow its segments, so that no holes are left between them.
     """
@@ -66,6 +67,7 @@ class Speed:
     packing: int | None = None
     compile_layers: bool = False
     loss_chunk: int | None = 1024
+    padding_mask: bool = False
     offload_checkpoints: bool = False
     expandable_segments: bool = False
 

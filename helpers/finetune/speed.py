@@ -5,12 +5,18 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers import packed_attention
 from helpers.finetune.config import Speed
 
 # Generation and padded rows: what every model starts with.
 ORDINARY = "sdpa"
+# The same for rows that are padded on the right: causal attention does not look there, so no mask is needed. For a name
+# it knows, transformers would look at the padding to see whether it needs one, and the host wait for the GPU.
+RIGHT_PADDED = "right_padded"
+AttentionInterface.register(RIGHT_PADDED, sdpa_attention_forward)
 
 
 def set_allocator(speed: Speed, device: torch.device) -> None:
@@ -28,6 +34,8 @@ def make_fast(model: PeftModel, speed: Speed) -> None:
     base.config.use_cache = False
     if speed.packing and packed_attention.has_kernel(model.device, base.dtype):
         base.set_attn_implementation(packed_attention.IMPLEMENTATION)
+    elif not speed.packing and not speed.padding_mask:
+        base.set_attn_implementation(RIGHT_PADDED)
     if speed.compile_layers:
         # One layer, not the whole model: all of them are the same code, which is compiled once, in seconds.
         for layer in base.model.layers:

@@ -30,6 +30,9 @@ from helpers.finetune.results import RESULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LOGGING_STEPS, WARM_UP_INTERVALS = 35, 5, 2
+# What transformers does where nothing is said, as at the time of the published recipe: the logits of all tokens at
+# once, and a mask of the padding.
+PLAIN = {"loss_chunk": 0, "padding_mask": True}
 RUNS = {
     "DDP": None,
     "ZeRO-2": ROOT / "configs" / "ds_zero_2.json",
@@ -128,8 +131,7 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder)
         few = {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_steps": STEPS}
-        # The logits of all tokens at once, as the published recipe makes them.
-        config = write_config(folder / "lora.yaml", "lora.yaml", few, {"loss_chunk": 0})
+        config = write_config(folder / "lora.yaml", "lora.yaml", few, PLAIN)
         for label, deepspeed in RUNS.items():
             output_dir = folder / f"run-{len(runs)}"
             command = torchrun_command(folder, arguments.checkpoint, config, deepspeed, output_dir=output_dir)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_6b import ROOT, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
+from finetune_6b import PLAIN, ROOT, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune.launch import run_command, torchrun_command
@@ -26,8 +26,7 @@ from helpers.memory.predict import ModelShape
 
 PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"
 STEPS, LOGGING_STEPS = 30, 5
-# What transformers does where nothing is said, as at the time of the published recipe.
-PLAIN_LOSS = {"loss_chunk": 0}
+# What the Trainer does where nothing is said, as at the time of the published recipe.
 WAITING = {"accelerator_config": {"non_blocking": False}, "logging_nan_inf_filter": True}
 FAST = "lora_fast.yaml"
 
@@ -50,8 +49,8 @@ class Run:
 
 # From the published recipe to all together, a step each; then each alone; then two GPUs; then little memory.
 RUNS = [
-    Run("published recipe", speed=PLAIN_LOSS, training=WAITING, deepspeed=PUBLISHED_ZERO_2),
-    Run("no DeepSpeed, no waiting", speed=PLAIN_LOSS),
+    Run("published recipe", speed=PLAIN, training=WAITING, deepspeed=PUBLISHED_ZERO_2),
+    Run("no DeepSpeed, no waiting", speed={"loss_chunk": 0}),
     Run("lora.yaml: loss in chunks"),
     Run("packing", speed={"packing": 4096}, training={"per_device_train_batch_size": 1}),
     Run("lora_fast.yaml: packing, compiled layers", FAST),

@@ -47,12 +47,12 @@ def casts_weights(configuration: Configuration) -> bool:
 def attention_kernel(configuration: Configuration) -> str:
     """Which of SDPA's kernels runs on CUDA: "flash", "efficient" or "math".
 
-    Rows of different lengths need a mask, which flash does not take; it does not take fp32 either. Without a mask
+    Flash takes neither a mask of the padding nor fp32. Without a mask
     transformers leaves the repetition of keys and values to SDPA (``use_gqa_in_sdpa``), which of the fp32 kernels only
     math can do (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.11 to 2.13). In 16 bit Hopper's cuDNN
     kernel may take the place of either fused one and keeps the same tensors.
     """
-    if configuration.padded:
+    if configuration.masked:
         return "efficient"
     if configuration.compute_bytes == 2:
         return "flash"
@@ -118,7 +118,7 @@ def _attention(configuration: Configuration) -> Iterator[Saved]:
         yield Saved("o_proj input", wide)
     padded_length = c.length if kernel == "flash" else _round_up(c.length, 32)
     yield Saved("attention log-sum-exp", c.rows * shape.heads * padded_length * FP32)
-    if c.padded:
+    if c.masked:
         # A float mask, made by every layer, its rows padded to 16 (preprocess_mask in transformers/attention.cpp).
         yield Saved("attention bias", c.rows * c.length * _round_up(c.length, 16) * c.compute_bytes)
 
@@ -171,7 +171,7 @@ def outside(configuration: Configuration) -> list[Saved]:
         saved.append(Saved("weights, 16 bit", c.shape.embedding * c.compute_bytes, weight=True))
     # Token ids and shifted labels; the mask that all layers share is boolean.
     saved.append(Saved("ids and labels", c.tokens * INT64, 2))
-    if c.padded:
+    if c.masked:
         saved.append(Saved("attention mask", c.rows * c.length**2))
     return saved
 

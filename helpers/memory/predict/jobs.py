@@ -55,6 +55,7 @@ def configuration_of(
         # A row is cut to the sum of both limits and one (helpers.finetune.dataset).
         length=job.speed.packing or length or job.max_input_length + job.max_output_length + 1,
         padded=job.speed.packing is None,
+        padding_mask=job.speed.padding_mask,
         checkpointing=job.checkpointing is True,
         base_bits=job.quantization_bit or 16,
         accumulation=training.get("gradient_accumulation_steps", 1),

@@ -166,7 +166,8 @@ class Configuration:
     ``lora`` None trains every parameter. ``precision``: "fp32"; "autocast", which is the HF Trainer's bf16=True
     (fp32 weights where all are trained, bf16 weights and an fp32 adapter under LoRA); "bf16", 16-bit weights and no
     autocast, which is what DeepSpeed's bf16 does. ``base_bits`` 8 or 4 quantises the layers' matrices under LoRA.
-    ``rows`` x ``length`` tokens run at once; ``padded`` says that rows differ in length, so that attention gets a mask.
+    ``rows`` x ``length`` tokens run at once; ``padded`` says that rows differ in length, and ``padding_mask`` that
+    attention then gets a mask of the padding, as it does in the Trainer (padding on the right needs none).
     ``accumulation`` is the number of micro-batches to a step. ``expandable_segments`` is torch's allocator with
     PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF). ``loss_chunk`` is the number
     of tokens whose logits exist at a time (helpers.chunked_loss); None is the plain loss, which makes all of them.
@@ -180,6 +181,7 @@ class Configuration:
     rows: int = 4
     length: int = 768
     padded: bool = False
+    padding_mask: bool = True
     checkpointing: bool = False
     base_bits: int = 16
     accumulation: int = 1
@@ -203,6 +205,11 @@ class Configuration:
     def tokens(self) -> int:
         """Tokens that run at once, padding included."""
         return self.rows * self.length
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention gets a mask."""
+        return self.padded and self.padding_mask
 
     @property
     def trained(self) -> int:
