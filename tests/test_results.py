@@ -46,7 +46,7 @@ def test_the_fast_configurations_are_as_fast_and_as_small_as_the_course_says():
     runs = read_results(SPEED_RESULTS)["runs"]
     published, fast = (runs[name] for name in ("published recipe", "lora_fast.yaml: packing, compiled layers"))
     assert fast["tokens_per_second_per_gpu"] > 10 * published["tokens_per_second_per_gpu_range"][1]
-    assert nvml_used(runs["lora_24gb.yaml"]) < 22 and nvml_used(runs["lora_14gb.yaml"]) < 14082 / 1024
+    assert nvml_used(runs["lora_24gb.yaml"]) < 22 and nvml_used(runs["lora_14gb.yaml"]) < 13.4
     # The same rows in the same order, whatever makes them faster: the losses of packed runs agree.
     one, every = (runs[f"8 packs a step, {gpus}"]["loss"] for gpus in ("one GPU", "every GPU"))
     assert one == pytest.approx(every, abs=5e-3)

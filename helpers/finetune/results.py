@@ -116,7 +116,7 @@ def speed_figure(results: dict[str, Any]) -> CourseFigure:
         {r: (v["tokens_per_second_per_gpu"], *v["tokens_per_second_per_gpu_range"]) for r, v in alone.items()},
         {label: nvml_used(run) for label, run in alone.items()},
         MEMORY_MARKS,
-        "LoRA on ChatGLM3-6B, one H100" if "H100" in results["machine"]["gpus"][0]["name"] else "LoRA on ChatGLM3-6B",
+        f"LoRA on ChatGLM3-6B, one {results['machine']['gpus'][0]['name']}",
     )
 
 
