@@ -14,7 +14,8 @@ from helpers.finetune.config import Speed
 # Generation and padded rows: what every model starts with.
 ORDINARY = "sdpa"
 # The same for rows that are padded on the right: causal attention does not look there, so no mask is needed. For a name
-# it knows, transformers would look at the padding to see whether it needs one, and the host wait for the GPU.
+# it knows, transformers would look at the padding to see whether it needs one, and the host wait for the GPU. This is
+# for where FlashAttention runs: of SDPA's other kernels none but the slowest shares keys between heads.
 RIGHT_PADDED = "right_padded"
 AttentionInterface.register(RIGHT_PADDED, sdpa_attention_forward)
 
@@ -32,10 +33,11 @@ def make_fast(model: PeftModel, speed: Speed) -> None:
     base.loss_chunk = speed.loss_chunk
     # With a cache transformers does not look at the position ids, and rows of a pack would see each other.
     base.config.use_cache = False
-    if speed.packing and packed_attention.has_kernel(model.device, base.dtype):
-        base.set_attn_implementation(packed_attention.IMPLEMENTATION)
-    elif not speed.packing and not speed.padding_mask:
-        base.set_attn_implementation(RIGHT_PADDED)
+    if packed_attention.has_kernel(model.device, base.dtype):
+        if speed.packing:
+            base.set_attn_implementation(packed_attention.IMPLEMENTATION)
+        elif not speed.padding_mask:
+            base.set_attn_implementation(RIGHT_PADDED)
     if speed.compile_layers:
         # One layer, not the whole model: all of them are the same code, which is compiled once, in seconds.
         for layer in base.model.layers:

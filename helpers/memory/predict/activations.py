@@ -47,10 +47,10 @@ def casts_weights(configuration: Configuration) -> bool:
 def attention_kernel(configuration: Configuration) -> str:
     """Which of SDPA's kernels runs on CUDA: "flash", "efficient" or "math".
 
-    Flash takes neither a mask of the padding nor fp32. Without a mask
-    transformers leaves the repetition of keys and values to SDPA (``use_gqa_in_sdpa``), which of the fp32 kernels only
-    math can do (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.11 to 2.13). In 16 bit Hopper's cuDNN
-    kernel may take the place of either fused one and keeps the same tensors.
+    Flash takes neither a mask of the padding nor fp32. Without a mask transformers leaves the repetition of keys and
+    values to SDPA (``use_gqa_in_sdpa``), which of the fp32 kernels only math can do
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.11 to 2.13). In 16 bit Hopper's cuDNN kernel may take
+    the place of either fused one and keeps the same tensors.
     """
     if configuration.masked:
         return "efficient"
