@@ -23,6 +23,7 @@ from helpers.finetune.packing import pack
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import progress_line, read_metrics
 from helpers.hardware import Gpu, describe
+from helpers.memory.predict.planner import fits
 from helpers.memory.timeline import GIB
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,16 @@ def command(nprocs: int, *arguments) -> list[str]:
 def start(nprocs: int, *arguments, **options) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command(nprocs, *arguments), capture_output=True, text=True, env=environment, **options)
+
+
+def start_script(script: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
+    """``script``, which changes something of the job before it starts it, without torchrun."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
 
 
 def adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -162,6 +173,21 @@ def test_layer_inputs_in_host_memory_change_nothing(tmp_path, data_dir, small_ch
         assert finished.returncode == 0, finished.stderr
         trained.append(adapter(folder / "output" / "checkpoint-4"))
     assert largest_difference(*trained) == 0
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_checkpointing_is_decided_with_the_mask_that_an_old_card_needs(
+    capability, monkeypatch, tmp_path, data_dir, small_checkpoint
+):
+    asked = []
+    monkeypatch.setattr(
+        job, "fits", lambda configuration, size: asked.append(configuration) or fits(configuration, size)
+    )
+    card = Gpu("a card", 16 * GIB, capability)
+    monkeypatch.setattr(job, "describe", lambda: dataclasses.replace(describe(), gpus=(card,)))
+    prepare(data_dir, small_checkpoint, write_config(tmp_path, training_args={"gradient_checkpointing": "auto"}))
+    (configuration,) = asked
+    assert configuration.masked == (capability < (8, 0))
 
 
 @pytest.mark.parametrize(("gib", "wanted"), [(80, False), (0.5, True), (None, False)])
@@ -381,12 +407,7 @@ def test_gradient_checkpointing_really_runs_each_layer_twice(tmp_path, data_dir,
         )
         # Without torchrun, which is one process, too.
         arguments = [data_dir, small_checkpoint, config, "--output-dir", folder / "output"]
-        finished = subprocess.run(
-            [sys.executable, "-c", COUNT_LAYER_CALLS, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+        finished = start_script(COUNT_LAYER_CALLS, *arguments, CUDA_VISIBLE_DEVICES="")
         assert finished.returncode == 0, finished.stderr
         counts[on] = int(finished.stdout.rsplit("layer calls:", 1)[1])
         assert max(t.abs().max() for n, t in adapter(folder / "output" / "checkpoint-2").items() if "lora_B" in n) > 0
@@ -427,12 +448,8 @@ def test_the_host_never_waits_for_the_gpu_between_logs(changes, waits, tmp_path,
     tokenizer.save_pretrained(tmp_path / "model")
     plain = {"max_steps": 6, "logging_steps": 6, "eval_strategy": "no", "save_strategy": "no"}
     config = write_config(tmp_path, **merged({"training_args": plain}, changes))
-    arguments = [data_dir, tmp_path / "model", config, "--output-dir", tmp_path / "output"]
-    finished = subprocess.run(
-        [sys.executable, "-c", WATCH_FOR_WAITING, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    finished = start_script(
+        WATCH_FOR_WAITING, data_dir, tmp_path / "model", config, "--output-dir", tmp_path / "output"
     )
     if waits:
         assert finished.returncode != 0 and "called a synchronizing CUDA operation" in finished.stderr

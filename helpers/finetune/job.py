@@ -118,6 +118,8 @@ def _decide_checkpointing(
     sizes = [gpu.total_bytes for gpu in machine.gpus if gpu.total_bytes is not None]
     if sizes:
         job = configuration_of(config, deepspeed, shape=read_shape(model), ranks=ranks.world_size, length=longest)
+        # FlashAttention, which does without a mask, runs where bf16 does: from Ampere on.
+        job = dataclasses.replace(job, padding_mask=job.padding_mask or mixed_precision(machine) != "bf16")
         fit = fits(job, min(sizes))
         wanted = not fit
         why = f"{fit.needed / GIB:.1f} GiB predicted without it, {fit.usable / GIB:.1f} usable"
