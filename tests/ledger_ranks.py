@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.deepspeed_setup import skip_cpu_collectives
-from helpers.memory.activations import SavedActivations
+from helpers.libraries.deepspeed import skip_cpu_collectives
 from helpers.memory.ledger import count, gather
+from helpers.memory.saved_tensors import SavedActivations
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""helpers.chunked_loss against F.cross_entropy on all logits."""
+"""helpers.activations.chunked_loss against F.cross_entropy on all logits."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.chunked_loss import chunked_cross_entropy
+from helpers.activations.chunked_loss import chunked_cross_entropy
 from helpers.errors import UserError
-from helpers.memory.activations import SavedActivations
-from helpers.memory.peak import PeakBytes
+from helpers.memory.peak_bytes import PeakBytes
+from helpers.memory.saved_tensors import SavedActivations
 from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
 
 WIDTH, VOCABULARY = 8, 37

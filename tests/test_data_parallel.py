@@ -26,7 +26,7 @@ def train(parallelise, steps=STEPS, micro_batches=1, rows=ROWS, alone=False, ign
     import helpers.parallel.data as data
     from helpers.launch import device
     from helpers.parallel.network import EQUALITY_EPSILON, weights
-    from helpers.traffic import count_traffic
+    from helpers.parallel.traffic import count_traffic
 
     rank, n = dist.get_rank(), dist.get_world_size()
     model = build(TINY, device(), seed=0 if alone else rank)  # ranks start apart: the first one's weights must win
@@ -177,7 +177,7 @@ def test_the_ring_sums_and_sends_what_the_formula_says(ranks):
     def fn():
         from helpers.launch import device
         from helpers.parallel.data import ring_all_reduce
-        from helpers.traffic import count_traffic
+        from helpers.parallel.traffic import count_traffic
 
         x = torch.arange(24.0, device=device()).view(2, 12) * (1 + dist.get_rank())
         before = x.clone()

@@ -586,7 +586,7 @@ class TestLibraries:
         def fn():
             import deepspeed
 
-            from helpers.deepspeed_setup import skip_cpu_collectives
+            from helpers.libraries.deepspeed import skip_cpu_collectives
 
             skip_cpu_collectives()
             model = torch.nn.Linear(8, 1)

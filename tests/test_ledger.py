@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.errors import UserError
-from helpers.memory.activations import SavedActivations, block_name
 from helpers.memory.categories import CATEGORIES
 from helpers.memory.ledger import Ledger, count, gather
+from helpers.memory.saved_tensors import SavedActivations, block_name
 from helpers.memory.storages import storages, tensors_in
 
 ROOT = Path(__file__).parents[1]

@@ -50,7 +50,7 @@ def expected():
 def train(layout, schedule):
     from helpers.launch import device
     from helpers.parallel.mesh import Parallel3D, device_mesh
-    from helpers.traffic import count_traffic
+    from helpers.parallel.traffic import count_traffic
 
     mesh = device_mesh(layout, device())
     parallel = Parallel3D(build(TINY, device()), TINY, mesh, MICRO_BATCHES, LENGTH, schedule)

@@ -34,8 +34,8 @@ def alone():
 def with_deepspeed(path):
     import torch.distributed as dist
 
-    from helpers.deepspeed_setup import fill_auto, work_on
     from helpers.launch import device
+    from helpers.libraries.deepspeed import fill_auto, work_on
     from helpers.parallel.network import EQUALITY_EPSILON
 
     work_on(device())

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from small_chatglm import random_model, small_config
 
-from helpers import packed_attention
+from helpers.config.finetune import Speed
 from helpers.errors import UserError
-from helpers.finetune.config import Speed
+from helpers.finetune import packed_attention
 from helpers.finetune.dataset import IGNORED_LABEL, TrainingCollator
 from helpers.finetune.packing import PackCollator, pack, packed_features
 from helpers.finetune.speed import ORDINARY, RIGHT_PADDED, as_it_was, make_fast

@@ -31,7 +31,7 @@ from helpers.parallel.pipeline import (
     zero_bubble,
     zero_bubble_idle_fraction,
 )
-from helpers.parallel.pipeline.split import defer_weight_gradients
+from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.stages import part_costs
 from helpers.parallel.pipeline.timeline import needs, result, transfers
 
@@ -329,7 +329,7 @@ def trained(stages, step, steps=STEPS):
 
 
 def all_schedules(names, micro_batches):
-    from helpers.traffic import count_traffic
+    from helpers.parallel.traffic import count_traffic
 
     found = {}
     for name in names:
@@ -462,8 +462,8 @@ def test_torchs_schedules_train_the_same():
 
 
 def with_deepspeed(micro_batches):
-    from helpers.deepspeed_setup import work_on
     from helpers.launch import device
+    from helpers.libraries.deepspeed import work_on
 
     work_on(device())
     import deepspeed

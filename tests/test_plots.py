@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.errors import UserError
+from helpers.memory.allocator import Block, Segment
 from helpers.memory.phases import Phase
-from helpers.memory.segments import Block, Segment
 from helpers.memory.timeline import GpuCurve, Timeline
 from helpers.plots import (
     CATEGORY_COLOURS,

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_tensors import glm, live_peaks, saved_bytes
 
+from helpers.activations.chunked_loss import chunked_cross_entropy
 from helpers.chatglm3 import ChatGLM3Config
-from helpers.chunked_loss import chunked_cross_entropy
 from helpers.errors import UserError
 from helpers.finetune.results import SPEED_RESULTS, nvml_used, read_results
 from helpers.memory.categories import ITEMS
-from helpers.memory.peak import PeakBytes
+from helpers.memory.peak_bytes import PeakBytes
 from helpers.memory.predict import (
     Configuration,
     Lora,
@@ -30,9 +30,9 @@ from helpers.memory.predict import (
     read_shape,
 )
 from helpers.memory.predict.__main__ import main
-from helpers.memory.predict.activations import attention_kernel, kept, total
 from helpers.memory.predict.jobs import read_job
 from helpers.memory.predict.planner import fits, rank_strategies, traffic
+from helpers.memory.predict.saved_tensors import attention_kernel, kept, total
 from helpers.memory.predict.states import states
 from helpers.memory.predict.step import EMBEDDING, FIRST_GRADIENT, LOSS, LOSS_BACKWARD, STEP, Step
 from helpers.memory.timeline import GIB

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.launch import run
-from helpers.memory.activations import SavedActivations
 from helpers.memory.ledger import count
 from helpers.memory.predict import Configuration
-from helpers.memory.predict.activations import pinned, total
+from helpers.memory.predict.saved_tensors import pinned, total
 from helpers.memory.predict.states import base_bytes, matrix_bytes
+from helpers.memory.saved_tensors import SavedActivations
 from helpers.parallel.network import TINY, batch, largest_difference
 from helpers.quantization.formats import error, int4_rows, int8_rows, nf4, nf4_levels
 from helpers.quantization.library import elements

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers.assets import TINY_DATA
+from helpers.config import finetune as config
 from helpers.errors import UserError
-from helpers.finetune import config
 from helpers.finetune.checkpoints import QUANTIZATION_FILE, read_quantization_bit
 from helpers.finetune.export import export
 from helpers.finetune.generate import answer, load_for_inference

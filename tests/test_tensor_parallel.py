@@ -103,7 +103,7 @@ def test_it_communicates_in_the_precision_of_the_network(options):
 def two_backwards():
     from helpers.launch import device
     from helpers.parallel.tensor import parallelize
-    from helpers.traffic import count_traffic
+    from helpers.parallel.traffic import count_traffic
 
     model = build(SHAPE, device())
     parallelize(model, **AGAIN)
@@ -302,7 +302,7 @@ def row_parallel(sequence_parallel):
 
     from helpers.launch import device
     from helpers.parallel.tensor import RowParallelLinear
-    from helpers.parallel.tensor.conjugates import reduce, reduce_scatter
+    from helpers.parallel.tensor.collectives import reduce, reduce_scatter
 
     group, rank, n = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -415,10 +415,10 @@ def test_the_networks_loss_ignores_and_normalises_as_transformers_does(kept):
 
 def traffic_and_memory(layers, whole=False, **options):
     from helpers.launch import device
-    from helpers.memory.activations import SavedActivations
     from helpers.memory.ledger import count
+    from helpers.memory.saved_tensors import SavedActivations
     from helpers.parallel.tensor import parallelize
-    from helpers.traffic import count_traffic
+    from helpers.parallel.traffic import count_traffic
 
     shape = dataclasses.replace(TINY, layers=layers)
     model = build(shape, device())

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers import traffic
 from helpers.launch import run
+from helpers.parallel import traffic
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux counts, others do not")
 def test_a_broadcast_sends_its_tensor_to_every_other_rank():
     def fn(mib):
-        from helpers.traffic import loopback_bytes
+        from helpers.parallel.traffic import loopback_bytes
 
         x = torch.ones(mib << 18)
         dist.barrier()
@@ -47,7 +47,7 @@ def _collectives(calls: int):
     """Every kind of collective, ``calls`` times; what was counted, by name."""
     import torch.distributed._functional_collectives as functional
 
-    from helpers.traffic import count_traffic
+    from helpers.parallel.traffic import count_traffic
 
     rank, n, x = dist.get_rank(), dist.get_world_size(), torch.ones(240)
     pair = [dist.new_group(ranks) for ranks in ([0, 1], [2])][0 if rank < 2 else 1]
@@ -101,7 +101,7 @@ def test_every_collective_is_counted_with_what_it_must_send():
 
 def test_ddps_all_reduces_are_counted_in_backward():
     def fn():
-        from helpers.traffic import count_traffic
+        from helpers.parallel.traffic import count_traffic
 
         model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(100, 100, bias=False))
         with count_traffic() as forward:

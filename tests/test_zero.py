@@ -48,7 +48,7 @@ def zero(stage, model, group=None, bucket_bytes=200 * KIB):
 def train(stage, prepare=plain, micro_batches=1, max_norm=None):
     """The weights after STEPS steps on this rank's rows, or on all of them (stage 0); norms; bytes of the last step."""
     from helpers.launch import device
-    from helpers.traffic import count_traffic
+    from helpers.parallel.traffic import count_traffic
 
     rank, n = dist.get_rank(), dist.get_world_size()
     model = build(TINY, device(), seed=rank if stage else 0)  # ranks start apart: the first one's weights must win

@@ -17,9 +17,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from helpers.activations.chunked_loss import IGNORED, chunked_cross_entropy, following
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.config import ChatGLM3Config
-from helpers.chunked_loss import IGNORED, chunked_cross_entropy, following
 
 
 class SplitQueryKeyValue(ConversionOps):

@@ -19,10 +19,10 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch.nn.utils.rnn import pad_sequence
 
+from helpers.activations.chunked_loss import IGNORED as IGNORED_LABEL
+from helpers.activations.chunked_loss import following
 from helpers.chatglm3.chat import Message, Turn, conversation_turns, encode_conversation
 from helpers.chatglm3.tokenizer import ROLE_TOKENS, ChatGLMTokenizer
-from helpers.chunked_loss import IGNORED as IGNORED_LABEL
-from helpers.chunked_loss import following
 from helpers.errors import UserError
 
 SHOWN_PROBLEMS = 5

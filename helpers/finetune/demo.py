@@ -9,7 +9,7 @@ from pathlib import Path
 from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.assets.advertise import SHOWN_PROMPT
 from helpers.errors import exit_with_one_line
-from helpers.finetune.launch import run_command, torchrun_command
+from helpers.finetune.torchrun import run_command, torchrun_command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -31,7 +31,7 @@ def main() -> None:
 
     from helpers.finetune.checkpoints import complete_checkpoints
     from helpers.finetune.generate import answer, load_for_inference  # heavy, and only needed now
-    from helpers.finetune.quiet import quiet_libraries
+    from helpers.libraries.quiet import quiet_libraries
 
     quiet_libraries()
     checkpoint = complete_checkpoints(output_dir)[-1]

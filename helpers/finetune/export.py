@@ -20,7 +20,7 @@ from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import check_disk_space, check_new_folder, creating_folder
 from helpers.finetune.generate import ADAPTER_CONFIG, base_model, find_checkpoint, load_for_inference
-from helpers.finetune.quiet import quiet_libraries
+from helpers.libraries.quiet import quiet_libraries
 
 LAYOUTS = ("published", "glm")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

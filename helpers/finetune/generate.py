@@ -23,10 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 from helpers.chatglm3.chat import Message, encode_conversation, parse_answer
 from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
+from helpers.config.finetune import check_quantization
 from helpers.errors import UserError, exit_with_one_line, positive
 from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
-from helpers.finetune.config import check_quantization
-from helpers.finetune.quiet import quiet_libraries
+from helpers.libraries.quiet import quiet_libraries
 from helpers.quantization.library import keep_layout, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"

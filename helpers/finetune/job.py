@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 import helpers.chatglm3  # noqa: F401  (registers the published layout)
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
+from helpers.config import finetune as configuration
+from helpers.config.finetune import FinetuneConfig
 from helpers.errors import UserError
-from helpers.finetune import config as configuration
 from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
-from helpers.finetune.config import FinetuneConfig
 from helpers.finetune.dataset import (
     Limits,
     SplitReport,

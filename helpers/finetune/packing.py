@@ -1,7 +1,7 @@
 """Several short rows in one sequence of fixed length, a *pack*: no computation goes into padding, and shapes stay.
 
 A row still sees itself alone: position ids begin at 0 in every row, and attention ends at its boundaries
-(``helpers.packed_attention``). What is left of a pack is filled with padding, which is a row of its own.
+(``helpers.finetune.packed_attention``). What is left of a pack is filled with padding, which is a row of its own.
 """
 
 import bisect

@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from helpers import packed_attention
-from helpers.finetune.config import Speed
+from helpers.config.finetune import Speed
+from helpers.finetune import packed_attention
 
 # Generation and padded rows: what every model starts with.
 ORDINARY = "sdpa"

@@ -21,20 +21,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+from helpers.config.finetune import bucket_warning
 from helpers.errors import UserError
-from helpers.finetune.config import bucket_warning
 from helpers.finetune.dataset import TrainingCollator
 from helpers.finetune.evaluate import Evaluation, evaluate
 from helpers.finetune.job import Job, prepare
 from helpers.finetune.packing import PackCollator
-from helpers.finetune.quiet import quiet_libraries
 from helpers.finetune.ranks import Ranks, StopOnSignal
 from helpers.finetune.recorder import Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
 from helpers.finetune.speed import as_it_was, make_fast, set_allocator
 from helpers.finetune.trainer import LoraTrainer
 from helpers.hardware import apply_nccl_environment
+from helpers.libraries.deepspeed import share_world_group, skip_cpu_collectives
+from helpers.libraries.quiet import quiet_libraries
 from helpers.memory.nvml import Sampler
 from helpers.memory.phases import PhaseLog
 from helpers.memory.timeline import GIB

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from helpers.activation_memory import OffloadedActivations
+from helpers.activations.checkpointing import OffloadedActivations
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
 from helpers.finetune.evaluate import predict
@@ -21,7 +21,7 @@ from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
 from helpers.finetune.speed import as_it_was
-from helpers.memory.predict.activations import CHECKPOINTS_IN_FLIGHT
+from helpers.memory.predict.saved_tensors import CHECKPOINTS_IN_FLIGHT
 
 
 def _shared(value: Any) -> Any:

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.errors import UserError
-from helpers.memory.activations import SavedActivations
 from helpers.memory.categories import CATEGORIES
+from helpers.memory.saved_tensors import SavedActivations
 from helpers.memory.storages import storages, tensors_in
 from helpers.memory.units import unit_for
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from helpers.errors import UserError
 from helpers.memory.predict import Configuration, ModelShape
-from helpers.memory.predict.activations import layer, total
+from helpers.memory.predict.saved_tensors import layer, total
 from helpers.parallel.mesh import Layout
 from helpers.parallel.pipeline import cut
 from helpers.parallel.pipeline.stages import part_costs

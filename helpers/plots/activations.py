@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Patch
 
 from helpers.errors import UserError
-from helpers.memory.segments import Block, Segment
+from helpers.memory.allocator import Block, Segment
 from helpers.memory.units import unit_for
 from helpers.plots.style import (
     RANK_COLOURS,

@@ -21,12 +21,12 @@ import yaml
 
 from helpers.assets import TINY_DATA
 from helpers.chatglm3.tokenizer import is_published_tokenizer
+from helpers.config.finetune import bucket_bytes
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
-from helpers.finetune.config import bucket_bytes
-from helpers.finetune.launch import run_command, torchrun_command
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.results import RESULTS
+from helpers.finetune.torchrun import run_command, torchrun_command
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LOGGING_STEPS, WARM_UP_INTERVALS = 35, 5, 2

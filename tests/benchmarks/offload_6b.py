@@ -142,7 +142,7 @@ class WithLoss(nn.Module):
 
 def deepspeed_config(setting: Setting) -> dict[str, Any]:
     """The setting's file, with a value for every "auto"."""
-    from helpers.deepspeed_setup import fill_auto
+    from helpers.libraries.deepspeed import fill_auto
 
     content = json.loads((CONFIGS / setting.deepspeed).read_text(encoding="utf-8"))
     filled = fill_auto(content, rows=setting.rows, dtype=torch.bfloat16, accumulation=setting.accumulation)
@@ -176,7 +176,7 @@ def host_adam(parameters: Iterator[nn.Parameter], prefer_deepspeed: bool) -> tor
 
 def with_deepspeed(shape: ModelShape, setting: Setting, prefer_deepspeed: bool) -> tuple[Any, Any, str]:
     """(loss of a batch, what follows it: backward and step, the optimizer's class)."""
-    from helpers.deepspeed_setup import work_on
+    from helpers.libraries.deepspeed import work_on
 
     work_on(device())
     import deepspeed
@@ -356,7 +356,7 @@ def build_adam() -> tuple[str, float]:
     """Compile DeepSpeed's CPU Adam once, in one rank; the class that can be used, and the seconds it took."""
     import deepspeed
 
-    from helpers.deepspeed_setup import skip_cpu_collectives
+    from helpers.libraries.deepspeed import skip_cpu_collectives
 
     begin = time.perf_counter()
     skip_cpu_collectives()

@@ -184,8 +184,8 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
 
 def prepare_deepspeed() -> None:
     """What has to be settled before DeepSpeed starts."""
-    from helpers.deepspeed_setup import work_on
     from helpers.launch import device
+    from helpers.libraries.deepspeed import work_on
 
     work_on(device())
 

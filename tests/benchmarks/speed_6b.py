@@ -20,8 +20,8 @@ import torch
 from finetune_6b import PLAIN, ROOT, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.finetune.launch import run_command, torchrun_command
 from helpers.finetune.results import SPEED_RESULTS
+from helpers.finetune.torchrun import run_command, torchrun_command
 from helpers.memory.predict import ModelShape
 
 PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from helpers.errors import UserError, exit_with_one_line, positive
 from helpers.memory.predict import constants
-from helpers.memory.predict.moments import Prediction, predict
-from helpers.memory.predict.planner import Ranked, fits, label, rank_strategies
-from helpers.memory.predict.shapes import (
+from helpers.memory.predict.configuration import (
     KINDS,
     PRECISIONS,
     Configuration,
@@ -22,6 +20,8 @@ from helpers.memory.predict.shapes import (
     Strategy,
     read_shape,
 )
+from helpers.memory.predict.planner import Ranked, fits, label, rank_strategies
+from helpers.memory.predict.prediction import Prediction, predict
 from helpers.memory.timeline import GIB
 
 # What a job's files decide; saying it again beside them would be silently wrong one way or the other.

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GlmConfig, GlmForCausalLM
 
-from helpers.memory.predict.shapes import Configuration
+from helpers.memory.predict.configuration import Configuration
 
 
 def base_model(configuration: Configuration, device: torch.device | str) -> nn.Module:

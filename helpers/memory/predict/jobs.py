@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from helpers.config import finetune
 from helpers.errors import UserError
-from helpers.finetune import config as finetune
 from helpers.memory.predict import constants
-from helpers.memory.predict.shapes import Configuration, Lora, ModelShape, Strategy
+from helpers.memory.predict.configuration import Configuration, Lora, ModelShape, Strategy
 
 # transformers.TrainingArguments and peft.LoraConfig, where the file leaves it open.
 DEFAULT_ROWS, DEFAULT_RANK, DEFAULT_DROPOUT = 8, 8, 0.0

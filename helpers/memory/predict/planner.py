@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from helpers.errors import UserError
 from helpers.memory.predict import constants
-from helpers.memory.predict.moments import Prediction, predict
-from helpers.memory.predict.shapes import Configuration, Strategy
+from helpers.memory.predict.configuration import Configuration, Strategy
+from helpers.memory.predict.prediction import Prediction, predict
 from helpers.memory.timeline import GIB
 
 # Elements; what helps an adapter or a layer of the 6B model, where DeepSpeed's defaults take gigabytes (configs/).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from helpers.errors import UserError
-from helpers.memory.predict.shapes import Configuration
+from helpers.memory.predict.configuration import Configuration
 
 ADAM = 2
 FP32 = 4

@@ -8,7 +8,8 @@ the first layer and the last the sum changes evenly, so that its ends are enough
 from collections import Counter
 
 from helpers.memory.predict import constants
-from helpers.memory.predict.activations import (
+from helpers.memory.predict.configuration import Configuration
+from helpers.memory.predict.saved_tensors import (
     ATTENTION_INPUTS,
     FP32,
     casts_weights,
@@ -19,7 +20,6 @@ from helpers.memory.predict.activations import (
     pinned,
     total,
 )
-from helpers.memory.predict.shapes import Configuration
 from helpers.memory.predict.states import states
 
 LOSS = "end of forward, loss"
@@ -83,7 +83,7 @@ class Step:
         """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
 
         In chunks there is no log-softmax. A trained head keeps 12 bytes a token, its place and its normaliser; a frozen
-        one the gradient of its input, which forward makes (helpers/chunked_loss.py).
+        one the gradient of its input, which forward makes (helpers/activations/chunked_loss.py).
         Autocast remembers its casts of weights until forward ends, though checkpointing does not keep them.
         """
         c = self._c

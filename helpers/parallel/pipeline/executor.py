@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.errors import UserError
+from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.schedules import Action, Table
-from helpers.parallel.pipeline.split import defer_weight_gradients
 from helpers.parallel.pipeline.stages import Stage, causal_loss
 from helpers.parallel.pipeline.timeline import Timed, needs, ranks_of_stages, result, transfers
 

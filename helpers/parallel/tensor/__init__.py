@@ -5,14 +5,14 @@
     loss.backward()
     full_weights(model, group)                      # the whole parameters again, by name
 
-What is where: ``cuts`` which part of which parameter a rank holds, ``conjugates`` the communications, ``layers`` the
+What is where: ``shards`` which part of which parameter a rank holds, ``collectives`` the communications, ``layers`` the
 modules that compute with a part, ``loss`` the cross-entropy over a divided vocabulary, ``network`` the whole model.
 """
 
-from helpers.parallel.tensor.cuts import Cut, cuts
 from helpers.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabularyParallelEmbedding
 from helpers.parallel.tensor.loss import vocabulary_parallel_cross_entropy
-from helpers.parallel.tensor.network import full_weights, parallelize
+from helpers.parallel.tensor.parallelize import full_weights, parallelize
+from helpers.parallel.tensor.shards import Cut, cuts
 
 __all__ = [
     "ColumnParallelLinear",

@@ -1,4 +1,4 @@
-"""Modules that compute with one rank's part of a matrix. What enters and leaves them is said by ``conjugates``."""
+"""Modules that compute with one rank's part of a matrix. What enters and leaves them is said by ``collectives``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from helpers.parallel.tensor.conjugates import gather, gathered, reduce
+from helpers.parallel.tensor.collectives import gather, gathered, reduce
 
 Communication = Callable[[Tensor, dist.ProcessGroup], Tensor]
 

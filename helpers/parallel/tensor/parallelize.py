@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM
 
 from helpers.errors import UserError
-from helpers.parallel.tensor.conjugates import all_gathered, all_reduced, copy, gather, reduce, reduce_scatter
-from helpers.parallel.tensor.cuts import cuts, suffix
+from helpers.parallel.tensor.collectives import all_gathered, all_reduced, copy, gather, reduce, reduce_scatter
 from helpers.parallel.tensor.layers import (
     ColumnParallelLinear,
     Communication,
@@ -17,6 +16,7 @@ from helpers.parallel.tensor.layers import (
     gather_again,
 )
 from helpers.parallel.tensor.loss import causal_loss
+from helpers.parallel.tensor.shards import cuts, suffix
 
 
 def parallelize(

@@ -170,7 +170,8 @@ class Configuration:
     attention then gets a mask of the padding, as it does in the Trainer (padding on the right needs none).
     ``accumulation`` is the number of micro-batches to a step. ``expandable_segments`` is torch's allocator with
     PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF). ``loss_chunk`` is the number
-    of tokens whose logits exist at a time (helpers.chunked_loss); None is the plain loss, which makes all of them.
+    of tokens whose logits exist at a time (helpers.activations.chunked_loss); None is the plain loss, which makes all
+    of them.
     ``offloaded_checkpoints``: with ``checkpointing``, the layers' inputs are in host memory.
     """
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.deepspeed_setup import fill_auto
 from helpers.errors import UserError
 from helpers.launch import run
+from helpers.libraries.deepspeed import fill_auto
 from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -19,7 +19,7 @@ ROWS, LENGTH, STEPS = 4, 16, 5
 
 SCRIPT = """
 import torch.distributed as dist
-from helpers.deepspeed_setup import share_world_group, skip_cpu_collectives
+from helpers.libraries.deepspeed import share_world_group, skip_cpu_collectives
 
 skip_cpu_collectives()
 share_world_group()
@@ -38,7 +38,7 @@ assert dist.get_global_rank(dist.group.WORLD, 0) == 0
 import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-from helpers.deepspeed_setup import work_on
+from helpers.libraries.deepspeed import work_on
 
 set_accelerator(CUDA_Accelerator())  # what it takes where there is a GPU
 work_on(torch.device("cpu"))
@@ -53,8 +53,8 @@ def test_deepspeed_works_on_the_cpu_compiles_nothing_and_makes_no_second_world_g
 
 
 def with_deepspeed(name):
-    from helpers.deepspeed_setup import work_on
     from helpers.launch import device
+    from helpers.libraries.deepspeed import work_on
 
     work_on(device())
     import deepspeed

@@ -58,7 +58,8 @@ class Speed:
 
     ``packing`` is the length in tokens of a pack, several rows in one sequence (``helpers.finetune.packing``), and
     ``per_device_train_batch_size`` then counts packs. ``compile_layers`` compiles each layer with ``torch.compile``.
-    ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.chunked_loss``), None all of them.
+    ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.activations.chunked_loss``), None all
+    of them.
     ``padding_mask`` gives attention a mask of the padding where FlashAttention would do without: no token that counts
     sees padding that comes after it.
     ``offload_checkpoints`` keeps the layers' inputs, which gradient checkpointing keeps, in host memory.

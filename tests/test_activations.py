@@ -1,4 +1,4 @@
-"""helpers.activation_memory and helpers.memory.peak: the same training, with less kept on the device."""
+"""helpers.activations.checkpointing and helpers.memory.peak_bytes: the same training, with less kept on the device."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.activation_memory import ATTENTION, MATRIX_PRODUCTS, OffloadedActivations, checkpoint_layers
+from helpers.activations.checkpointing import ATTENTION, MATRIX_PRODUCTS, OffloadedActivations, checkpoint_layers
 from helpers.errors import UserError
 from helpers.launch import run
-from helpers.memory.activations import SavedActivations
-from helpers.memory.peak import PeakBytes
+from helpers.memory.peak_bytes import PeakBytes
 from helpers.memory.predict import Configuration
-from helpers.memory.predict.activations import checkpoints, total
+from helpers.memory.predict.saved_tensors import checkpoints, total
+from helpers.memory.saved_tensors import SavedActivations
 from helpers.parallel.network import TINY, batch, build, largest_difference
 
 ROWS, LENGTH = 2, 32
@@ -23,8 +23,8 @@ def train(way):
     """Weights after 20 steps on this rank's device; ``way`` is (layers, names of kept operators, offloaded)."""
     from contextlib import nullcontext
 
-    import helpers.activation_memory as activation_memory
-    from helpers.activation_memory import OffloadedActivations, checkpoint_layers
+    import helpers.activations.checkpointing as activation_memory
+    from helpers.activations.checkpointing import OffloadedActivations, checkpoint_layers
     from helpers.launch import device
     from helpers.parallel.network import EQUALITY_EPSILON, weights
 

@@ -1,10 +1,10 @@
-"""helpers.memory.segments: the allocator's rules, by examples and for any order of tensors."""
+"""helpers.memory.allocator: the allocator's rules, by examples and for any order of tensors."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.memory.predict.moments import _segment_share
-from helpers.memory.segments import Block, Segment, SimulatedAllocator, allocated, from_snapshot, reserved
+from helpers.memory.allocator import Block, Segment, SimulatedAllocator, allocated, from_snapshot, reserved
+from helpers.memory.predict.prediction import _segment_share
 
 KIB, MIB = 2**10, 2**20
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.finetune.demo import fresh_folder
-from helpers.finetune.launch import as_typed, run_command, torchrun_command
+from helpers.finetune.torchrun import as_typed, run_command, torchrun_command
 
 
 def test_the_command_is_what_one_would_type(monkeypatch, tmp_path):
@@ -44,7 +44,7 @@ def test_an_interrupt_lets_the_command_end_by_itself():
     """)
     parent = textwrap.dedent(f"""
         import sys
-        from helpers.finetune.launch import run_command
+        from helpers.finetune.torchrun import run_command
         print("status", run_command([sys.executable, "-c", {child!r}]), flush=True)
     """)
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:

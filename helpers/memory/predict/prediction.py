@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 from helpers.memory.categories import ITEMS
 from helpers.memory.predict import constants
-from helpers.memory.predict.activations import FP32, kept, layer, total
-from helpers.memory.predict.shapes import Configuration
+from helpers.memory.predict.configuration import Configuration
+from helpers.memory.predict.saved_tensors import FP32, kept, layer, total
 from helpers.memory.predict.states import states
 from helpers.memory.predict.step import LOSS_BACKWARD, Step
 

@@ -10,7 +10,7 @@ keeps anyway: RMSNorm's input in fp32, SwiGLU's two halves and its SiLU, and q, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helpers.memory.predict.shapes import Configuration
+from helpers.memory.predict.configuration import Configuration
 
 FP32 = 4
 # Bytes of layer inputs that may be on their way to host memory, or back, beside the one in use. A choice: those of 4

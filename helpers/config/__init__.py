@@ -1,0 +1,1 @@
+"""A job's configuration files, read and checked before anything else."""
