@@ -15,7 +15,7 @@ from pathlib import Path
 
 from helpers.errors import UserError
 from helpers.memory.nvml import Nvml, open_nvml
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
 

@@ -35,7 +35,7 @@ from helpers.memory.predict.planner import fits, rank_strategies, traffic
 from helpers.memory.predict.saved_tensors import attention_kernel, kept, total
 from helpers.memory.predict.states import states
 from helpers.memory.predict.step import EMBEDDING, FIRST_GRADIENT, LOSS, LOSS_BACKWARD, STEP, Step
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB, MIB
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED_DEEPSPEED = ROOT / "tests" / "data" / "published_ds_zero_2.json"
@@ -43,7 +43,6 @@ PUBLISHED_DEEPSPEED = ROOT / "tests" / "data" / "published_ds_zero_2.json"
 SMALL = ModelShape(hidden=96, layers=3, heads=4, kv_groups=2, head_dim=32, intermediate=208, vocab=320)
 WIDE = ModelShape(hidden=64, layers=2, heads=8, kv_groups=2, head_dim=16, intermediate=336, vocab=256)
 CARD = 24 * GIB
-MIB = 2**20
 MEASURED = json.loads((ROOT / "notebooks/results/prediction.json").read_text(encoding="utf-8"))
 
 

@@ -11,9 +11,8 @@ from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES, ITEMS
 from helpers.memory.measured import RankMemory
 from helpers.memory.report import SOURCES, Difference, RankReport, table
-from helpers.memory.units import KIB, MIB, Unit, unit_for
+from helpers.memory.units import GIB, KIB, MIB, Unit, unit_for
 
-GIB = 2**30
 ON_CPU = RankMemory(None, None, None, 3 * GIB)
 PREDICTED = {"parameters": 10 * GIB, "activations": 4 * GIB, "logits and loss": GIB, "CUDA context": GIB // 2}
 COUNTED = {"parameters": 10 * GIB, "activations": 3 * GIB, "buffers": 1000}

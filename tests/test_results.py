@@ -14,7 +14,7 @@ from helpers.finetune.results import (
     with_table,
     with_tables,
 )
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 
 
 def test_the_parts_of_a_bar_add_up_to_what_nvml_counted():

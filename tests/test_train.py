@@ -24,7 +24,7 @@ from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import progress_line, read_metrics
 from helpers.hardware import Gpu, describe
 from helpers.memory.predict.planner import fits
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "tests" / "data"

@@ -30,7 +30,7 @@ from helpers.hardware import Machine, describe, mixed_precision
 from helpers.memory.predict import read_shape
 from helpers.memory.predict.jobs import configuration_of
 from helpers.memory.predict.planner import fits
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 
 
 @dataclass(frozen=True)

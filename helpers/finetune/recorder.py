@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from helpers.files import replacing
 from helpers.finetune.ranks import Ranks
 from helpers.memory.nvml import open_nvml
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 
 
 class WorkCounter:

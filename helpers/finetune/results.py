@@ -9,7 +9,7 @@ from typing import Any
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 from helpers.plots import CourseFigure, rates_and_memory, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -37,7 +37,7 @@ from helpers.libraries.deepspeed import share_world_group, skip_cpu_collectives
 from helpers.libraries.quiet import quiet_libraries
 from helpers.memory.nvml import Sampler
 from helpers.memory.phases import PhaseLog
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 from helpers.quantization.library import elements, keep_layout, leave_frozen_to_ranks, quantization_config
 
 # An idle GPU uses far less; a desktop may use this much.

@@ -20,7 +20,8 @@ from typing import Any
 import pynvml
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.memory.timeline import GIB, CurveRecorder, GpuCurve, Timeline
+from helpers.memory.timeline import CurveRecorder, GpuCurve, Timeline
+from helpers.memory.units import GIB
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from helpers.errors import UserError
 from helpers.files import replacing
-
-GIB = 2**30
+from helpers.memory.units import GIB
 
 # A saved point takes at most 23 characters ("86400.123,343597383680,"), so that a file stays below 200 KB
 # however long the run and however many GPUs share the points.

@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from helpers.memory.timeline import GIB
-
-MIB = 2**20
 KIB = 2**10
+MIB = 2**20
+GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from helpers.errors import UserError
-
-MIB = 2**20
+from helpers.memory.units import MIB
 
 
 def broadcast_parameters(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:

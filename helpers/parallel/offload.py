@@ -16,7 +16,8 @@ from torch.autograd import Variable
 
 from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES
-from helpers.parallel.data import MIB, in_buckets
+from helpers.memory.units import MIB
+from helpers.parallel.data import in_buckets
 
 IN_FLIGHT = 2  # buckets whose gradients are on their way to the host while backward goes on
 

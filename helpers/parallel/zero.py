@@ -26,7 +26,8 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
 from helpers.errors import UserError
-from helpers.parallel.data import MIB, broadcast_parameters, in_buckets
+from helpers.memory.units import MIB
+from helpers.parallel.data import broadcast_parameters, in_buckets
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

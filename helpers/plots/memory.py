@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from helpers.errors import UserError
 from helpers.memory.phases import Phase, across_ranks
-from helpers.memory.timeline import GIB, GpuCurve, Timeline
-from helpers.memory.units import Unit, unit_for
+from helpers.memory.timeline import GpuCurve, Timeline
+from helpers.memory.units import GIB, Unit, unit_for
 from helpers.plots.style import (
     BLACK,
     BLUE,

@@ -32,7 +32,7 @@ from helpers.hardware import describe
 from helpers.launch import RankError, device, environment, run
 from helpers.memory.phases import phase
 from helpers.memory.predict import Configuration, ModelShape
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 from helpers.parallel.network import TINY
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,7 +25,7 @@ from helpers.files import replacing
 from helpers.hardware import describe
 from helpers.launch import RankError, environment, run
 from helpers.memory.predict import Configuration, Lora, ModelShape, Strategy, predict
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "prediction.json"

@@ -22,7 +22,7 @@ from helpers.memory.predict.configuration import (
 )
 from helpers.memory.predict.planner import Ranked, fits, label, rank_strategies
 from helpers.memory.predict.prediction import Prediction, predict
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB
 
 # What a job's files decide; saying it again beside them would be silently wrong one way or the other.
 DECIDED_BY_FILES = (

@@ -3,9 +3,7 @@
 Calibrate here and nowhere else. Bytes unless it says otherwise.
 """
 
-from helpers.memory.timeline import GIB
-
-MIB = 2**20
+from helpers.memory.units import GIB, MIB
 
 # One H100, torch 2.11: NVML less torch's reserved bytes of a process without NCCL. 527 MiB when CUDA has started; each
 # library and kernel that is loaded adds to it. After training: 0.73 to 0.75 GiB in nine configurations

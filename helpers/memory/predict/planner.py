@@ -7,7 +7,7 @@ from helpers.errors import UserError
 from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import Configuration, Strategy
 from helpers.memory.predict.prediction import Prediction, predict
-from helpers.memory.timeline import GIB
+from helpers.memory.units import GIB, MIB
 
 # Elements; what helps an adapter or a layer of the 6B model, where DeepSpeed's defaults take gigabytes (configs/).
 SMALL_BUCKET = 4_000_000
@@ -160,7 +160,7 @@ def _reason(c: Configuration, fit: Fit) -> str:
     if sent == 0:
         sends = "sends nothing"
     else:
-        amount = f"{sent / GIB:.2f} GiB" if sent >= 0.1 * GIB else f"{sent / 2**20:.1f} MiB"
+        amount = f"{sent / GIB:.2f} GiB" if sent >= 0.1 * GIB else f"{sent / MIB:.1f} MiB"
         multiple = "2Ψ" if c.strategy.stage != 3 else "3Ψ" if c.lora is None else "2Ψ of all parameters"
         sends = f"sends {amount} a step ({multiple})"
     costs = []
