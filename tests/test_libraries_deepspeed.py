@@ -38,10 +38,10 @@ assert dist.get_global_rank(dist.group.WORLD, 0) == 0
 import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-from helpers.libraries.deepspeed import work_on
+from helpers.libraries.deepspeed import configure_deepspeed
 
 set_accelerator(CUDA_Accelerator())  # what it takes where there is a GPU
-work_on(torch.device("cpu"))
+configure_deepspeed(torch.device("cpu"))
 assert get_accelerator().device_name() == "cpu"
 print("fine")
 """
@@ -54,9 +54,9 @@ def test_deepspeed_works_on_the_cpu_compiles_nothing_and_makes_no_second_world_g
 
 def with_deepspeed(name):
     from helpers.launch import device
-    from helpers.libraries.deepspeed import work_on
+    from helpers.libraries.deepspeed import configure_deepspeed
 
-    work_on(device())
+    configure_deepspeed(device())
     import deepspeed
 
     rank, n = dist.get_rank(), dist.get_world_size()

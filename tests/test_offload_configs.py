@@ -35,10 +35,10 @@ def with_deepspeed(path):
     import torch.distributed as dist
 
     from helpers.launch import device
-    from helpers.libraries.deepspeed import fill_auto, work_on
+    from helpers.libraries.deepspeed import configure_deepspeed, fill_auto
     from helpers.parallel.network import EQUALITY_EPSILON
 
-    work_on(device())
+    configure_deepspeed(device())
     import deepspeed
 
     config = fill_auto(json.loads(path.read_text(encoding="utf-8")), rows=ROWS, dtype=torch.float32)

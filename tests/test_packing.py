@@ -15,7 +15,7 @@ from helpers.errors import UserError
 from helpers.finetune import packed_attention
 from helpers.finetune.dataset import IGNORED_LABEL, TrainingCollator
 from helpers.finetune.packing import PackCollator, pack, packed_features
-from helpers.finetune.speed import ORDINARY, RIGHT_PADDED, as_it_was, make_fast
+from helpers.finetune.speed import RIGHT_PADDED, SDPA, apply_speed_options, evaluation_mode
 
 CAPACITY, PAD = 40, 0
 LENGTHS = (11, 29, 7, 18, 5, 23, 13)
@@ -108,7 +108,7 @@ def test_packed_rows_train_as_padded_ones(chunk):
     assert packed["places"].numel() == counted
     model = lora_model()
     expected, right = loss_and_gradients(model, padded, counted)
-    make_fast(model, Speed(packing=CAPACITY, loss_chunk=chunk))
+    apply_speed_options(model, Speed(packing=CAPACITY, loss_chunk=chunk))
     found, ours = loss_and_gradients(model, packed, counted)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(ours, right, strict=True):
@@ -119,8 +119,8 @@ def test_rows_padded_on_the_right_train_without_a_mask_as_with_one():
     padded = TrainingCollator(PAD)(list(rows()))
     counted = padded["places"].numel()
     model = lora_model()
-    make_fast(model, Speed())
-    assert model.get_base_model().config._attn_implementation == ORDINARY  # no FlashAttention in 32 bit
+    apply_speed_options(model, Speed())
+    assert model.get_base_model().config._attn_implementation == SDPA  # no FlashAttention in 32 bit
     expected, right = loss_and_gradients(model, padded, counted)
     model.get_base_model().set_attn_implementation(RIGHT_PADDED)
     found, ours = loss_and_gradients(model, padded, counted)
@@ -133,7 +133,7 @@ def test_rows_padded_on_the_right_train_without_a_mask_as_with_one():
     mask = (front != PAD).long()
     with torch.no_grad():
         alone, seen = model(ids).logits[:, -1], model(front, attention_mask=mask).logits[:, -1]
-        with as_it_was(model):
+        with evaluation_mode(model):
             hidden = model(front, attention_mask=mask).logits[:, -1]
     assert torch.allclose(alone, hidden, atol=1e-4) and not torch.allclose(alone, seen, atol=1e-2)
 
@@ -144,7 +144,7 @@ def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():
     model = lora_model(["q_proj", "lm_head"])
     found = []
     for chunk in (None, 7):
-        make_fast(model, Speed(loss_chunk=chunk))
+        apply_speed_options(model, Speed(loss_chunk=chunk))
         found.append(loss_and_gradients(model, padded, counted))
     assert found[0][0].item() == found[1][0].item()
     assert all(gradient.abs().max() > 0 for gradient in found[1][1])
@@ -153,7 +153,7 @@ def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():
 def test_the_loss_of_every_token_is_the_one_it_has_alone():
     features = rows()
     model = lora_model().eval()
-    make_fast(model, Speed(packing=CAPACITY))
+    apply_speed_options(model, Speed(packing=CAPACITY))
     batch = packed_batch(features)
     with torch.no_grad():
         logits = model(batch["input_ids"], position_ids=batch["position_ids"]).logits.flatten(0, 1)
@@ -177,7 +177,7 @@ def test_the_loss_of_every_token_is_the_one_it_has_alone():
 def test_another_rows_tokens_change_nothing():
     batch = packed_batch(rows())
     model = lora_model().eval()
-    make_fast(model, Speed(packing=CAPACITY))
+    apply_speed_options(model, Speed(packing=CAPACITY))
     first, second = (int(boundary) for boundary in batch["boundaries"][1:3])
     changed = batch["input_ids"].clone()
     changed.view(-1)[:first] = 5
@@ -194,9 +194,9 @@ def test_compiled_layers_compute_the_same_and_evaluation_does_without_them():
     packed = packed_batch(features)
     counted = packed["places"].numel()
     model = lora_model()
-    make_fast(model, Speed(packing=CAPACITY))
+    apply_speed_options(model, Speed(packing=CAPACITY))
     expected, right = loss_and_gradients(model, packed, counted)
-    make_fast(model, Speed(packing=CAPACITY, compile_layers=True, loss_chunk=16))
+    apply_speed_options(model, Speed(packing=CAPACITY, compile_layers=True, loss_chunk=16))
     compiled = torch._dynamo.utils.counters["stats"]
     compiled.clear()
     found, ours = loss_and_gradients(model, packed, counted)
@@ -205,7 +205,7 @@ def test_compiled_layers_compute_the_same_and_evaluation_does_without_them():
     for mine, theirs in zip(ours, right, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
     compiled.clear()
-    with as_it_was(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         model(input_ids=packed["input_ids"][:, :9])
     assert not compiled["unique_graphs"]
 
@@ -215,8 +215,8 @@ class TestGpu:
     @pytest.mark.parametrize("masked", [False, True])
     def test_padded_rows_get_a_mask_only_where_it_is_asked_for(self, masked):
         model = lora_model(head_dim=64).to("cuda", torch.bfloat16)
-        make_fast(model, Speed(padding_mask=masked))
-        assert model.get_base_model().config._attn_implementation == (ORDINARY if masked else RIGHT_PADDED)
+        apply_speed_options(model, Speed(padding_mask=masked))
+        assert model.get_base_model().config._attn_implementation == (SDPA if masked else RIGHT_PADDED)
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_the_kernel_computes_what_the_whole_mask_does(self, compiled):
@@ -226,7 +226,7 @@ class TestGpu:
         counted = batch["places"].numel()
         model.config.use_cache = False
         expected, right = loss_and_gradients(model, batch, counted)
-        make_fast(model, Speed(packing=256, compile_layers=compiled, loss_chunk=64))
+        apply_speed_options(model, Speed(packing=256, compile_layers=compiled, loss_chunk=64))
         assert model.get_base_model().config._attn_implementation == packed_attention.IMPLEMENTATION
         found, ours = loss_and_gradients(model, batch, counted)
         assert found.item() == pytest.approx(expected.item(), rel=2e-3)

@@ -463,9 +463,9 @@ def test_torchs_schedules_train_the_same():
 
 def with_deepspeed(micro_batches):
     from helpers.launch import device
-    from helpers.libraries.deepspeed import work_on
+    from helpers.libraries.deepspeed import configure_deepspeed
 
-    work_on(device())
+    configure_deepspeed(device())
     import deepspeed
     from deepspeed.pipe import PipelineModule
 

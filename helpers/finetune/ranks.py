@@ -28,13 +28,18 @@ class Ranks:
     store: dist.Store | None
 
     @classmethod
-    def from_environment(cls, *, group_of_one: bool) -> "Ranks":
-        """Read what torchrun put into the environment; a process that it did not start is rank 0 of 1.
+    def from_environment(cls, *, init_single_rank_group: bool) -> "Ranks":
+        """Read rank and world size from torchrun's environment; a process started without torchrun is rank 0 of 1.
 
-        Without ``group_of_one``, which DeepSpeed needs, torchrun's only rank forgets that it is one: libraries would
-        make a process group from the environment, with half a gibibyte of the GPU and nobody to talk to.
+        Args:
+            init_single_rank_group: Keep torchrun's variables even for a single rank. DeepSpeed needs a process group;
+                without DeepSpeed it would cost half a GiB of GPU memory for nothing, and libraries create one as soon
+                as they see these variables.
+
+        Returns:
+            This process's place.
         """
-        if os.environ.get("WORLD_SIZE") == "1" and not group_of_one:
+        if os.environ.get("WORLD_SIZE") == "1" and not init_single_rank_group:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
         if "RANK" not in os.environ:
@@ -56,19 +61,19 @@ class Ranks:
                 f"--nproc_per_node={gpus}"
             )
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank has come here. Needs no process group, so it may come before a device is touched."""
         if self.store is not None:
             if self.store.add(ARRIVED, 1) == self.world_size:
                 self.store.set(ALL_HERE, "1")
             self.store.wait([ALL_HERE], timedelta(hours=1))
 
-    def say(self, text: str) -> None:
+    def print_once(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_first:
             print(text, flush=True)
 
-    def fail(self, error: UserError) -> NoReturn:
+    def exit_with_error(self, error: UserError) -> NoReturn:
         """End this rank with status 2 after one line on stderr, printed once however many ranks met the error.
 
         torchrun ends all ranks when the first of them exits, so the others wait until rank 0 has spoken.
@@ -107,7 +112,7 @@ class StopOnSignal(TrainerCallback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._signalled:
-            self.ranks.say("\nstopping: a checkpoint is saved after this step")
+            self.ranks.print_once("\nstopping: a checkpoint is saved after this step")
         self._signalled = True
 
     def _stop_step(self, step: int) -> int | None:

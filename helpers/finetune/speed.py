@@ -12,7 +12,7 @@ from helpers.config.finetune import Speed
 from helpers.finetune import packed_attention
 
 # Generation and padded rows: what every model starts with.
-ORDINARY = "sdpa"
+SDPA = "sdpa"
 # The same for rows that are padded on the right: causal attention does not look there, so no mask is needed. For a name
 # it knows, transformers would look at the padding to see whether it needs one, and the host wait for the GPU. This is
 # for where FlashAttention runs: of SDPA's other kernels none but the slowest shares keys between heads.
@@ -27,7 +27,7 @@ def set_allocator(speed: Speed, device: torch.device) -> None:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def make_fast(model: PeftModel, speed: Speed) -> None:
+def apply_speed_options(model: PeftModel, speed: Speed) -> None:
     """Change ``model`` to what ``speed`` says. It computes the same function as before."""
     base = model.get_base_model()
     base.loss_chunk = speed.loss_chunk
@@ -45,11 +45,11 @@ def make_fast(model: PeftModel, speed: Speed) -> None:
 
 
 @contextmanager
-def as_it_was(model: PeftModel) -> Iterator[None]:
+def evaluation_mode(model: PeftModel) -> Iterator[None]:
     """Evaluation and generation: padded rows of every length, for which nothing was compiled and no pack is there."""
     base = model.get_base_model()
     implementation = base.config._attn_implementation
-    base.set_attn_implementation(ORDINARY)
+    base.set_attn_implementation(SDPA)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield

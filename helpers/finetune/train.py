@@ -30,7 +30,7 @@ from helpers.finetune.packing import PackCollator
 from helpers.finetune.ranks import Ranks, StopOnSignal
 from helpers.finetune.recorder import Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
-from helpers.finetune.speed import as_it_was, make_fast, set_allocator
+from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
 from helpers.finetune.trainer import LoraTrainer
 from helpers.hardware import apply_nccl_environment
 from helpers.libraries.deepspeed import share_world_group, skip_cpu_collectives
@@ -141,7 +141,7 @@ def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
         raise UserError(f"peft_config: {' '.join(str(error).split())}") from error
     if bits:
         leave_frozen_to_ranks(adapted)
-    make_fast(adapted, job.config.speed)
+    apply_speed_options(adapted, job.config.speed)
     return adapted
 
 
@@ -185,7 +185,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
     trainable = _count(model, trainable=True)
     plan = [*notes, *_plan(job, arguments, ranks, trainable)]
     for line in plan:
-        ranks.say(line)
+        ranks.print_once(line)
     counts = {"trainable_parameters": trainable, "frozen_parameters": _count(model, trainable=False)}
     run_file.update(plan=plan, **counts, training_arguments=arguments.to_dict())
 
@@ -210,17 +210,19 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
         callbacks=[Recorder(job.output_dir / "metrics.jsonl", ranks, counter), stop],
     )
     if job.resume_from is not None:
-        ranks.say(f"going on from {job.resume_from}")
+        ranks.print_once(f"going on from {job.resume_from}")
     with phases.phase("train"):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
     if stop.stopped:
         run_file.update(status="interrupted", step=trainer.state.global_step)
-        ranks.say(f"stopped after step {trainer.state.global_step}; start the same command with --resume to go on")
+        ranks.print_once(
+            f"stopped after step {trainer.state.global_step}; add --resume to the same command to continue"
+        )
         return None
     run_file.update(status="trained", step=trainer.state.global_step)
     if job.data.answers is None:
         return None
-    with phases.phase("evaluate"), as_it_was(model):
+    with phases.phase("evaluate"), evaluation_mode(model):
         return evaluate(
             model,
             job.tokenizer,
@@ -244,9 +246,9 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     )
     line = apply_nccl_environment()
     if line:
-        ranks.say(line)
+        ranks.print_once(line)
     # Nobody writes into the output folder while another rank still checks that it is empty.
-    ranks.wait_for_all()
+    ranks.barrier()
     job.output_dir.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "helpers.finetune.train", *sys.argv[1:]])
     run_file = RunFile(
@@ -301,15 +303,16 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; under torchrun, one rank of it."""
     arguments = _arguments(argv)
     quiet_libraries()
-    ranks = Ranks.from_environment(group_of_one=arguments.deepspeed is not None)
+    ranks = Ranks.from_environment(init_single_rank_group=arguments.deepspeed is not None)
     try:
         status = _run(arguments, ranks)
     except UserError as error:
-        ranks.fail(error)
+        ranks.exit_with_error(error)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        ranks.fail(UserError(f"{error.filename or 'a file'} could not be written ({error.strerror}); make room"))
+        message = f"{error.filename or 'a file'} could not be written ({error.strerror}); free disk space"
+        ranks.exit_with_error(UserError(message))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:

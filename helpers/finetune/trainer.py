@@ -20,7 +20,7 @@ from helpers.finetune.evaluate import predict
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
-from helpers.finetune.speed import as_it_was
+from helpers.finetune.speed import evaluation_mode
 from helpers.memory.predict.saved_tensors import CHECKPOINTS_IN_FLIGHT
 
 
@@ -82,7 +82,7 @@ class LoraTrainer(Trainer):
             return super().compute_loss(model, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        with as_it_was(self.model):
+        with evaluation_mode(self.model):
             return self._loss_and_scores(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def _loss_and_scores(self, *args: Any, metric_key_prefix: str, **kwargs: Any) -> dict[str, float]:

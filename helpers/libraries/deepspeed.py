@@ -31,7 +31,7 @@ def share_world_group() -> None:
     groups._clone_world_group = lambda: dist.group.WORLD
 
 
-def work_on(device: torch.device) -> None:
+def configure_deepspeed(device: torch.device) -> None:
     """Make DeepSpeed work where this rank does, and log nothing but errors; before ``deepspeed.initialize``.
 
     It takes a GPU wherever there is one, also for ranks that run on the CPU because there are more of them than GPUs.

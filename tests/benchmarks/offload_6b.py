@@ -176,9 +176,9 @@ def host_adam(parameters: Iterator[nn.Parameter], prefer_deepspeed: bool) -> tor
 
 def with_deepspeed(shape: ModelShape, setting: Setting, prefer_deepspeed: bool) -> tuple[Any, Any, str]:
     """(loss of a batch, what follows it: backward and step, the optimizer's class)."""
-    from helpers.libraries.deepspeed import work_on
+    from helpers.libraries.deepspeed import configure_deepspeed
 
-    work_on(device())
+    configure_deepspeed(device())
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 

@@ -185,9 +185,9 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
 def prepare_deepspeed() -> None:
     """What has to be settled before DeepSpeed starts."""
     from helpers.launch import device
-    from helpers.libraries.deepspeed import work_on
+    from helpers.libraries.deepspeed import configure_deepspeed
 
-    work_on(device())
+    configure_deepspeed(device())
 
 
 def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
