@@ -1,4 +1,4 @@
-"""helpers.activations.checkpointing and helpers.memory.peak_bytes: the same training, with less kept on the device."""
+"""helpers.activations and helpers.memory.peak_bytes: the same training, with less kept on the device."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.activations.checkpointing import ATTENTION, MATRIX_PRODUCTS, OffloadedActivations, checkpoint_layers
+from helpers.activations.checkpointing import ATTENTION, MATMULS, checkpoint_layers
+from helpers.activations.offload import OffloadedActivations
 from helpers.errors import UserError
 from helpers.launch import run
 from helpers.memory.peak_bytes import PeakBytes
@@ -23,19 +24,20 @@ def train(way):
     """Weights after 20 steps on this rank's device; ``way`` is (layers, names of kept operators, offloaded)."""
     from contextlib import nullcontext
 
-    import helpers.activations.checkpointing as activation_memory
-    from helpers.activations.checkpointing import OffloadedActivations, checkpoint_layers
+    from helpers.activations import checkpointing
+    from helpers.activations.offload import OffloadedActivations
     from helpers.launch import device
     from helpers.parallel.network import EQUALITY_EPSILON, weights
 
     torch.set_num_threads(1)
     layers, keep, offloaded = way
     model = build(TINY, device())
-    checkpoint_layers(model, layers, [operator for name in keep for operator in getattr(activation_memory, name)])
+    keep = [operator for name in keep for operator in getattr(checkpointing, name)]
+    checkpointing.checkpoint_layers(model, layers, keep)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
     for step in range(20):
         # 4 KiB under way: far less than one layer keeps, so that the limit is at work.
-        with OffloadedActivations(model, smallest=512, in_flight=4096) if offloaded else nullcontext():
+        with OffloadedActivations(model, min_bytes=512, max_in_flight_bytes=4096) if offloaded else nullcontext():
             loss = model(**batch(TINY, ROWS, LENGTH, step, device())).loss
         loss.backward()
         optimizer.step()
@@ -53,8 +55,8 @@ def expected():
     [
         (None, (), False),
         ((1, 6), (), False),
-        (None, ("MATRIX_PRODUCTS",), False),
-        (None, ("MATRIX_PRODUCTS", "ATTENTION"), False),
+        (None, ("MATMULS",), False),
+        (None, ("MATMULS", "ATTENTION"), False),
         ((), (), True),
         (None, (), True),
     ],
@@ -101,13 +103,13 @@ def test_what_is_kept_is_not_computed_again():
 
     checkpoint_layers(model, ())
     sizes = [kept(model)[0]]
-    for keep in ((*MATRIX_PRODUCTS, *ATTENTION), MATRIX_PRODUCTS, ATTENTION, ()):
+    for keep in ((*MATMULS, *ATTENTION), MATMULS, ATTENTION, ()):
         checkpoint_layers(model, None, keep)
         sizes.append(kept(model)[0])
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     # Backward stops to compute anew at the last tensor that it needs: down_proj's output is not among them.
     again = TINY.layer_matrices - TINY.hidden * TINY.intermediate
-    assert operations(()) - operations(MATRIX_PRODUCTS) == 2 * ROWS * LENGTH * TINY.layers * again
+    assert operations(()) - operations(MATMULS) == 2 * ROWS * LENGTH * TINY.layers * again
 
 
 def test_an_unknown_layer_is_named():
@@ -120,25 +122,25 @@ def test_offloading_moves_each_activation_once_and_no_weight():
     with SavedActivations(model) as plain:
         loss = model(**batch(TINY, ROWS, LENGTH)).loss
     del loss
-    offload = OffloadedActivations(model, smallest=1)
+    offload = OffloadedActivations(model, min_bytes=1)
     with SavedActivations(model) as activations, offload:
         loss = model(**batch(TINY, ROWS, LENGTH)).loss
     with SavedActivations(model) as again:
         other = model(**batch(TINY, ROWS, LENGTH)).loss
-    assert offload.sent == activations.total == again.total
-    assert offload.fetched == 0
+    assert offload.offloaded_bytes == activations.total == again.total
+    assert offload.fetched_bytes == 0
     loss.backward()
-    assert offload.fetched == offload.sent
+    assert offload.fetched_bytes == offload.offloaded_bytes
     assert activations.total == 0 and other.requires_grad
-    assert plain.peak == offload.sent
+    assert plain.peak == offload.offloaded_bytes
 
 
 def test_small_tensors_and_weights_stay():
     linear = nn.Linear(4, 4)
-    offload = OffloadedActivations(linear, smallest=65)
+    offload = OffloadedActivations(linear, min_bytes=65)
     with offload:
         loss = linear(torch.ones(4, 4)).square().sum()  # 64 bytes each
-    assert offload.sent == 0
+    assert offload.offloaded_bytes == 0
     loss.backward()
     assert linear.weight.grad is not None
 
@@ -146,7 +148,7 @@ def test_small_tensors_and_weights_stay():
 def test_memory_that_is_used_again_is_another_tensor():
     """The same address and the same storage, with something else in it."""
     x = torch.ones(64, requires_grad=True)
-    offload = OffloadedActivations(nn.Linear(1, 1), smallest=1)
+    offload = OffloadedActivations(nn.Linear(1, 1), min_bytes=1)
     with offload:
         y = x * 2
         factor = torch.full((64,), 3.0)
@@ -161,7 +163,7 @@ def test_memory_that_is_used_again_is_another_tensor():
 
 def test_views_of_one_storage_come_back_as_they_were():
     base = torch.arange(24.0).reshape(4, 6).requires_grad_()
-    offload = OffloadedActivations(nn.Linear(1, 1), smallest=1)
+    offload = OffloadedActivations(nn.Linear(1, 1), min_bytes=1)
 
     def compute(x):
         whole = x * 1
@@ -173,7 +175,7 @@ def test_views_of_one_storage_come_back_as_they_were():
     (found,) = torch.autograd.grad(loss, base)
     (expected,) = torch.autograd.grad(compute(base), base)
     assert torch.equal(found, expected)
-    assert offload.sent == 3 * base.nbytes - base.nbytes // 2 - base.nbytes
+    assert offload.offloaded_bytes == 3 * base.nbytes - base.nbytes // 2 - base.nbytes
 
 
 def test_the_librarys_way_gives_the_same_gradients():
@@ -186,7 +188,7 @@ def test_the_librarys_way_gives_the_same_gradients():
         loss.backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    found = gradients(OffloadedActivations(model, smallest=1))
+    found = gradients(OffloadedActivations(model, min_bytes=1))
     assert largest_difference(found, gradients(save_on_cpu())) == 0
 
 

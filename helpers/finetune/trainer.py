@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from helpers.activations.checkpointing import OffloadedActivations
+from helpers.activations.offload import OffloadedActivations
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
 from helpers.finetune.evaluate import predict
@@ -78,7 +78,9 @@ class LoraTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         offloaded = self.offload_checkpoints and self.model.training
-        with OffloadedActivations(self.model, in_flight=CHECKPOINTS_IN_FLIGHT) if offloaded else nullcontext():
+        with (
+            OffloadedActivations(self.model, max_in_flight_bytes=CHECKPOINTS_IN_FLIGHT) if offloaded else nullcontext()
+        ):
             return super().compute_loss(model, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
