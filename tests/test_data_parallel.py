@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.errors import UserError
 from helpers.launch import RankError, run
-from helpers.parallel.clock import Moment
+from helpers.parallel.clock import Event
 from helpers.parallel.data import in_buckets
 from helpers.parallel.network import TINY, batch, build, largest_difference
 
@@ -231,6 +231,6 @@ def test_buckets_hold_every_parameter_once_last_ones_first(sizes, limit, data):
         assert len(bucket) == 1 or sum(p.nbytes for p in bucket) <= limit
 
 
-def test_moments_are_in_order():
-    first, second = Moment("cpu"), Moment("cpu")
+def test_events_are_in_order():
+    first, second = Event("cpu"), Event("cpu")
     assert second.since(first) >= 0 >= first.since(second)
