@@ -1,5 +1,11 @@
-"""What several test files need: a small random checkpoint in the published layout, and its tokenizer."""
+"""What several test files need: a small random checkpoint in the published layout, its tokenizer, a limit of time.
 
+Two markers divide the tests. `slow` is everything that starts ranks, a kernel or another Python (each imports torch and
+more, for seconds) or computes for more than a second: what is left runs in a minute, while you edit (`make check`).
+`campaign` is what repeats a test of the normal run many times to find a rare fault, for minutes (`make campaign`).
+"""
+
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +17,10 @@ import transformers
 from small_chatglm import random_lora, random_model, small_config, small_tokenizer
 
 from helpers.chatglm3 import ChatGLMTokenizer
+
+# Seconds after which a process that a test waits for counts as hung. No test measures speed, so a slow or busy machine
+# stretches it: TEST_TIME_FACTOR=10.
+LIMIT = 300 * float(os.environ.get("TEST_TIME_FACTOR", 1))
 
 
 def pytest_configure() -> None:
