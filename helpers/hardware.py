@@ -1,7 +1,7 @@
-"""What this machine has, and which backend, precision and settings follow from it.
+"""Describe this machine, and derive the backend, the precision and NCCL's settings from it.
 
-Only :func:`describe` and :func:`apply_nccl_environment` look at the machine; everything else decides from what they
-found. Describing asks NVML, so that no CUDA context is created.
+Only :func:`describe_machine` and :func:`apply_nccl_environment` look at the machine; all other functions decide from
+what these found. Both ask NVML (NVIDIA's management library), which creates no CUDA context.
 """
 
 import importlib.metadata
@@ -67,7 +67,7 @@ def _gpu_lines(machine: Machine) -> list[str]:
     return lines or ["none"]
 
 
-def describe(nvml: Nvml | None = None) -> Machine:
+def describe_machine(nvml: Nvml | None = None) -> Machine:
     """Look at this machine and at the installed packages, without creating a CUDA context."""
     import torch  # here, so that importing this module stays light
 

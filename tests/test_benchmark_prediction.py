@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from helpers.hardware import Gpu, describe
+from helpers.hardware import Gpu, describe_machine
 from helpers.launch import RankError
 from helpers.memory.predict import ModelShape, predict
 
@@ -105,9 +105,9 @@ def test_a_failure_does_not_lose_the_other_configurations(benchmark, monkeypatch
         return SimpleNamespace(results=[outcome], memory=SimpleNamespace(ranks=[rank]))
 
     path = tmp_path / "prediction.json"
-    machine = dataclasses.replace(describe(), gpus=(Gpu("a GPU", 80 * 2**30, (9, 0)),))
+    machine = dataclasses.replace(describe_machine(), gpus=(Gpu("a GPU", 80 * 2**30, (9, 0)),))
     monkeypatch.setattr(benchmark, "run", run)
-    monkeypatch.setattr(benchmark, "describe", lambda: machine)
+    monkeypatch.setattr(benchmark, "describe_machine", lambda: machine)
     monkeypatch.setattr("sys.argv", ["prediction.py", "--results", str(path)])
     with pytest.raises(SystemExit, match="1"):
         benchmark.main()

@@ -21,7 +21,7 @@ from helpers.hardware import (
     backend_for,
     cuda_obstacle,
     default_nprocs,
-    describe,
+    describe_machine,
     mixed_precision,
     nccl_environment,
 )
@@ -84,7 +84,7 @@ def test_describe_reads_the_visible_gpus_from_nvml(cuda_build, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     gpus = [FakeGpu("GPU-a", "Tesla T4", capability=(7, 5), total=15 * GIB), *h100s(1), FakeGpu("GPU-c")]
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    found = describe(Nvml(FakeNvml(gpus)))
+    found = describe_machine(Nvml(FakeNvml(gpus)))
     assert found.gpus == (H100, T4)
     assert (found.driver, found.notes) == ("580.65.06", ())
     # The package may leave out the build that torch itself names (2.11.0 and 2.11.0+cu130).
@@ -95,7 +95,7 @@ def test_describe_reads_the_visible_gpus_from_nvml(cuda_build, monkeypatch):
 
 
 def test_describe_without_a_driver():
-    found = describe(Nvml(FakeNvml(no_driver=True)))
+    found = describe_machine(Nvml(FakeNvml(no_driver=True)))
     if not torch.cuda.is_available():
         assert found.gpus == ()
     assert found.driver is None
@@ -110,14 +110,14 @@ def test_describe_asks_torch_where_nvml_is_absent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    found = describe(Nvml(FakeNvml(no_driver=True)))
+    found = describe_machine(Nvml(FakeNvml(no_driver=True)))
     assert found.gpus == (Gpu("AMD Instinct MI300X", 192 * GIB, (9, 4)),) * 2
 
 
 def test_gpus_that_torch_cannot_use_are_named_but_not_used(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    found = describe(Nvml(FakeNvml(h100s(2))))
+    found = describe_machine(Nvml(FakeNvml(h100s(2))))
     assert found.gpus == ()
     assert found.notes == (
         "2 GPU(s) stay unused (NVIDIA H100 80GB HBM3): the installed torch is built without CUDA; "
@@ -128,7 +128,7 @@ def test_gpus_that_torch_cannot_use_are_named_but_not_used(monkeypatch):
 
 def test_hidden_gpus_are_mentioned(cuda_build, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = describe(Nvml(FakeNvml(h100s(2))))
+    found = describe_machine(Nvml(FakeNvml(h100s(2))))
     assert (found.gpus, found.notes) == (
         (),
         ("2 GPU(s) installed, none visible: CUDA_VISIBLE_DEVICES hides them",),
@@ -138,12 +138,12 @@ def test_hidden_gpus_are_mentioned(cuda_build, monkeypatch):
 def test_several_models_need_a_fixed_order(cuda_build, monkeypatch):
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     nvml = Nvml(FakeNvml([*h100s(1), FakeGpu("GPU-t4", "Tesla T4", capability=(7, 5))]))
-    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in describe(nvml).notes[0]
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in describe_machine(nvml).notes[0]
 
 
 def test_a_gpu_without_memory_of_its_own_is_still_a_gpu(cuda_build):
     gpu = FakeGpu("GPU-a", name="NVIDIA GB10", failure=pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED))
-    found = describe(Nvml(FakeNvml([gpu])))
+    found = describe_machine(Nvml(FakeNvml([gpu])))
     assert found.gpus[0].total_bytes is None
     assert "memory not told by NVML" in found.summary()
 
@@ -165,10 +165,10 @@ def test_cuda_obstacle(torch_cuda, driver_cuda, says):
 def test_limits_of_a_container_count(monkeypatch):
     limits = {"cpu.max": "150000 100000", "memory.max": str(GIB)}
     monkeypatch.setattr(hardware, "_cgroup", limits.__getitem__)
-    found = describe(Nvml(FakeNvml(no_driver=True)))
+    found = describe_machine(Nvml(FakeNvml(no_driver=True)))
     assert (found.cpu_cores, found.ram_bytes) == (1, GIB)
     limits |= {"cpu.max": "max 100000", "memory.max": "max"}
-    unlimited = describe(Nvml(FakeNvml(no_driver=True)))
+    unlimited = describe_machine(Nvml(FakeNvml(no_driver=True)))
     assert unlimited.cpu_cores >= 1 and unlimited.ram_bytes >= GIB
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_nvml import GIB
 
-from helpers.hardware import Gpu, describe
+from helpers.hardware import Gpu, describe_machine
 from helpers.parallel.network import LARGE, TINY, batch, build, largest_difference, shape_for, weights
 
 
@@ -39,7 +39,7 @@ def test_a_batch_depends_on_its_step_only():
 )
 def test_the_large_one_needs_a_gpu_for_each_rank(gibibytes, gpus, expected):
     cards = tuple(Gpu("card", gibibytes * GIB, (9, 0)) for _ in range(gpus))
-    machine = dataclasses.replace(describe(), gpus=cards)
+    machine = dataclasses.replace(describe_machine(), gpus=cards)
     assert shape_for(machine, 2, rows=2, length=512) == expected
 
 

@@ -22,7 +22,7 @@ from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.packing import pack
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import progress_line, read_metrics
-from helpers.hardware import Gpu, describe
+from helpers.hardware import Gpu, describe_machine
 from helpers.memory.predict.planner import fits
 from helpers.memory.units import GIB
 
@@ -184,7 +184,7 @@ def test_checkpointing_is_decided_with_the_mask_that_an_old_card_needs(
         job, "fits", lambda configuration, size: asked.append(configuration) or fits(configuration, size)
     )
     card = Gpu("a card", 16 * GIB, capability)
-    monkeypatch.setattr(job, "describe", lambda: dataclasses.replace(describe(), gpus=(card,)))
+    monkeypatch.setattr(job, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=(card,)))
     prepare(data_dir, small_checkpoint, write_config(tmp_path, training_args={"gradient_checkpointing": "auto"}))
     (configuration,) = asked
     assert configuration.masked == (capability < (8, 0))
@@ -195,7 +195,7 @@ def test_checkpointing_is_turned_on_where_the_card_needs_it(
     gib, wanted, monkeypatch, tmp_path, data_dir, small_checkpoint
 ):
     gpus = () if gib is None else (Gpu("a card", int(gib * GIB), (9, 0)), Gpu("a larger one", 2**40, (9, 0)))
-    monkeypatch.setattr(job, "describe", lambda: dataclasses.replace(describe(), gpus=gpus))
+    monkeypatch.setattr(job, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=gpus))
     prepared = prepare(
         data_dir, small_checkpoint, write_config(tmp_path, training_args={"gradient_checkpointing": "auto"})
     )

@@ -26,7 +26,7 @@ from helpers.finetune.dataset import (
 )
 from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
-from helpers.hardware import Machine, describe, mixed_precision
+from helpers.hardware import Machine, describe_machine, mixed_precision
 from helpers.memory.predict import read_shape
 from helpers.memory.predict.jobs import configuration_of
 from helpers.memory.predict.planner import fits
@@ -145,7 +145,7 @@ def prepare(
     config = configuration.read(config_file)
     deepspeed = configuration.read_deepspeed(deepspeed_file) if deepspeed_file else None
     ranks.check_gpus()
-    machine = describe()
+    machine = describe_machine()
     notes = [*machine.notes, *config.notes]
     hardware = "no" if config.training.get("use_cpu") else mixed_precision(machine)
     precision = configuration.precision(config.training, deepspeed, hardware)

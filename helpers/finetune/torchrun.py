@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers.hardware import default_nprocs, describe
+from helpers.hardware import default_nprocs, describe_machine
 
 
 def _short(path: Path | str) -> str:
@@ -26,7 +26,7 @@ def torchrun_command(
     resume: bool = False,
 ) -> list[str]:
     """The command that fine-tunes on ``nprocs`` ranks; by default one per GPU, two on a CPU."""
-    nprocs = nprocs or default_nprocs(describe())
+    nprocs = nprocs or default_nprocs(describe_machine())
     job = [_short(path) for path in (data_dir, model_dir, config, *([deepspeed] if deepspeed else []))]
     job += ["--output-dir", _short(output_dir)]
     return [

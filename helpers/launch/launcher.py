@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import cloudpickle
 
 from helpers.errors import UserError
-from helpers.hardware import Machine, backend_for, describe
+from helpers.hardware import Machine, backend_for, describe_machine
 from helpers.launch import worker
 from helpers.launch.environment import environment
 from helpers.launch.failure import RankError, died, hung, raised
@@ -97,7 +97,7 @@ def run(
     Raises :class:`RankError` with the rank's number and traceback when a rank raises, dies or the time is over; all
     ranks are ended first, as they are on Ctrl-C or a kernel interrupt. Raises :class:`UserError` for bad arguments.
     """
-    machine = describe()
+    machine = describe_machine()
     backend = backend_for(nprocs, machine)
     if timeout <= 0:
         raise UserError(f"timeout is {timeout}; give the seconds after which a hang is ended")

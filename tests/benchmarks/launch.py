@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from helpers.errors import exit_with_one_line
 from helpers.files import replacing
-from helpers.hardware import backend_for, default_nprocs, describe
+from helpers.hardware import backend_for, default_nprocs, describe_machine
 from helpers.launch import device, run
 from helpers.memory.nvml import open_nvml
 
@@ -141,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.torchrun:
         return from_torchrun()
-    machine = describe()
+    machine = describe_machine()
     run(train, 1, steps=1)  # the first launch starts the server
     content: dict[str, Any] = {"machine": asdict(machine)}
     if not machine.gpus:

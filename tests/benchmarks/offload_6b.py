@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
-from helpers.hardware import describe
+from helpers.hardware import describe_machine
 from helpers.launch import RankError, device, environment, run
 from helpers.memory.phases import phase
 from helpers.memory.predict import Configuration, ModelShape
@@ -334,7 +334,7 @@ def summary(setting: Setting, outcome: list[dict[str, Any]], nvml: list[int | No
 
 def measure(shape: ModelShape, setting: Setting, ranks: int, prefer_deepspeed: bool) -> dict[str, Any]:
     """One setting's entry; where a rank fails, what it said under "failed"."""
-    threads = {"OMP_NUM_THREADS": str(max(1, describe().cpu_cores // ranks))}
+    threads = {"OMP_NUM_THREADS": str(max(1, describe_machine().cpu_cores // ranks))}
     with environment(ALLOCATOR | threads | setting.environment):
         try:
             result = run(
@@ -387,10 +387,10 @@ def main() -> None:
     parser.add_argument("--adam", choices=["deepspeed", "torch"], default="deepspeed")
     parser.add_argument("--tiny", action="store_true", help="a small network on two CPU ranks, two short steps")
     arguments = parser.parse_args()
-    machine = describe()
+    machine = describe_machine()
     if arguments.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        machine = describe()
+        machine = describe_machine()
     elif not machine.gpus:
         raise UserError("no GPU here; this measures the 6B model on GPUs (--tiny shows on a CPU that it runs)")
     shape, ranks = (TINY, 2) if arguments.tiny else (ModelShape(), len(machine.gpus))

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import replacing
-from helpers.hardware import describe
+from helpers.hardware import describe_machine
 from helpers.launch import RankError, environment, run
 from helpers.memory.predict import Configuration, Lora, ModelShape, Strategy, predict
 from helpers.memory.units import GIB
@@ -305,7 +305,7 @@ def main() -> None:
         for name, entry in content["configurations"].items():
             print(line(name, entry), line("  default allocator", entry["default_allocator"]), sep="\n")
         return
-    machine = describe()
+    machine = describe_machine()
     if not machine.gpus:
         raise UserError("no GPU here; this measures GPU memory")
     ranks = len(machine.gpus)
