@@ -1,4 +1,8 @@
-"""Bytes that ranks send one another: what each collective must send, call by call, and what the system counted."""
+"""Count the collectives of a rank and estimate the bytes that it sends for them.
+
+:func:`count_traffic` observes calls, not wires: its bytes are calls x ring formula. What a library really sends depends
+on the algorithm that it picks (rings, trees, NVLink multicast). :func:`loopback_bytes` reads the system's own counter.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERFACES = Path("/proc/net/dev")
 
-# Bytes that each rank of n sends in a ring, of the whole tensor's (Patarasuk and Yuan 2009; Thakur et al. 2005). Of
-# operations with a root it is the mean over the ranks. What a library really sends may be more.
-SENT: Mapping[str, Callable[[int], float]] = MappingProxyType(
+# The ring formula: bytes that each of n ranks sends, as a share of the full tensor's (Patarasuk and Yuan 2009; Thakur
+# et al. 2005). For operations with a root it is the mean over the ranks.
+RING_SHARES: Mapping[str, Callable[[int], float]] = MappingProxyType(
     {
         "all-reduce": lambda n: 2 * (n - 1) / n,
         "all-gather": lambda n: (n - 1) / n,
@@ -27,8 +31,8 @@ SENT: Mapping[str, Callable[[int], float]] = MappingProxyType(
         "send": lambda n: 1.0,
     }
 )
-# torch's operators, below every way to call them (torch.distributed, DDP's reducer, functional collectives, DTensor):
-# the collective, and which argument holds the whole tensor.
+# torch's operators, which every caller ends in (torch.distributed, DDP's reducer, DTensor): the collective, and the
+# position of the argument that holds the full tensor.
 _OPERATORS = {
     "c10d::allreduce_": ("all-reduce", 0),
     "c10d::allreduce_coalesced_": ("all-reduce", 0),
@@ -56,8 +60,14 @@ _FUNCTIONAL = {
 
 
 @dataclass(frozen=True)
-class Call:
-    """One collective: its name, the ranks of its group, bytes of the whole tensor."""
+class Collective:
+    """One call of a collective.
+
+    Attributes:
+        operation: A key of ``RING_SHARES``.
+        ranks: The ranks of its process group.
+        nbytes: Bytes of the full tensor: for an all-gather the output, for a reduce-scatter the input.
+    """
 
     operation: str
     ranks: tuple[int, ...]
@@ -65,42 +75,48 @@ class Call:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends for it, at least."""
-        return SENT[self.operation](len(self.ranks)) * self.nbytes
+        """Bytes that a rank sends for this call by the ring formula."""
+        return RING_SHARES[self.operation](len(self.ranks)) * self.nbytes
 
 
 @dataclass
 class Traffic:
-    """The collectives that this rank took part in, in their order."""
+    """The collectives that this rank took part in, in the order of their calls.
 
-    calls: list[Call] = field(default_factory=list)
+    Attributes:
+        collectives: One entry per call.
+    """
+
+    collectives: list[Collective] = field(default_factory=list)
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank sent, at least."""
-        return round(sum(call.sent for call in self.calls))
+        """Bytes that this rank sends for all of them by the ring formula."""
+        return round(sum(collective.sent for collective in self.collectives))
 
     def by_operation(self) -> dict[str, tuple[int, int]]:
-        """(calls, bytes sent) of each kind of collective, the busiest first."""
-        names = dict.fromkeys(call.operation for call in self.calls)
-        totals = {name: Traffic([call for call in self.calls if call.operation == name]) for name in names}
-        ordered = sorted(totals.items(), key=lambda item: -item[1].sent)
-        return {name: (len(traffic.calls), traffic.sent) for name, traffic in ordered}
+        """Return (calls, bytes sent) for each kind of collective, the busiest first."""
+        kinds: dict[str, Traffic] = {}
+        for collective in self.collectives:
+            kinds.setdefault(collective.operation, Traffic()).collectives.append(collective)
+        ordered = sorted(kinds.items(), key=lambda item: -item[1].sent)
+        return {name: (len(traffic.collectives), traffic.sent) for name, traffic in ordered}
 
     def within(self, group: dist.ProcessGroup) -> "Traffic":
-        """That part of it which went through ``group``, or another group of the same ranks."""
+        """Return the part that went through ``group``, or through another group of the same ranks."""
         ranks = tuple(dist.get_process_group_ranks(group))
-        return Traffic([call for call in self.calls if call.ranks == ranks])
+        return Traffic([collective for collective in self.collectives if collective.ranks == ranks])
 
 
 class count_traffic(TorchDispatchMode):
-    """Record every collective that the block starts on this rank, backward's and the libraries' included.
+    """Record every collective that a ``with`` block starts on this rank, backward's and the libraries' included.
 
-    with count_traffic() as traffic:
-        loss.backward()
-    print(traffic.sent, traffic.by_operation())
+        with count_traffic() as traffic:
+            loss.backward()
+        print(traffic.sent, traffic.by_operation())
 
-    Barriers and what a receiver takes are left out; a group of one rank sends nothing.
+    The bytes are an estimate: calls x ring formula, not bytes measured on a wire. Barriers and what a receiver gets do
+    not count; a group of one rank sends nothing.
     """
 
     def __init__(self) -> None:
@@ -117,20 +133,23 @@ class count_traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in _OPERATORS:
-            operation, place = _OPERATORS[name]
-            boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))  # the reduction's kind comes later
-            self._add(operation, dist.ProcessGroup.unbox(boxed), args[place])
+            operation, position = _OPERATORS[name]
+            # The first boxed object is the process group; a second one would be the reduction (sum, max).
+            boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
+            self._add(operation, dist.ProcessGroup.unbox(boxed), args[position])
         elif name.startswith("_c10d_functional::"):
-            operation = _FUNCTIONAL.get(name.partition("::")[2].removesuffix("_coalesced").removesuffix("_"))
-            if operation:
-                group = args[-1] if "group_name" not in (kwargs or {}) else kwargs["group_name"]
-                group = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
-                self._add(operation, group, result if operation == "all-gather" else args[0])
+            functional = _FUNCTIONAL.get(name.partition("::")[2].removesuffix("_coalesced").removesuffix("_"))
+            if functional:
+                group = (kwargs or {}).get("group_name", args[-1])  # the group itself or its name
+                if isinstance(group, str):
+                    group = dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(group))
+                self._add(functional, group, result if functional == "all-gather" else args[0])
         return result
 
-    def _add(self, operation: str, group: dist.ProcessGroup, whole: Any) -> None:
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(whole))
-        self.traffic.calls.append(Call(operation, tuple(dist.get_process_group_ranks(group)), nbytes))
+    def _add(self, operation: str, group: dist.ProcessGroup, full_tensor: Any) -> None:
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(full_tensor))
+        ranks = tuple(dist.get_process_group_ranks(group))
+        self.traffic.collectives.append(Collective(operation, ranks, nbytes))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -142,14 +161,17 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def loopback_bytes() -> int | None:
-    """Bytes sent over the loopback interface since the machine started, by all processes; None where nothing says so.
+    """Read how many bytes all processes have sent over the loopback interface since the machine started.
 
     gloo sends through it. NCCL does not: between GPUs of one machine it uses NVLink, PCIe or shared memory.
+
+    Returns:
+        Bytes; None on a system without ``/proc/net/dev``.
     """
     if not INTERFACES.is_file():
         return None
     for line in INTERFACES.read_text(encoding="ascii").splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "lo":
-            return int(counters.split()[8])  # eight counters of what was received come first
+            return int(counters.split()[8])  # eight counters of received traffic come first
     return None
