@@ -1,4 +1,4 @@
-"""The code behind the notebooks: each chapter imports what earlier chapters derived."""
+"""The code behind the notebooks: each chapter imports the techniques that earlier chapters derived."""
 
 import logging
 import warnings

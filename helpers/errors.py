@@ -1,4 +1,4 @@
-"""What commands do about wrong input: one exception with the remedy in it, one line, one exit status."""
+"""Report bad input as one line with the remedy, and end a command with one exit status."""
 
 import argparse
 import sys
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the value, the place and the remedy."""
+    """Bad input: the message is one line that names the value, its place and the remedy."""
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:
-    """Run a command-line ``main``; a :class:`UserError` becomes one line on stderr and exit status 2."""
+    """Run a command's ``main``; turn a :class:`UserError` into one line on stderr and exit status 2."""
     try:
         main()
     except UserError as error:
@@ -21,8 +21,8 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, as a ``type`` of argparse."""
+def positive_int(text: str) -> int:
+    """Parse an integer above 0; to be used as ``type`` of an argparse argument."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return int(text)

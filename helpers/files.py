@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of it; and JSON files that users give."""
+"""Write files and folders atomically, check where they will go, and read users' JSON."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from helpers.errors import UserError
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends well it takes ``path``'s place in one step.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; if the block succeeds, rename it to ``path`` in one step.
 
-    When the block fails (a full disk, an interrupt), the temporary file is removed and ``path`` is what it was.
-    Missing parent folders are created.
+    If the block fails (a full disk, an interrupt), the temporary file is removed and ``path`` stays as it was: a reader
+    finds the old file or the new one, never half of it. Missing parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,29 +31,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_new_folder(path: str | Path) -> None:
-    """Raise UserError unless ``path`` is free: nothing, or an empty folder."""
+    """Raise UserError unless ``path`` does not exist or is an empty folder."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} {'is not empty' if path.is_dir() else 'is a file'}; name a new folder")
 
 
 def check_disk_space(path: str | Path, needed_bytes: int) -> None:
-    """Raise UserError unless the disk on which the new ``path`` will lie has so many bytes left."""
-    place = next(folder for folder in Path(path).resolve().parents if folder.exists())
-    free = shutil.disk_usage(place).free
+    """Raise UserError unless the disk that will hold the new ``path`` has ``needed_bytes`` left."""
+    existing = next(folder for folder in Path(path).resolve().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
-            f"{path} needs {needed_bytes / 2**30:.2f} GiB, and {place} has {free / 2**30:.2f} GiB left; "
+            f"{path} needs {needed_bytes / 2**30:.2f} GiB, and {existing} has {free / 2**30:.2f} GiB left; "
             "choose another disk"
         )
 
 
 @contextmanager
-def creating_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; when the block ends well it becomes ``path`` in one step.
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; if the block succeeds, rename it to ``path`` in one step.
 
-    When the block fails, the temporary folder is removed and there is no ``path``. Missing parent folders are created.
-    Raises UserError if ``path`` is a file or a folder that is not empty, or if the disk is full.
+    If the block fails, the temporary folder is removed and ``path`` does not exist. Missing parent folders are created.
+
+    Raises:
+        UserError: ``path`` is a file or a folder that is not empty, or the disk is full.
     """
     path = Path(path)
     check_new_folder(path)
@@ -62,7 +64,7 @@ def creating_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():  # safetensors makes files that nobody else may read, whatever the umask says
+            if file.is_file():  # safetensors ignores the umask: its files are readable by their owner only
                 file.chmod(temporary.stat().st_mode & 0o666)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -72,7 +74,15 @@ def creating_folder(path: str | Path) -> Iterator[Path]:
 
 
 def read_json_object(path: Path, missing: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError: the line ``missing`` where there is no file, else what is wrong."""
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file.
+        missing: The error message if there is no such file.
+
+    Raises:
+        UserError: The file does not exist, is not JSON, or holds something other than an object.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -3,13 +3,13 @@
 import pytest
 
 from helpers.errors import UserError
-from helpers.files import creating_folder, replacing
+from helpers.files import atomic_folder, atomic_write
 
 
 def test_replaces_in_one_step_and_makes_folders(tmp_path):
     target = tmp_path / "a" / "b" / "file.txt"
     for content in ("first", "second"):
-        with replacing(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text(content)
             assert not target.exists() or target.read_text() == "first"
         assert target.read_text() == content
@@ -19,7 +19,7 @@ def test_replaces_in_one_step_and_makes_folders(tmp_path):
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("old")
-    with pytest.raises(OSError, match="disk full"), replacing(target) as temporary:
+    with pytest.raises(OSError, match="disk full"), atomic_write(target) as temporary:
         temporary.write_text("half")
         raise OSError("disk full")
     assert target.read_text() == "old"
@@ -28,7 +28,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):
     target = tmp_path / "a" / "out"
-    with creating_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file.txt").write_text("new")
         assert not target.exists()
     assert (target / "file.txt").read_text() == "new"
@@ -38,7 +38,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 def test_a_folder_that_fails_is_not_there(tmp_path):
     with (
         pytest.raises(UserError, match="out cannot be written: disk full"),
-        creating_folder(tmp_path / "out") as folder,
+        atomic_folder(tmp_path / "out") as folder,
     ):
         (folder / "file.txt").write_text("half")
         raise OSError("disk full")
@@ -48,6 +48,6 @@ def test_a_folder_that_fails_is_not_there(tmp_path):
 def test_a_folder_that_is_taken_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match="name a new folder"), creating_folder(taken):
+        with pytest.raises(UserError, match="name a new folder"), atomic_folder(taken):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import creating_folder
+from helpers.files import atomic_folder
 
 ADAPTER_CONFIG, ADAPTER_SAFETENSORS, ADAPTER_BIN = (
     "adapter_config.json",
@@ -115,7 +115,7 @@ def import_fused_adapter(fused_dir: Path, model_dir: str, out_dir: Path) -> None
         inference_mode=True,
         base_model_name_or_path=str(model_dir),
     )
-    with creating_folder(out_dir) as folder:
+    with atomic_folder(out_dir) as folder:
         lora.save_pretrained(folder)
         save_file(tensors, folder / ADAPTER_SAFETENSORS, metadata={"format": "pt"})
 

@@ -17,7 +17,7 @@ from helpers.chatglm3.checkpoint import disk_bytes
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.errors import exit_with_one_line
-from helpers.files import check_disk_space, check_new_folder, creating_folder
+from helpers.files import atomic_folder, check_disk_space, check_new_folder
 
 PARAMETERS = 6_243_584_000
 # ChatGLM3-6B: what ChatGLM3Config does not already default to.
@@ -37,7 +37,7 @@ def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = ChatGLM3ForCausalLM._from_config(config, dtype=torch.float16)
     assert model.num_parameters() == PARAMETERS
-    with creating_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, max_shard_size="1850MB")
         for name in ("tokenizer.model", "tokenizer_config.json"):
             shutil.copyfile(TINY_MODEL / name, temporary / name)

@@ -24,8 +24,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
-from helpers.errors import UserError, exit_with_one_line, positive
-from helpers.files import replacing
+from helpers.errors import UserError, exit_with_one_line, positive_int
+from helpers.files import atomic_write
 from helpers.finetune.dataset import Limits, decode_text, evaluation_features, find_split, read_split
 from helpers.finetune.metrics import METRICS, mean_scores, score
 
@@ -144,7 +144,7 @@ def predict(
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write ``rows``, all of them or none. Raises UserError where they cannot be written."""
     try:
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; make room or choose another folder") from error
@@ -258,10 +258,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.finetune.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="an adapter that the fine-tune wrote, OUTPUT/checkpoint-N")
     parser.add_argument("data_file", type=Path, help="rows as the fine-tune takes them")
-    parser.add_argument("--max-rows", type=positive, help="only the first rows")
-    parser.add_argument("--batch-size", type=positive, default=16)
-    parser.add_argument("--max-input-length", type=positive, default=256, help="tokens of a prompt (default 256)")
-    parser.add_argument("--max-output-length", type=positive, default=512, help="tokens of an answer (default 512)")
+    parser.add_argument("--max-rows", type=positive_int, help="only the first rows")
+    parser.add_argument("--batch-size", type=positive_int, default=16)
+    parser.add_argument("--max-input-length", type=positive_int, default=256, help="tokens of a prompt (default 256)")
+    parser.add_argument("--max-output-length", type=positive_int, default=512, help="tokens of an answer (default 512)")
     arguments = parser.parse_args()
 
     from helpers.finetune.generate import load_for_inference

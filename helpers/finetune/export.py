@@ -18,7 +18,7 @@ from helpers.chatglm3.checkpoint import disk_bytes, read_config
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import check_disk_space, check_new_folder, creating_folder
+from helpers.files import atomic_folder, check_disk_space, check_new_folder
 from helpers.finetune.generate import ADAPTER_CONFIG, base_model, find_checkpoint, load_for_inference
 from helpers.libraries.quiet import quiet_libraries
 
@@ -67,7 +67,7 @@ def export(
     check_disk_space(out_dir, disk_bytes(config, dtype))
     model, tokenizer = load_for_inference(folder, dtype=dtype, device="cpu", base=str(base_folder), dequantize=True)
     merged = _merge(model, folder)
-    with creating_folder(out_dir) as temporary:
+    with atomic_folder(out_dir) as temporary:
         if layout == "glm":
             as_glm(merged).save_pretrained(temporary, max_shard_size=SHARD_SIZE)
             tokenizer.save_pretrained(temporary / "tokenizer")

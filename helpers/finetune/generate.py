@@ -24,7 +24,7 @@ from helpers.chatglm3.chat import Message, encode_conversation, parse_answer
 from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.finetune import check_quantization
-from helpers.errors import UserError, exit_with_one_line, positive
+from helpers.errors import UserError, exit_with_one_line, positive_int
 from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
 from helpers.libraries.quiet import quiet_libraries
 from helpers.quantization.library import keep_layout, quantization_config
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="the base model's answer as well")
     parser.add_argument("--sample", action="store_true", help="sample (temperature 0.8, top-p 0.8), not greedy")
     parser.add_argument("--model", metavar="BASE", help="the base model, if it is not where the adapter says")
-    parser.add_argument("--max-new-tokens", type=positive, default=MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=MAX_NEW_TOKENS, metavar="N")
     arguments = parser.parse_args()
     if arguments.compare and arguments.prompt is None:
         raise UserError("--compare needs a --prompt to compare the answers to")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.finetune.ranks import Ranks
 from helpers.memory.nvml import open_nvml
 from helpers.memory.units import GIB
@@ -112,7 +112,7 @@ class Recorder(TrainerCallback):
         if self.ranks.is_first:
             # A resumed run repeats the steps after its checkpoint; their first try is no part of the record.
             kept = [r for r in read_metrics(self.path) if r["step"] <= state.global_step]
-            with replacing(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def on_step_end(

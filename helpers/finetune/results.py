@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.memory.units import GIB
 from helpers.plots import CourseFigure, rates_and_memory, save_figure
 
@@ -139,7 +139,7 @@ def with_tables(text: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = with_tables(readme.read_text(encoding="utf-8"))
-    with replacing(readme) as temporary:
+    with atomic_write(readme) as temporary:
         temporary.write_text(text, encoding="utf-8")
     save_figure(speed_figure(read_results(SPEED_RESULTS)), SPEED_FIGURE)
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import read_metrics
 from helpers.memory.phases import across_ranks, read_phases
@@ -22,7 +22,7 @@ class RunFile:
         """Change or add keys; the file is written by rank 0."""
         self.content |= changes
         if self.ranks.is_first:
-            with replacing(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(self.content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 

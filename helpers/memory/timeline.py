@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from helpers.errors import UserError
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.memory.units import GIB
 
 # A saved point takes at most 23 characters ("86400.123,343597383680,"), so that a file stays below 200 KB
@@ -79,7 +79,7 @@ class Timeline:
             seconds, used = thin(gpu.seconds, gpu.used, SAVED_POINTS // len(self.gpus))
             gpus.append(asdict(gpu) | {"seconds": [round(second, 3) for second in seconds], "used": used})
         record = {"start": self.start, "duration": self.duration, "gpus": gpus, "note": self.note}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
 
     @classmethod

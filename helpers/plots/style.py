@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.errors import UserError
-from helpers.files import replacing
+from helpers.files import atomic_write
 
 # Okabe and Ito's palette (Color Universal Design, 2008), its yellow, which is too pale for lines, replaced by grey.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY = (
@@ -61,7 +61,7 @@ def save_figure(fig: Figure, path: str | Path) -> None:
     suffix = Path(path).suffix.lstrip(".").lower()
     if suffix not in fig.canvas.get_supported_filetypes():
         raise UserError(f"cannot write a figure to {path}: give a name that ends in .png, .svg or .pdf")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         fig.savefig(temporary, format=suffix, dpi=DPI)
 
 

@@ -23,7 +23,7 @@ from helpers.assets import TINY_DATA
 from helpers.chatglm3.tokenizer import is_published_tokenizer
 from helpers.config.finetune import bucket_bytes
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.results import RESULTS
 from helpers.finetune.torchrun import run_command, torchrun_command
@@ -114,7 +114,7 @@ def write_results(path: Path, checkpoint: Path, runs: dict[str, dict[str, Any]],
         "machine": machine,
         "runs": {label: {key: run[key] for key in run if key != "machine"} for label, run in runs.items()},
     }
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.errors import exit_with_one_line
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.hardware import backend_for, default_nprocs, describe_machine
 from helpers.launch import device, run
 from helpers.memory.nvml import open_nvml
@@ -152,7 +152,7 @@ def main() -> None:
         content[key] = {"median": statistics.median(seconds), "slowest": max(seconds)}
     if machine.gpus:
         content["sampler"] = sampler_cost()
-    with replacing(arguments.results) as temporary:
+    with atomic_write(arguments.results) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in content.items() if key != "machine"}, indent=1))
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, device, environment, run
 from helpers.memory.phases import phase
@@ -410,7 +410,7 @@ def main() -> None:
         print(f"{name}: {setting.tokens:,} tokens a GPU and step", flush=True)
         content["settings"][name] = measure(shape, setting, ranks, prefer_deepspeed)
         print(line(name, content["settings"][name]), flush=True)
-        with replacing(arguments.results) as temporary:
+        with atomic_write(arguments.results) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     failed = [name for name, entry in content["settings"].items() if "failed" in entry]
     if failed:

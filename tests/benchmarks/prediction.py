@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, environment, run
 from helpers.memory.predict import Configuration, Lora, ModelShape, Strategy, predict
@@ -243,7 +243,7 @@ def predicted_again(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

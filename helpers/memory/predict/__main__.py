@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from helpers.errors import UserError, exit_with_one_line, positive
+from helpers.errors import UserError, exit_with_one_line, positive_int
 from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import (
     KINDS,
@@ -48,20 +48,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", type=Path, nargs="?", help="a job's own configs/lora.yaml; else the options below")
     parser.add_argument("deepspeed", type=Path, nargs="?", help="and its DeepSpeed JSON")
     parser.add_argument("--model", type=Path, help="config.json or its folder; without it, ChatGLM3-6B")
-    parser.add_argument("--gpus", type=positive, default=1, help="number of GPUs")
-    parser.add_argument("--length", type=positive, help="tokens a row (768; with files, the longest they allow)")
+    parser.add_argument("--gpus", type=positive_int, default=1, help="number of GPUs")
+    parser.add_argument("--length", type=positive_int, help="tokens a row (768; with files, the longest they allow)")
     parser.add_argument("--card", type=float, metavar="GIB", help="memory of a card: say whether the job fits it")
     parser.add_argument("--plan", action="store_true", help="with --card: rank the strategies for this job")
     parser.add_argument(
         "--expandable-segments", action="store_true", help="torch's allocator with expandable_segments:True"
     )
     parser.add_argument("--full", action="store_true", default=None, help="train all parameters, not LoRA")
-    parser.add_argument("--r", type=positive, help="rank of the adapter (8)")
+    parser.add_argument("--r", type=positive_int, help="rank of the adapter (8)")
     parser.add_argument("--targets", nargs="+", help="matrices with an adapter (q_proj k_proj v_proj)")
     parser.add_argument("--dropout", type=float, help="on the adapter's inputs (0.1)")
     parser.add_argument("--precision", choices=PRECISIONS, help="(autocast; bf16 under DeepSpeed)")
     parser.add_argument("--strategy", choices=KINDS, help="(single; ddp with several GPUs)")
-    parser.add_argument("--rows", type=positive, help="rows that run at once on a GPU (4)")
+    parser.add_argument("--rows", type=positive_int, help="rows that run at once on a GPU (4)")
     parser.add_argument("--padded", action="store_true", default=None, help="rows differ in length")
     parser.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again")
     parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the frozen matrices")
