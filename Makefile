@@ -1,25 +1,37 @@
 # make run          sets up .venv and fine-tunes the embedded model, then compares its answer with the base model's
 # make test         sets up .venv and runs every test, the notebooks included
+# make check        lint, types, and the tests that start no processes: under a minute
+# make campaign     long searches for faults; writes notebooks/results/campaign.json
 # make benchmark    measures the fine-tune of the 6B model on this machine's GPUs; CHECKPOINT=folder for real weights
 # make notebooks    executes every notebook in place, outputs as they are committed
 # make lab          opens the course in JupyterLab
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 # A name on the PATH proves nothing (version managers leave stubs there): the first Python that runs and fits is taken.
-FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
-PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
+FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for name in python3.12 python3.13 python3.11 python3; do \
     "$$name" -c '$(FITS)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
 
-.PHONY: run test benchmark notebooks lab clean
+.PHONY: run test check lint campaign benchmark notebooks lab clean
 
 run: $(VENV)/installed
 	$(RUN) -m helpers.finetune.demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed lint
+	$(RUN) -m pytest -m "not campaign"
+	$(RUN) -m pytest --nbval-lax --nbval-cell-timeout=900 notebooks
+
+# Daily work: what needs no second process.
+check: $(VENV)/installed lint
+	$(RUN) -m pytest -m "not slow and not campaign"
+
+lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest
-	$(RUN) -m pytest --nbval-lax --nbval-cell-timeout=900 notebooks
+	$(VENV)/bin/mypy
+
+campaign: $(VENV)/installed
+	$(RUN) tests/benchmarks/campaign.py
 
 benchmark: $(VENV)/installed
 	$(RUN) tests/benchmarks/finetune_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
@@ -34,7 +46,7 @@ lab: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FITS)' >/dev/null 2>&1 || \
-	  { echo "error: $(or $(PYTHON),no python3 on the PATH) is not Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	  { echo "error: $(or $(PYTHON),no python3 on the PATH) is not Python 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --editable '.[test]'
 	@touch $@
