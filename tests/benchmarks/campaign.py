@@ -14,7 +14,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from helpers.files import replacing
+from helpers.files import atomic_write
 from helpers.hardware import describe_machine
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def main() -> None:
         tests = outcomes(junit)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = {"machine": dataclasses.asdict(describe_machine()), "commit": commit, "tests": tests}
-    with replacing(arguments.results) as temporary:
+    with atomic_write(arguments.results) as temporary:
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     passed = sum(test["outcome"] == "passed" for test in tests)
     print(f"{passed} of {len(tests)} passed; written to {arguments.results}")
