@@ -38,8 +38,11 @@ def gradients(loss, hidden, weight):
 def test_loss_and_gradients_are_those_of_all_logits(tokens, chunk, data, frozen, told):
     masked = data.draw(st.sets(st.integers(0, tokens - 1), max_size=tokens - 1))
     hidden, weight, labels = inputs(tokens, masked, frozen=frozen)
-    places = torch.tensor(sorted(set(range(tokens)) - masked)) if told else None
-    expected, found = plain(hidden, weight, labels), chunked_cross_entropy(hidden, weight, labels, chunk, places)
+    target_positions = torch.tensor(sorted(set(range(tokens)) - masked)) if told else None
+    expected, found = (
+        plain(hidden, weight, labels),
+        chunked_cross_entropy(hidden, weight, labels, chunk, target_positions),
+    )
     assert found.shape == () and found.dtype == torch.float32
     assert found.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
     for mine, theirs in zip(gradients(3 * found, hidden, weight), gradients(3 * expected, hidden, weight), strict=True):
@@ -145,10 +148,10 @@ def test_the_ledger_sees_what_is_kept():
         ({"chunk": 0}, "chunk is 0; give the number of tokens"),
         ({"hidden": torch.ones(2, 3, WIDTH)}, r"hidden is \(2, 3, 8\) and head_weight \(37, 8\)"),
         ({"head_weight": torch.ones(VOCABULARY, 5)}, r"head_weight \(37, 5\); give \[tokens, width\]"),
-        ({"labels": torch.ones(4, dtype=torch.long)}, r"labels is \(4,\) for 6 tokens; give one for each"),
+        ({"targets": torch.ones(4, dtype=torch.long)}, r"targets is \(4,\) for 6 tokens; give one for each"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
     hidden, weight, labels = inputs(6)
     with pytest.raises(UserError, match=message):
-        chunked_cross_entropy(**{"hidden": hidden, "head_weight": weight, "labels": labels, "chunk": 2} | change)
+        chunked_cross_entropy(**{"hidden": hidden, "head_weight": weight, "targets": labels, "chunk": 2} | change)

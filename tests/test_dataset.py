@@ -313,9 +313,9 @@ def test_the_collator_pads_ids_labels_and_mask(split, tokenizer):
     batch = TrainingCollator(tokenizer.pad_token_id)([features[0], features[1]])
     short, long = (len(row["input_ids"]) for row in features)
     assert batch.pop("tokens") == short + long
-    places = batch.pop("places")
-    assert (batch["labels"].flatten()[places + 1] != -100).all()
-    assert places.numel() == (batch["labels"][:, 1:] != -100).sum()
+    target_positions = batch.pop("target_positions")
+    assert (batch["labels"].flatten()[target_positions + 1] != -100).all()
+    assert target_positions.numel() == (batch["labels"][:, 1:] != -100).sum()
     assert {name: tensor.shape for name, tensor in batch.items()} == dict.fromkeys(batch, (2, long))
     assert batch["input_ids"][0, short:].eq(0).all()
     assert batch["labels"][0, short:].eq(-100).all()
@@ -348,7 +348,7 @@ def test_each_trained_answer_is_asked_for(split, tokenizer):
     assert entries["reference"][3].startswith("price\n ```python\ntool_call(of='裙')")
     assert entries["prompt"][4] == '{"yuan": 1}'
     assert entries["reference"][4] == "舒适"
-    assert not any(entries["cut"])
+    assert not any(entries["truncated"])
 
 
 def test_a_prompt_is_what_came_before_and_the_assistant_token(split, tokenizer):
@@ -361,7 +361,7 @@ def test_a_prompt_is_what_came_before_and_the_assistant_token(split, tokenizer):
 def test_a_long_prompt_loses_its_oldest_turns_first(split, tokenizer):
     (entry,) = evaluation_features(split(TWO_TURNS), tokenizer, Limits(14, 64))
     expected = split(messages(("user", "宽松"), ("assistant", "显瘦"))).rows[0]["input_ids"]
-    assert entry["cut"]
+    assert entry["truncated"]
     assert entry["prompt_ids"] == expected[: len(entry["prompt_ids"])]
     assert entry["prompt_ids"][-1] == tokenizer.role_token_id("assistant")
 
@@ -372,7 +372,7 @@ def test_one_turn_that_is_too_long_keeps_its_beginning(max_input_length, split, 
     (entry,) = evaluation_features(split({**ADVERT, "content": "裙" * 100}), tokenizer, limits)
     uncut = split({**ADVERT, "content": "裙" * 100}).rows[0]["input_ids"]
     kept = max(2, max_input_length)
-    assert entry["cut"]
+    assert entry["truncated"]
     assert entry["prompt_ids"] == [*uncut[:kept], tokenizer.role_token_id("assistant")]
 
 

@@ -18,7 +18,7 @@ from helpers.chatglm3.chat import encode_conversation
 from helpers.errors import UserError
 from helpers.finetune import evaluate as evaluate_module
 from helpers.finetune.dataset import Limits, decode_text, evaluation_features, read_split
-from helpers.finetune.evaluate import evaluate, predict, write_json_lines
+from helpers.finetune.evaluate import evaluate, generate_answers, write_json_lines
 
 QUESTIONS = ["类型#裙", "宽松", "版型#宽松 类型#裙 柔软的面料", "裙", "简约百搭", "Hello", "舒适又显瘦"]
 ROWS = [{"content": question, "summary": "柔软"} for question in QUESTIONS]
@@ -42,7 +42,9 @@ def features_of(tokenizer, folder, rows=ROWS):
 
 
 def answered(model, tokenizer, prompts, batch_size=3, max_new_tokens=6):
-    return predict(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label="test")
+    return generate_answers(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label="test"
+    )
 
 
 def one_by_one(model, tokenizer, prompts):

@@ -13,8 +13,8 @@ from small_chatglm import random_model, small_config
 from helpers.config.finetune import Speed
 from helpers.errors import UserError
 from helpers.finetune import packed_attention
-from helpers.finetune.dataset import IGNORED_LABEL, TrainingCollator
-from helpers.finetune.packing import PackCollator, pack, packed_features
+from helpers.finetune.dataset import IGNORE_INDEX, TrainingCollator
+from helpers.finetune.packing import PackCollator, best_fit_packing, packed_features
 from helpers.finetune.speed import RIGHT_PADDED, SDPA, apply_speed_options, evaluation_mode
 
 CAPACITY, PAD = 40, 0
@@ -28,7 +28,7 @@ def rows(lengths=LENGTHS, vocabulary=400):
     for length in lengths:
         ids = torch.randint(3, vocabulary, (length,), generator=generator)
         labels = ids.clone()
-        labels[: length // 3] = IGNORED_LABEL
+        labels[: length // 3] = IGNORE_INDEX
         features.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
     return Dataset.from_list(features)
 
@@ -63,12 +63,12 @@ def loss_and_gradients(model, batch, counted):
 @settings(deadline=None, max_examples=150)
 def test_every_row_is_in_one_pack_and_no_two_packs_would_fit_into_one(lengths, spare, seed):
     capacity = max(lengths) + spare
-    packs = pack(lengths, capacity, seed)
+    packs = best_fit_packing(lengths, capacity, seed)
     assert sorted(itertools.chain(*packs)) == list(range(len(lengths)))
     filled = sorted(sum(lengths[row] for row in rows) for rows in packs)
     assert filled[0] > 0 and filled[-1] <= capacity
     assert len(filled) == 1 or filled[0] + filled[1] > capacity
-    assert packs == pack(lengths, capacity, seed)
+    assert packs == best_fit_packing(lengths, capacity, seed)
 
 
 def test_a_row_longer_than_a_pack_is_named():
@@ -83,29 +83,29 @@ def test_a_batch_of_packs_holds_the_rows_and_says_where_they_are(lengths, spare)
     packs = packed_features(features, capacity, seed=1)
     collator = PackCollator.of(packs, capacity, PAD)
     batch = collator(list(packs))
-    ids, positions, boundaries = batch["input_ids"].flatten(), batch["position_ids"].flatten(), batch["boundaries"]
+    ids, positions, cu_seqlens = batch["input_ids"].flatten(), batch["position_ids"].flatten(), batch["cu_seqlens"]
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (len(packs), capacity)
-    assert boundaries[0] == 0 and boundaries[-1] == ids.numel() and boundaries.dtype == torch.int32
-    pieces = [(int(a), int(b)) for a, b in itertools.pairwise(boundaries) if b > a]
-    assert all(b - a <= batch["longest"] for a, b in pieces)
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == ids.numel() and cu_seqlens.dtype == torch.int32
+    pieces = [(int(a), int(b)) for a, b in itertools.pairwise(cu_seqlens) if b > a]
+    assert all(b - a <= batch["max_seqlen"] for a, b in pieces)
     assert all(positions[a:b].tolist() == list(range(b - a)) for a, b in pieces)
     found = sorted(ids[a:b].tolist() for a, b in pieces if ids[a] != PAD)
     assert found == sorted(features["input_ids"][:])
     assert batch["rows"] == len(lengths) and batch["tokens"] == sum(lengths)
     # A token is predicted by the one before it in its own row, so a row's first label never counts.
-    trained = sum(label != IGNORED_LABEL for row in features["labels"][:] for label in row[1:])
-    assert batch["places"].numel() == trained
-    assert (batch["labels"].flatten()[batch["places"] + 1] != IGNORED_LABEL).all()
-    again = collator(list(packs)[:1])["boundaries"]
-    assert len(packs) * (again.numel() - 1) == boundaries.numel() - 1  # shapes depend on the number of packs alone
+    trained = sum(label != IGNORE_INDEX for row in features["labels"][:] for label in row[1:])
+    assert batch["target_positions"].numel() == trained
+    assert (batch["labels"].flatten()[batch["target_positions"] + 1] != IGNORE_INDEX).all()
+    again = collator(list(packs)[:1])["cu_seqlens"]
+    assert len(packs) * (again.numel() - 1) == cu_seqlens.numel() - 1  # shapes depend on the number of packs alone
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_packed_rows_train_as_padded_ones(chunk):
     features = rows()
     packed, padded = packed_batch(features), TrainingCollator(PAD)(list(features))
-    counted = padded["places"].numel()
-    assert packed["places"].numel() == counted
+    counted = padded["target_positions"].numel()
+    assert packed["target_positions"].numel() == counted
     model = lora_model()
     expected, right = loss_and_gradients(model, padded, counted)
     apply_speed_options(model, Speed(packing=CAPACITY, loss_chunk=chunk))
@@ -117,7 +117,7 @@ def test_packed_rows_train_as_padded_ones(chunk):
 
 def test_rows_padded_on_the_right_train_without_a_mask_as_with_one():
     padded = TrainingCollator(PAD)(list(rows()))
-    counted = padded["places"].numel()
+    counted = padded["target_positions"].numel()
     model = lora_model()
     apply_speed_options(model, Speed())
     assert model.get_base_model().config._attn_implementation == SDPA  # no FlashAttention in 32 bit
@@ -140,7 +140,7 @@ def test_rows_padded_on_the_right_train_without_a_mask_as_with_one():
 
 def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():
     padded = TrainingCollator(PAD)(list(rows()))
-    counted = padded["places"].numel()
+    counted = padded["target_positions"].numel()
     model = lora_model(["q_proj", "lm_head"])
     found = []
     for chunk in (None, 7):
@@ -157,7 +157,7 @@ def test_the_loss_of_every_token_is_the_one_it_has_alone():
     batch = packed_batch(features)
     with torch.no_grad():
         logits = model(batch["input_ids"], position_ids=batch["position_ids"]).logits.flatten(0, 1)
-        pieces = [(int(a), int(b)) for a, b in itertools.pairwise(batch["boundaries"]) if b > a]
+        pieces = [(int(a), int(b)) for a, b in itertools.pairwise(batch["cu_seqlens"]) if b > a]
         compared = 0
         for a, b in pieces:
             ids = batch["input_ids"].flatten()[a:b]
@@ -178,7 +178,7 @@ def test_another_rows_tokens_change_nothing():
     batch = packed_batch(rows())
     model = lora_model().eval()
     apply_speed_options(model, Speed(packing=CAPACITY))
-    first, second = (int(boundary) for boundary in batch["boundaries"][1:3])
+    first, second = (int(boundary) for boundary in batch["cu_seqlens"][1:3])
     changed = batch["input_ids"].clone()
     changed.view(-1)[:first] = 5
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_another_rows_tokens_change_nothing():
 def test_compiled_layers_compute_the_same_and_evaluation_does_without_them():
     features = rows()
     packed = packed_batch(features)
-    counted = packed["places"].numel()
+    counted = packed["target_positions"].numel()
     model = lora_model()
     apply_speed_options(model, Speed(packing=CAPACITY))
     expected, right = loss_and_gradients(model, packed, counted)
@@ -223,7 +223,7 @@ class TestGpu:
         batch = packed_batch(rows((90, 140, 33, 70, 201, 15)), 256)
         batch = {key: value.cuda() if torch.is_tensor(value) else value for key, value in batch.items()}
         model = lora_model(head_dim=64).to("cuda", torch.bfloat16)
-        counted = batch["places"].numel()
+        counted = batch["target_positions"].numel()
         model.config.use_cache = False
         expected, right = loss_and_gradients(model, batch, counted)
         apply_speed_options(model, Speed(packing=256, compile_layers=compiled, loss_chunk=64))

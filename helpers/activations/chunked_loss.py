@@ -1,7 +1,12 @@
-"""Cross-entropy of a large vocabulary without the logits of all tokens: chapter 11 derives what is here.
+"""Cross-entropy over a large vocabulary without the logits of all tokens. Chapter 11 derives it.
 
-The logits of ChatGLM3 have 65,024 numbers for each token. A plain loss keeps them in 16 bit, in fp32, and as their
-log-softmax. Here they exist for ``chunk`` tokens at a time, and are computed again in backward.
+ChatGLM3's logits are 65,024 numbers per token. An ordinary loss stores them three times: in 16 bit, in fp32, and as
+their log-softmax. Here they exist for ``chunk`` tokens at a time.
+
+torch 2.13 has a loss of this kind as well: ``torch.nn.functional.linear_cross_entropy(..., options=
+LinearCrossEntropyOptions(...))``. In fp32 both agree. We keep ours for two reasons. With bf16 inputs, theirs returns
+the loss in bf16, so it is only good to two or three digits; ours is always fp32. And theirs computes the logits of
+ignored tokens too, unless you select the others first.
 """
 
 from collections.abc import Iterator
@@ -12,30 +17,40 @@ from torch import Tensor
 
 from helpers.errors import UserError
 
-IGNORED = -100  # the label of a token that is not trained: torch's and transformers' own
+IGNORE_INDEX = -100  # label of a token that does not count; the default of torch and transformers
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int, places: Tensor | None = None
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk: int, target_positions: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy of ``hidden @ head_weight.T`` over the tokens whose label is not -100, a scalar in fp32.
+    """Compute the mean cross-entropy of ``hidden @ head_weight.T`` without ever holding all logits.
 
-    ``hidden`` [tokens, width] is what the output layer ``head_weight`` [vocabulary, width] reads; ``labels`` [tokens]
-    says which word each of them should predict, so a causal model's labels must be shifted before. Loss and gradients
-    are those of ``F.cross_entropy`` on the logits in fp32, up to the order of sums. Tokens that are not trained cost
-    nothing. Where none is trained, the loss and all gradients are 0: a rank without a label can take part with the
-    others, where the plain loss is 0/0.
+    Loss and gradients are those of ``F.cross_entropy`` on fp32 logits, up to the order of additions. Ignored tokens
+    cost no computation. If every token is ignored, the loss and all gradients are 0, so a rank without targets can
+    still take part in collectives; the ordinary loss would be 0/0.
 
-    ``places`` [trained] says which tokens have a label that is not -100. Without it the device looks, and the host
-    waits for the answer.
+    At most ``chunk`` x vocabulary logits exist at a time, at 4 bytes each (6 if the matrix multiplication is in 16
+    bit). There is no second derivative.
 
-    Of the logits at most ``chunk`` x vocabulary exist at a time, with 4 bytes each, or 6 where the product is in 16
-    bit. Where the head is trained, forward keeps 12 bytes a trained token, backward makes the logits again, one more
-    product with ``head_weight``, and the head's gradient adds up over chunks in the product's type. Where it is frozen,
-    as under LoRA, forward makes the gradient of ``hidden`` at once, while the logits are there, and keeps that. Under
-    autocast the product is in autocast's type, as that of a linear layer. There is no second derivative.
+    * Trainable head: forward keeps 12 bytes per target; backward recomputes the logits (one more matrix multiplication)
+      and accumulates the head's gradient over chunks in the dtype of the matrix multiplication.
+    * Frozen head, as under LoRA: forward computes the gradient of ``hidden`` while the logits exist, and keeps that.
 
-    Raises :class:`UserError` for shapes that do not fit together and a ``chunk`` below 1.
+    Args:
+        hidden: Input of the output layer, [tokens, width].
+        head_weight: Weight of the output layer, [vocabulary, width].
+        targets: Token id that each position should predict, [tokens] int64, or ``IGNORE_INDEX``. A causal model's
+            labels must be shifted by one before.
+        chunk: Number of tokens whose logits exist at a time.
+        target_positions: Positions whose target is not ``IGNORE_INDEX``, [targets] int64. Without it, the device
+            searches for them and the host has to wait for the answer.
+
+    Returns:
+        The mean loss over all targets, an fp32 scalar. Under autocast the matrix multiplication runs in autocast's
+        dtype, as for a linear layer.
+
+    Raises:
+        UserError: If the shapes do not fit together or ``chunk`` is below 1.
     """
     if chunk < 1:
         raise UserError(f"chunked_cross_entropy: chunk is {chunk}; give the number of tokens to work on at a time")
@@ -44,79 +59,83 @@ def chunked_cross_entropy(
             f"chunked_cross_entropy: hidden is {tuple(hidden.shape)} and head_weight {tuple(head_weight.shape)}; "
             "give [tokens, width] and [vocabulary, width]"
         )
-    if labels.shape != hidden.shape[:1]:
+    if targets.shape != hidden.shape[:1]:
         raise UserError(
-            f"chunked_cross_entropy: labels is {tuple(labels.shape)} for {hidden.shape[0]} tokens; give one for each"
+            f"chunked_cross_entropy: targets is {tuple(targets.shape)} for {hidden.shape[0]} tokens; give one for each"
         )
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
-    places = (labels != IGNORED).nonzero().squeeze(1) if places is None else places
+    if target_positions is None:
+        target_positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     function = _ChunkedCrossEntropy if head_weight.requires_grad else _FrozenHead
-    return function.apply(hidden, head_weight, labels, chunk, places)
+    return function.apply(hidden, head_weight, targets, chunk, target_positions)
 
 
-def following(labels: Tensor) -> Tensor:
+def shift_labels(labels: Tensor) -> Tensor:
     """The label that each token of ``labels`` [rows, tokens] should predict: its successor's; -100 for a row's last."""
-    shifted = torch.full_like(labels, IGNORED)
+    shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[:, :-1] = labels[:, 1:]
     return shifted
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss with a trainable head: backward recomputes each chunk's logits."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, trained: Tensor) -> Tensor:
-        normalisers = torch.empty(trained.numel(), device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, positions: Tensor) -> Tensor:
+        log_sum_exp = torch.empty(positions.numel(), device=hidden.device)  # [targets] fp32
         loss = torch.zeros((), device=hidden.device)
-        for places, part in _chunks(trained, normalisers, chunk):
-            logits = _logits(hidden, weight, places)
-            right = logits.gather(1, labels[places, None]).squeeze(1)
-            total, largest = _exponentials(logits)
-            part.copy_(total.log_() + largest)
-            loss += (part - right).sum()
-            del logits  # or it would be there beside the next chunk's
-        ctx.save_for_backward(hidden, weight, labels, trained, normalisers)
+        for chunk_positions, chunk_log_sum_exp in _chunks(positions, log_sum_exp, chunk):
+            logits = _logits(hidden, weight, chunk_positions)  # [chunk, vocabulary] fp32
+            target_logit = logits.gather(1, targets[chunk_positions, None]).squeeze(1)  # [chunk]
+            sums, largest = _exponentials(logits)
+            chunk_log_sum_exp.copy_(sums.log_() + largest)  # a view: fills log_sum_exp
+            loss += (chunk_log_sum_exp - target_logit).sum()  # -log softmax, at the target
+            del logits  # otherwise it would still exist while the next chunk's is computed
+        ctx.save_for_backward(hidden, weight, targets, positions, log_sum_exp)
         ctx.chunk = chunk
-        return loss / max(1, trained.numel())
+        return loss / max(1, positions.numel())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, trained, normalisers = ctx.saved_tensors
+        hidden, weight, targets, positions, log_sum_exp = ctx.saved_tensors
         hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        scale = gradient / max(1, trained.numel())
-        for places, part in _chunks(trained, normalisers, ctx.chunk):
-            # The gradient of the logits: the probabilities, less 1 at the right word; in place, for it is large.
-            logits = _logits(hidden, weight, places).sub_(part[:, None]).exp_()
-            logits[torch.arange(places.numel(), device=places.device), labels[places]] -= 1
-            logits = logits.mul_(scale).to(weight.dtype)
+        scale = gradient / max(1, positions.numel())
+        for chunk_positions, chunk_log_sum_exp in _chunks(positions, log_sum_exp, ctx.chunk):
+            # Gradient of the logits: the probabilities, minus 1 at the target. In place, because it is large.
+            logits = _logits(hidden, weight, chunk_positions).sub_(chunk_log_sum_exp[:, None]).exp_()
+            logits[torch.arange(chunk_positions.numel(), device=hidden.device), targets[chunk_positions]] -= 1
+            logits = logits.mul_(scale).to(weight.dtype)  # [chunk, vocabulary]
             if hidden_gradient is not None:
-                hidden_gradient[places] = logits @ weight
+                hidden_gradient[chunk_positions] = logits @ weight  # [chunk, width]
             if weight_gradient is not None:
-                weight_gradient.addmm_(logits.T, hidden[places])
+                weight_gradient.addmm_(logits.T, hidden[chunk_positions])  # [vocabulary, width]
             del logits
         return hidden_gradient, weight_gradient, None, None, None
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The same without a gradient for the head: that of ``hidden`` is made in forward, and only scaled in backward."""
+    """The loss with a frozen head: forward computes the gradient of ``hidden``, backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, trained: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, positions: Tensor) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
         hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        for places in trained.split(chunk) if trained.numel() else ():
-            wanted = labels[places, None]
-            # Passed on without a name, so that they are gone when there are probabilities.
-            right, probabilities = _probabilities(hidden[places] @ weight.T, wanted)
-            loss -= right.sum()
+        for chunk_positions in positions.split(chunk) if positions.numel() else ():
+            chunk_targets = targets[chunk_positions, None]  # [chunk, 1]
+            # The logits are passed on without a name, so that they are freed as soon as the probabilities exist.
+            log_probability, probabilities = _probabilities(hidden[chunk_positions] @ weight.T, chunk_targets)
+            loss -= log_probability.sum()
             if hidden_gradient is not None:
-                probabilities.scatter_(1, wanted, right.expm1_().to(weight.dtype))  # less 1 at the right word
-                hidden_gradient[places] = probabilities @ weight
+                # The gradient of the logits is p - 1 at the target; expm1 of log p is exactly that.
+                probabilities.scatter_(1, chunk_targets, log_probability.expm1_().to(weight.dtype))
+                hidden_gradient[chunk_positions] = probabilities @ weight  # [chunk, width]
             del probabilities
-        ctx.scale = 1 / max(1, trained.numel())
+        ctx.scale = 1 / max(1, positions.numel())
         ctx.save_for_backward(hidden_gradient)
         return loss * ctx.scale
 
@@ -128,32 +147,33 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn ``logits`` [tokens, vocabulary] into ``exp(logits - largest)``, in place; their sums, and the largest.
+    """Replace ``logits`` [tokens, vocabulary] by ``exp(logits - largest)``; return the sums and the largest, [tokens].
 
-    torch.logsumexp would make a copy. The largest is subtracted so that exp cannot overflow.
+    torch.logsumexp would make a copy. Subtracting the largest keeps exp from overflowing.
     """
-    largest = logits.amax(1, keepdim=True)
+    largest = logits.amax(1, keepdim=True)  # [tokens, 1]
     return logits.sub_(largest).exp_().sum(1), largest.squeeze(1)
 
 
-def _probabilities(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithm of the probability of the ``wanted`` [tokens, 1] words, in fp32, and all probabilities.
+def _probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the fp32 log-probability of ``targets`` [tokens, 1], and all probabilities [tokens, vocabulary].
 
-    Those have the type of ``logits`` [tokens, vocabulary]: of 16 bit through one fp32 copy, made by the kernel that
-    reads the logits; of 32 bit in their place.
+    The probabilities have the dtype of ``logits`` and replace them: 16-bit logits through one fp32 copy, made by the
+    kernel that reads them; fp32 logits in place.
     """
     if logits.dtype != torch.float32:
-        logarithms = torch.log_softmax(logits, 1, dtype=torch.float32)
-        return logarithms.gather(1, wanted), torch.exp(logarithms, out=logits)
-    right = logits.gather(1, wanted)
-    total, largest = _exponentials(logits)
-    return right - largest[:, None] - total.log()[:, None], logits.div_(total[:, None])
+        log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
+        return log_probabilities.gather(1, targets), torch.exp(log_probabilities, out=logits)
+    target_logit = logits.gather(1, targets)  # [tokens, 1]
+    sums, largest = _exponentials(logits)
+    return target_logit - largest[:, None] - sums.log()[:, None], logits.div_(sums[:, None])
 
 
-def _chunks(trained: Tensor, normalisers: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(trained.split(chunk), normalisers.split(chunk), strict=True) if trained.numel() else iter(())
+def _chunks(positions: Tensor, log_sum_exp: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split both in the same chunks; nothing if there are no targets, for which ``split`` gives one empty chunk."""
+    return zip(positions.split(chunk), log_sum_exp.split(chunk), strict=True) if positions.numel() else iter(())
 
 
-def _logits(hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
-    """The logits of the tokens at ``places`` in fp32, in memory of their own."""
-    return (hidden[places] @ weight.T).float()
+def _logits(hidden: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+    """Compute the fp32 logits of the tokens at ``positions``, in memory of their own."""
+    return (hidden[positions] @ weight.T).float()

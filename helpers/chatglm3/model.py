@@ -17,7 +17,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from helpers.activations.chunked_loss import IGNORED, chunked_cross_entropy, following
+from helpers.activations.chunked_loss import IGNORE_INDEX, chunked_cross_entropy, shift_labels
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.config import ChatGLM3Config
 
@@ -106,21 +106,25 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
 
     @wraps(GlmForCausalLM.forward)
     def forward(
-        self, *args: Any, labels: torch.Tensor | None = None, places: torch.Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        target_positions: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         # With an adapter on it, the output layer is more than a matrix.
         if labels is None or self.loss_chunk is None or type(self.lm_head) is not nn.Linear:
             return super().forward(*args, labels=labels, **kwargs)
         counted = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(*args, **kwargs).last_hidden_state
-        wanted = following(labels).flatten()
+        wanted = shift_labels(labels).flatten()
 
         def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-            return chunked_cross_entropy(hidden, self.lm_head.weight, wanted, self.loss_chunk, places)
+            return chunked_cross_entropy(hidden, self.lm_head.weight, wanted, self.loss_chunk, target_positions)
 
         loss = _in_a_call_of(self.lm_head, loss_of, hidden.flatten(0, 1))
         if counted is not None:  # the tokens of the whole step, on all ranks: its share of their mean
-            trained = (wanted != IGNORED).sum() if places is None else places.numel()
+            trained = (wanted != IGNORE_INDEX).sum() if target_positions is None else target_positions.numel()
             loss = loss * trained / counted
         return CausalLMOutputWithPast(loss=loss)
 

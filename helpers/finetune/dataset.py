@@ -19,8 +19,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch.nn.utils.rnn import pad_sequence
 
-from helpers.activations.chunked_loss import IGNORED as IGNORED_LABEL
-from helpers.activations.chunked_loss import following
+from helpers.activations.chunked_loss import IGNORE_INDEX, shift_labels
 from helpers.chatglm3.chat import Message, Turn, conversation_turns, encode_conversation
 from helpers.chatglm3.tokenizer import ROLE_TOKENS, ChatGLMTokenizer
 from helpers.errors import UserError
@@ -47,7 +46,7 @@ _EVALUATION_FEATURES = Features(
         "prompt_ids": List(Value("int32")),
         "prompt": Value("string"),
         "reference": Value("string"),
-        "cut": Value("bool"),
+        "truncated": Value("bool"),
     }
 )
 
@@ -179,7 +178,7 @@ def evaluation_features(split: Split, tokenizer: ChatGLMTokenizer, limits: Limit
     """One entry for each trained assistant turn: the prompt before it, and what should be answered.
 
     ``prompt_ids`` end with ``<|assistant|>`` and have ``max_input_length`` tokens before it at most. A longer prompt
-    (``cut`` is true) begins with a later user turn; if even the turn that is answered is too long, with its first
+    (``truncated`` is true) begins with a later user turn; if even the turn that is answered is too long, with its first
     tokens. ``prompt`` is the text of that turn, ``reference`` the wanted answer, cut to ``max_output_length`` tokens;
     ``number`` is the row's.
     """
@@ -202,23 +201,24 @@ class TrainingCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor | int]:
         """``input_ids``, ``labels`` and ``attention_mask``, each (rows, longest row) int64; ``tokens``, how many of
-        them are no padding, and ``places``, where trained tokens are predicted: so that nobody has to ask the GPU.
+        them are no padding, and ``target_positions``, where trained tokens are predicted: found here, on the host,
+        so that nobody has to wait for the GPU.
         """
         input_ids = [torch.tensor(f["input_ids"], dtype=torch.int64) for f in features]
         labels = [torch.tensor(f["labels"], dtype=torch.int64) for f in features]
-        padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
+        padded = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": padded,
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-            "places": predicted_places(padded),
+            "target_positions": find_target_positions(padded),
             "tokens": sum(map(len, input_ids)),
         }
 
 
-def predicted_places(labels: torch.Tensor) -> torch.Tensor:
+def find_target_positions(labels: torch.Tensor) -> torch.Tensor:
     """Where the hidden states are, counted through ``labels`` [rows, tokens], that predict a trained token."""
-    return (following(labels).flatten() != IGNORED_LABEL).nonzero().squeeze(1)
+    return (shift_labels(labels).flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def parse_row(raw: bytes, *, training: bool) -> tuple[list[Message], list[Any] | None]:
@@ -368,7 +368,7 @@ def _label_batch(batch: dict[str, list], max_length: int) -> dict[str, list]:
     pairs = list(zip(batch["input_ids"], batch["trained"], strict=True))
     return {
         "input_ids": [ids[:max_length] for ids, _ in pairs],
-        "labels": [np.where(trained, ids, IGNORED_LABEL)[:max_length] for ids, trained in pairs],
+        "labels": [np.where(trained, ids, IGNORE_INDEX)[:max_length] for ids, trained in pairs],
     }
 
 
@@ -405,7 +405,7 @@ def _answers(
             "prompt_ids": [*prefix, *history, assistant],
             "prompt": decode_text(tokenizer, ids[starts[turn - 1] : start]),
             "reference": decode_text(tokenizer, ids[start + 1 : ends[turn]][: limits.max_output_length]),
-            "cut": len(prefix) + len(history) < start,
+            "truncated": len(prefix) + len(history) < start,
         }
 
 

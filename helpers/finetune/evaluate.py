@@ -61,9 +61,9 @@ def evaluate(
     Every rank has to call it; the result is on rank 0, None elsewhere.
     """
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    tuned = predict(model, tokenizer, features["prompt_ids"][:], label="tuned model", **settings)
+    tuned = generate_answers(model, tokenizer, features["prompt_ids"][:], label="tuned model", **settings)
     with model.disable_adapter():
-        base = predict(model, tokenizer, features["prompt_ids"][:], label="base model", **settings)
+        base = generate_answers(model, tokenizer, features["prompt_ids"][:], label="base model", **settings)
     if tuned is None or base is None:
         return None
     return compare(features, base, tuned, output_file)
@@ -93,7 +93,7 @@ def compare(features: Dataset, base: Sequence[str], tuned: Sequence[str], output
     )
 
 
-def predict(
+def generate_answers(
     model: PreTrainedModel | PeftModel,
     tokenizer: ChatGLMTokenizer,
     prompts: Sequence[Sequence[int]],

@@ -31,21 +31,21 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    boundaries: Tensor,
-    longest: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside of each row, called as transformers calls an attention implementation.
 
-    ``query`` [packs, heads, tokens, width]; ``key`` and ``value`` [packs, groups, tokens, width]. ``boundaries`` [rows
+    ``query`` [packs, heads, tokens, width]; ``key`` and ``value`` [packs, groups, tokens, width]. ``cu_seqlens`` [rows
     + 1] int32: where rows begin, and the last one ends, in tokens from the beginning of the first pack; a row may be
-    empty. No row has more than ``longest`` tokens. Returns [packs, tokens, heads, width].
+    empty. No row has more than ``max_seqlen`` tokens. Returns [packs, tokens, heads, width].
     """
     packs, heads, tokens, width = query.shape
     query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     causal = {"window_size": (-1, 0), "scale": scaling}
-    found = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **causal, **_SHARED_KEYS)
+    found = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal, **_SHARED_KEYS)
     return found.view(packs, tokens, heads, width), None
 
 

@@ -16,14 +16,14 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from helpers.errors import UserError
-from helpers.finetune.dataset import IGNORED_LABEL, predicted_places
+from helpers.finetune.dataset import IGNORE_INDEX, find_target_positions
 
 _FEATURES = Features(
     {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "lengths": List(Value("int32"))}
 )
 
 
-def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
+def best_fit_packing(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
     """Which rows go into which pack: row numbers, each once, at most ``capacity`` tokens a pack.
 
     *Best fit*: rows come in random order, so that a pack is no sample of one kind, and each goes into the fullest pack
@@ -56,7 +56,7 @@ def packed_features(features: Dataset, capacity: int, seed: int) -> Dataset:
     """Training features as packs: ``input_ids`` and ``labels`` of their rows one after another, and ``lengths``."""
     rows = features.with_format("numpy")
     ids, labels = rows["input_ids"][:], rows["labels"][:]
-    packs = pack([len(row) for row in ids], capacity, seed)
+    packs = best_fit_packing([len(row) for row in ids], capacity, seed)
     columns = {
         "input_ids": [np.concatenate([ids[row] for row in rows]) for rows in packs],
         "labels": [np.concatenate([labels[row] for row in rows]) for rows in packs],
@@ -69,29 +69,29 @@ def packed_features(features: Dataset, capacity: int, seed: int) -> Dataset:
 class PackCollator:
     """Packs as a batch. Every batch of as many packs has the same shapes, for which a compiler is grateful.
 
-    ``capacity`` is the length of a pack in tokens, ``most_rows`` how many rows a pack has at most, ``longest`` the
+    ``capacity`` is the length of a pack in tokens, ``most_rows`` how many rows a pack has at most, ``max_seqlen`` the
     tokens of the longest row.
     """
 
     pad_token_id: int
     capacity: int
     most_rows: int
-    longest: int
+    max_seqlen: int
 
     @classmethod
     def of(cls, packs: Dataset, capacity: int, pad_token_id: int) -> "PackCollator":
         """The collator for ``packs``, as :func:`packed_features` makes them."""
         lengths = packs["lengths"][:]
-        # Padding is a row, too, and may be longer than any other; the pieces it is cut into take places.
+        # Padding is a row, too, and may be longer than any other; the pieces it is cut into take target_positions.
         return cls(pad_token_id, capacity, max(map(len, lengths)), max(chain.from_iterable(lengths)))
 
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
-        """``input_ids``, ``labels`` and ``position_ids``, each [packs, capacity] int64; ``boundaries`` int32 of fixed
-        length and ``longest`` for the attention; ``places`` [trained tokens] int64, where in the batch a token is
-        predicted that counts; ``tokens`` without padding, and ``rows``.
+        """``input_ids``, ``labels`` and ``position_ids``, each [packs, capacity] int64; ``cu_seqlens`` int32 of fixed
+        length and ``max_seqlen`` for the attention; ``target_positions`` [trained tokens] int64, where in the batch a
+        token is predicted that counts; ``tokens`` without padding, and ``rows``.
         """
         shape = (len(features), self.capacity)
-        input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORED_LABEL)
+        input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)
         position_ids = torch.empty(shape, dtype=torch.int64)
         ends: list[int] = []
         for number, feature in enumerate(features):
@@ -100,26 +100,26 @@ class PackCollator:
             starts = [0, *accumulate(lengths)][:-1]
             input_ids[number, :tokens] = torch.as_tensor(feature["input_ids"])
             labels[number, :tokens] = torch.as_tensor(feature["labels"])
-            labels[number, starts] = IGNORED_LABEL  # the last token of another row does not predict it
+            labels[number, starts] = IGNORE_INDEX  # the last token of another row does not predict it
             position_ids[number] = torch.cat([torch.arange(length) for length in lengths])
             ends += [number * self.capacity + start + length for start, length in zip(starts, lengths, strict=True)]
-        boundaries = torch.full((1 + self._most_pieces() * len(features),), len(features) * self.capacity)
-        boundaries[: len(ends) + 1] = torch.tensor([0, *ends])
+        cu_seqlens = torch.full((1 + self._most_pieces() * len(features),), len(features) * self.capacity)
+        cu_seqlens[: len(ends) + 1] = torch.tensor([0, *ends])
         return {
             "input_ids": input_ids,
             "labels": labels,
             "position_ids": position_ids,
-            "boundaries": boundaries.int(),
-            "longest": self.longest,
-            "places": predicted_places(labels),
+            "cu_seqlens": cu_seqlens.int(),
+            "max_seqlen": self.max_seqlen,
+            "target_positions": find_target_positions(labels),
             "tokens": sum(len(feature["input_ids"]) for feature in features),
             "rows": sum(len(feature["lengths"]) for feature in features),
         }
 
     def _padding(self, tokens: int) -> list[int]:
         """Lengths of the pieces that padding is cut into: no longer than a row, or the kernel would stop early."""
-        whole, rest = divmod(tokens, self.longest)
-        return [self.longest] * whole + ([rest] if rest else [])
+        whole, rest = divmod(tokens, self.max_seqlen)
+        return [self.max_seqlen] * whole + ([rest] if rest else [])
 
     def _most_pieces(self) -> int:
-        return self.most_rows + -(-self.capacity // self.longest)
+        return self.most_rows + -(-self.capacity // self.max_seqlen)

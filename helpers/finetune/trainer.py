@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from helpers.activations.offload import OffloadedActivations
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
-from helpers.finetune.evaluate import predict
+from helpers.finetune.evaluate import generate_answers
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
@@ -91,7 +91,7 @@ class LoraTrainer(Trainer):
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.answer_features is None:
             return metrics
-        answers = predict(
+        answers = generate_answers(
             self.model,
             self.processing_class,
             self.answer_features["prompt_ids"][:],
