@@ -7,7 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.config import finetune as config
+from helpers.config.compatibility import check_speed, choose_precision, contradictions
+from helpers.config.deepspeed import bucket_warning, read_deepspeed_config
+from helpers.config.finetune import TOP_KEYS, SpeedOptions, parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -17,7 +19,7 @@ MINIMAL = {"peft_config": {"r": 8}}
 
 
 def test_published_yaml_is_read_unchanged_and_each_default_is_said():
-    read = config.read(DATA / "published_lora.yaml")
+    read = read_finetune_config(DATA / "published_lora.yaml")
     assert read.training["eval_strategy"] == "steps"
     assert read.training["learning_rate"] == 5e-5
     assert "evaluation_strategy" not in read.training and "predict_with_generate" not in read.training
@@ -32,11 +34,11 @@ def test_published_yaml_is_read_unchanged_and_each_default_is_said():
 
 def test_own_configs_are_read_without_a_decision_left_to_state():
     for path in CONFIGS.glob("*lora*.yaml"):
-        read = config.read(path)
-        config.check_speed(read, None)
+        read = read_finetune_config(path)
+        check_speed(read, None)
         assert read.notes == [], path
     for path in CONFIGS.glob("ds_*.json"):
-        assert config.read_deepspeed(path)["zero_optimization"]["stage"] in (0, 1, 2, 3), path
+        assert read_deepspeed_config(path)["zero_optimization"]["stage"] in (0, 1, 2, 3), path
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_own_configs_are_read_without_a_decision_left_to_state():
 )
 def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key(change, named):
     with pytest.raises(UserError) as caught:
-        config.parse({**MINIMAL, **change}, "my.yaml")
+        parse_finetune_config({**MINIMAL, **change}, "my.yaml")
     message = str(caught.value)
     assert message.startswith("my.yaml") and "\n" not in message
     for text in named:
@@ -70,12 +72,12 @@ def test_a_mistake_is_named_in_one_line_with_its_place_and_the_nearest_known_key
 
 
 def test_of_speed_only_what_changes_no_result_is_on_where_nothing_is_said():
-    said = config.parse(MINIMAL, "my.yaml").speed
+    said = parse_finetune_config(MINIMAL, "my.yaml").speed
     assert said.loss_chunk and not said.padding_mask
     assert not (said.packing or said.compile_layers or said.offload_checkpoints)
-    off = config.parse({**MINIMAL, "speed": {"packing": False, "loss_chunk": 0}}, "my.yaml").speed
-    assert off == config.Speed(loss_chunk=None)
-    read = config.read(CONFIGS / "lora_fast.yaml").speed
+    off = parse_finetune_config({**MINIMAL, "speed": {"packing": False, "loss_chunk": 0}}, "my.yaml").speed
+    assert off == SpeedOptions(loss_chunk=None)
+    read = read_finetune_config(CONFIGS / "lora_fast.yaml").speed
     assert read.packing and read.compile_layers and read.loss_chunk
 
 
@@ -90,20 +92,20 @@ def test_of_speed_only_what_changes_no_result_is_on_where_nothing_is_said():
     ],
 )
 def test_what_does_not_go_together_is_named(speed, training, stage, named):
-    read = config.parse({**MINIMAL, "speed": speed, "training_args": training}, "my.yaml")
+    read = parse_finetune_config({**MINIMAL, "speed": speed, "training_args": training}, "my.yaml")
     deepspeed = {"zero_optimization": {"stage": stage}} if stage else None
     if named is None:
-        config.check_speed(read, deepspeed)
+        check_speed(read, deepspeed)
         return
     with pytest.raises(UserError) as caught:
-        config.check_speed(read, deepspeed)
+        check_speed(read, deepspeed)
     assert all(text in str(caught.value) for text in named) and "\n" not in str(caught.value)
 
 
-@given(st.text(min_size=1).filter(lambda key: key not in config.TOP_KEYS))
+@given(st.text(min_size=1).filter(lambda key: key not in TOP_KEYS))
 def test_no_unknown_top_level_key_passes(key):
     with pytest.raises(UserError, match="unknown key"):
-        config.parse({**MINIMAL, key: 1}, "my.yaml")
+        parse_finetune_config({**MINIMAL, key: 1}, "my.yaml")
 
 
 def test_fused_target_and_renamed_keys_are_translated():
@@ -111,7 +113,7 @@ def test_fused_target_and_renamed_keys_are_translated():
         "peft_config": {"r": 4, "target_modules": ["query_key_value", "o_proj"]},
         "training_args": {"warmup_ratio": 0.1, "group_by_length": True, "overwrite_output_dir": True},
     }
-    read = config.parse(raw, "my.yaml")
+    read = parse_finetune_config(raw, "my.yaml")
     assert read.lora["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert read.training["warmup_steps"] == 0.1
     assert read.training["train_sampling_strategy"] == "group_by_length"
@@ -121,28 +123,28 @@ def test_fused_target_and_renamed_keys_are_translated():
 
 def test_unreadable_files_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no configuration file"):
-        config.read(tmp_path / "none.yaml")
+        read_finetune_config(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1\nb: 2")
     with pytest.raises(UserError, match="not YAML") as caught:
-        config.read(broken)
+        read_finetune_config(broken)
     assert "\n" not in str(caught.value)
     text = tmp_path / "text.yaml"
     text.write_text("just words")
     with pytest.raises(UserError, match="must hold keys"):
-        config.read(text)
+        read_finetune_config(text)
     with pytest.raises(UserError, match="no DeepSpeed file"):
-        config.read_deepspeed(tmp_path / "none.json")
+        read_deepspeed_config(tmp_path / "none.json")
     text.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        config.read_deepspeed(text)
+        read_deepspeed_config(text)
 
 
 def test_published_deepspeed_file_contradicts_nothing():
-    published = config.read_deepspeed(DATA / "published_ds_zero_2.json")
-    training = config.parse(PUBLISHED, "lora.yaml").training
+    published = read_deepspeed_config(DATA / "published_ds_zero_2.json")
+    training = parse_finetune_config(PUBLISHED, "lora.yaml").training
     for world_size in (1, 2, 8):
-        assert config.contradictions(published, training, world_size) == []
+        assert contradictions(published, training, world_size) == []
 
 
 def test_each_contradiction_names_both_sides():
@@ -154,7 +156,7 @@ def test_each_contradiction_names_both_sides():
         "bf16": {"enabled": True},
     }
     training = {"per_device_train_batch_size": 4, "learning_rate": 5e-5, "bf16": False}
-    found = config.contradictions(deepspeed, training, world_size=2)
+    found = contradictions(deepspeed, training, world_size=2)
     assert len(found) == 4  # 4 rows x 2 ranks is 8: train_batch_size agrees
     assert any("train_micro_batch_size_per_gpu is 8 but per_device_train_batch_size is 4" in text for text in found)
     assert any("0.5" in text and "1.0" in text for text in found)
@@ -164,28 +166,28 @@ def test_each_contradiction_names_both_sides():
 
 @pytest.mark.parametrize("hardware", ["bf16", "fp16", "no"])
 def test_precision_follows_the_hardware_unless_asked_for(hardware):
-    assert config.precision({}, None, hardware) == hardware
-    assert config.precision({}, config.read_deepspeed(DATA / "published_ds_zero_2.json"), hardware) == hardware
+    assert choose_precision({}, None, hardware) == hardware
+    assert choose_precision({}, read_deepspeed_config(DATA / "published_ds_zero_2.json"), hardware) == hardware
 
 
 def test_a_precision_that_cannot_work_is_refused():
-    assert config.precision({"fp16": True}, None, "bf16") == "fp16"
-    assert config.precision({}, {"bf16": {"enabled": True}}, "bf16") == "bf16"
+    assert choose_precision({"fp16": True}, None, "bf16") == "fp16"
+    assert choose_precision({}, {"bf16": {"enabled": True}}, "bf16") == "bf16"
     with pytest.raises(UserError, match="fp16"):
-        config.precision({"bf16": True}, None, "fp16")
+        choose_precision({"bf16": True}, None, "fp16")
     with pytest.raises(UserError, match="no GPU"):
-        config.precision({"fp16": True}, None, "no")
+        choose_precision({"fp16": True}, None, "no")
     with pytest.raises(UserError, match="keep one"):
-        config.precision({"fp16": True}, {"bf16": {"enabled": True}}, "bf16")
+        choose_precision({"fp16": True}, {"bf16": {"enabled": True}}, "bf16")
     # Never unscaled fp16.
     with pytest.raises(UserError, match="loss_scale"):
-        config.precision({}, {"fp16": {"enabled": True, "loss_scale": 1}}, "bf16")
+        choose_precision({}, {"fp16": {"enabled": True, "loss_scale": 1}}, "bf16")
 
 
 def test_published_buckets_cost_what_the_warning_says():
-    published = config.read_deepspeed(DATA / "published_ds_zero_2.json")
-    line = config.bucket_warning(published, trainable=3_784_704, element_bytes=2)
+    published = read_deepspeed_config(DATA / "published_ds_zero_2.json")
+    line = bucket_warning(published, trainable=3_784_704, element_bytes=2)
     assert "2 x 954 MiB" in line and "7.2 MiB" in line
-    own = config.read_deepspeed(CONFIGS / "ds_zero_2.json")
-    assert config.bucket_warning(own, trainable=3_784_704, element_bytes=2) is None
-    assert config.bucket_warning({"zero_optimization": {"stage": 3}}, 1, 2) is None
+    own = read_deepspeed_config(CONFIGS / "ds_zero_2.json")
+    assert bucket_warning(own, trainable=3_784_704, element_bytes=2) is None
+    assert bucket_warning({"zero_optimization": {"stage": 3}}, 1, 2) is None

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.config.deepspeed import fill_auto
 from helpers.errors import UserError
 from helpers.launch import run
-from helpers.libraries.deepspeed import fill_auto
 from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -62,7 +62,9 @@ def with_deepspeed(name):
     rank, n = dist.get_rank(), dist.get_world_size()
     model = build(TINY, device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
-    config = fill_auto(json.loads((CONFIGS / name).read_text()), rows=ROWS // n, dtype=torch.float32)
+    config = fill_auto(
+        json.loads((CONFIGS / name).read_text()), micro_batch_size=ROWS // n, world_size=n, precision="fp32"
+    )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for step in range(STEPS):
         rows = {key: value.chunk(n)[rank] for key, value in batch(TINY, ROWS, LENGTH, step, device()).items()}
@@ -96,11 +98,15 @@ def test_a_file_trains_what_one_process_trains(name, stage):
 
 
 def test_auto_is_filled_as_the_trainer_does():
-    def fn():
-        config = json.loads((CONFIGS / "ds_zero_2.json").read_text())
-        return fill_auto(config, rows=4, dtype=torch.bfloat16, accumulation=3, clipping=0.5)
-
-    filled = run(fn, 2).results[0]
+    config = json.loads((CONFIGS / "ds_zero_2.json").read_text())
+    filled = fill_auto(
+        config,
+        micro_batch_size=4,
+        world_size=2,
+        precision="bf16",
+        gradient_accumulation_steps=3,
+        gradient_clipping=0.5,
+    )
     assert filled["train_batch_size"] == 24 and filled["train_micro_batch_size_per_gpu"] == 4
     assert filled["gradient_accumulation_steps"] == 3 and filled["gradient_clipping"] == 0.5
     assert filled["bf16"] == {"enabled": True} and filled["fp16"]["enabled"] is False
@@ -108,10 +114,7 @@ def test_auto_is_filled_as_the_trainer_does():
 
 
 def test_an_auto_that_nobody_knows_is_named():
-    def fn():
-        try:
-            fill_auto({"zero_optimization": {"reduce_bucket_size": "auto"}}, rows=1, dtype=torch.float32)
-        except UserError as error:
-            return str(error)
-
-    assert run(fn, 1).results[0].startswith('fill_auto: zero_optimization.reduce_bucket_size is "auto"; give it')
+    with pytest.raises(UserError, match=r'^fill_auto: zero_optimization.reduce_bucket_size is "auto"; give it'):
+        fill_auto(
+            {"zero_optimization": {"reduce_bucket_size": "auto"}}, micro_batch_size=1, world_size=1, precision="fp32"
+        )

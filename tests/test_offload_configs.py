@@ -34,14 +34,20 @@ def alone():
 def with_deepspeed(path):
     import torch.distributed as dist
 
+    from helpers.config.deepspeed import fill_auto
     from helpers.launch import device
-    from helpers.libraries.deepspeed import configure_deepspeed, fill_auto
+    from helpers.libraries.deepspeed import configure_deepspeed
     from helpers.parallel.network import EQUALITY_EPSILON
 
     configure_deepspeed(device())
     import deepspeed
 
-    config = fill_auto(json.loads(path.read_text(encoding="utf-8")), rows=ROWS, dtype=torch.float32)
+    config = fill_auto(
+        json.loads(path.read_text(encoding="utf-8")),
+        micro_batch_size=ROWS,
+        world_size=dist.get_world_size(),
+        precision="fp32",
+    )
     config["zero_force_ds_cpu_optimizer"] = False  # it would have to be compiled
     model = build(TINY, device())
     if config["zero_optimization"]["stage"] == 3:

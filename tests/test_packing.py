@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from small_chatglm import random_model, small_config
 
-from helpers.config.finetune import Speed
+from helpers.config.finetune import SpeedOptions
 from helpers.errors import UserError
 from helpers.finetune import packed_attention
 from helpers.finetune.dataset import IGNORE_INDEX, TrainingCollator
@@ -108,7 +108,7 @@ def test_packed_rows_train_as_padded_ones(chunk):
     assert packed["target_positions"].numel() == counted
     model = lora_model()
     expected, right = loss_and_gradients(model, padded, counted)
-    apply_speed_options(model, Speed(packing=CAPACITY, loss_chunk=chunk))
+    apply_speed_options(model, SpeedOptions(packing=CAPACITY, loss_chunk=chunk))
     found, ours = loss_and_gradients(model, packed, counted)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, theirs in zip(ours, right, strict=True):
@@ -119,7 +119,7 @@ def test_rows_padded_on_the_right_train_without_a_mask_as_with_one():
     padded = TrainingCollator(PAD)(list(rows()))
     counted = padded["target_positions"].numel()
     model = lora_model()
-    apply_speed_options(model, Speed())
+    apply_speed_options(model, SpeedOptions())
     assert model.get_base_model().config._attn_implementation == SDPA  # no FlashAttention in 32 bit
     expected, right = loss_and_gradients(model, padded, counted)
     model.get_base_model().set_attn_implementation(RIGHT_PADDED)
@@ -144,7 +144,7 @@ def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():
     model = lora_model(["q_proj", "lm_head"])
     found = []
     for chunk in (None, 7):
-        apply_speed_options(model, Speed(loss_chunk=chunk))
+        apply_speed_options(model, SpeedOptions(loss_chunk=chunk))
         found.append(loss_and_gradients(model, padded, counted))
     assert found[0][0].item() == found[1][0].item()
     assert all(gradient.abs().max() > 0 for gradient in found[1][1])
@@ -153,7 +153,7 @@ def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():
 def test_the_loss_of_every_token_is_the_one_it_has_alone():
     features = rows()
     model = lora_model().eval()
-    apply_speed_options(model, Speed(packing=CAPACITY))
+    apply_speed_options(model, SpeedOptions(packing=CAPACITY))
     batch = packed_batch(features)
     with torch.no_grad():
         logits = model(batch["input_ids"], position_ids=batch["position_ids"]).logits.flatten(0, 1)
@@ -177,7 +177,7 @@ def test_the_loss_of_every_token_is_the_one_it_has_alone():
 def test_another_rows_tokens_change_nothing():
     batch = packed_batch(rows())
     model = lora_model().eval()
-    apply_speed_options(model, Speed(packing=CAPACITY))
+    apply_speed_options(model, SpeedOptions(packing=CAPACITY))
     first, second = (int(boundary) for boundary in batch["cu_seqlens"][1:3])
     changed = batch["input_ids"].clone()
     changed.view(-1)[:first] = 5
@@ -194,9 +194,9 @@ def test_compiled_layers_compute_the_same_and_evaluation_does_without_them():
     packed = packed_batch(features)
     counted = packed["target_positions"].numel()
     model = lora_model()
-    apply_speed_options(model, Speed(packing=CAPACITY))
+    apply_speed_options(model, SpeedOptions(packing=CAPACITY))
     expected, right = loss_and_gradients(model, packed, counted)
-    apply_speed_options(model, Speed(packing=CAPACITY, compile_layers=True, loss_chunk=16))
+    apply_speed_options(model, SpeedOptions(packing=CAPACITY, compile_layers=True, loss_chunk=16))
     compiled = torch._dynamo.utils.counters["stats"]
     compiled.clear()
     found, ours = loss_and_gradients(model, packed, counted)
@@ -215,7 +215,7 @@ class TestGpu:
     @pytest.mark.parametrize("masked", [False, True])
     def test_padded_rows_get_a_mask_only_where_it_is_asked_for(self, masked):
         model = lora_model(head_dim=64).to("cuda", torch.bfloat16)
-        apply_speed_options(model, Speed(padding_mask=masked))
+        apply_speed_options(model, SpeedOptions(padding_mask=masked))
         assert model.get_base_model().config._attn_implementation == (SDPA if masked else RIGHT_PADDED)
 
     @pytest.mark.parametrize("compiled", [False, True])
@@ -226,7 +226,7 @@ class TestGpu:
         counted = batch["target_positions"].numel()
         model.config.use_cache = False
         expected, right = loss_and_gradients(model, batch, counted)
-        apply_speed_options(model, Speed(packing=256, compile_layers=compiled, loss_chunk=64))
+        apply_speed_options(model, SpeedOptions(packing=256, compile_layers=compiled, loss_chunk=64))
         assert model.get_base_model().config._attn_implementation == packed_attention.IMPLEMENTATION
         found, ours = loss_and_gradients(model, batch, counted)
         assert found.item() == pytest.approx(expected.item(), rel=2e-3)

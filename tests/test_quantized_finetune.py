@@ -13,7 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers.assets import TINY_DATA
-from helpers.config import finetune as config
+from helpers.config import compatibility
+from helpers.config.compatibility import check_quantization
+from helpers.config.deepspeed import read_deepspeed_config
+from helpers.config.finetune import parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import QUANTIZATION_FILE, read_quantization_bit
 from helpers.finetune.export import export
@@ -130,21 +133,21 @@ def test_later_commands_load_the_base_in_the_same_way_and_export_keeps_the_funct
 @pytest.mark.parametrize("value", [16, "4", True, 0, 4.5, [4]])
 def test_bits_are_8_or_4_and_nothing_else(value):
     with pytest.raises(UserError, match=r"x\.yaml: quantization_bit must be 8 or 4, not"):
-        config.parse({"quantization_bit": value, "peft_config": {"r": 8}}, "x.yaml")
+        parse_finetune_config({"quantization_bit": value, "peft_config": {"r": 8}}, "x.yaml")
 
 
 def test_without_the_key_nothing_is_quantised():
-    assert config.parse({"peft_config": {"r": 8}}, "x.yaml").quantization_bit is None
+    assert parse_finetune_config({"peft_config": {"r": 8}}, "x.yaml").quantization_bit is None
 
 
 def test_zero_3_and_a_missing_library_are_told(monkeypatch):
-    config.check_quantization(4, config.read_deepspeed(ROOT / "configs" / "ds_zero_2.json"))
+    check_quantization(4, read_deepspeed_config(ROOT / "configs" / "ds_zero_2.json"))
     with pytest.raises(UserError, match="quantization_bit 4 does not go with ZeRO-3"):
-        config.check_quantization(4, config.read_deepspeed(ROOT / "configs" / "ds_zero_3.json"))
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
-    config.check_quantization(None, None)
+        check_quantization(4, read_deepspeed_config(ROOT / "configs" / "ds_zero_3.json"))
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: None)
+    check_quantization(None, None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        config.check_quantization(8, None)
+        check_quantization(8, None)
 
 
 def test_a_damaged_note_of_a_checkpoint_is_told(tmp_path):
@@ -155,7 +158,7 @@ def test_a_damaged_note_of_a_checkpoint_is_told(tmp_path):
 
 def test_qlora_yaml_leaves_no_decision_open_and_is_predicted_to_fit_a_card_of_8_gib():
     path = ROOT / "configs" / "qlora.yaml"
-    assert config.read(path).notes == [] and config.read(path).quantization_bit == 4
+    assert read_finetune_config(path).notes == [] and read_finetune_config(path).quantization_bit == 4
     job = read_job(path, None, shape=ModelShape(), ranks=1, length=None)
     assert job.base_bits == 4 and predict(job).total < 7.5 * 2**30
     assert (

@@ -1,1 +1,1 @@
-"""A job's configuration files, read and checked before anything else."""
+"""Read a job's configuration files and check them before anything else happens."""

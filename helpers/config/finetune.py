@@ -1,14 +1,13 @@
-"""Read ``lora.yaml`` and the DeepSpeed JSON: every key known, every default said, no contradiction between the two.
+"""Read ``lora.yaml``: check every key, give everything left open a stated default.
 
-ChatGLM3's published files are accepted unchanged. What they leave open (target modules, precision, seed) gets a stated
-default; what transformers has renamed since is understood. ``FinetuneConfig.notes`` says each such decision in a line.
+ChatGLM3's published files are accepted unchanged. Options they leave open (target modules, seed) get a default, and
+options that transformers has renamed since are translated; ``FinetuneConfig.notes`` lists each such decision.
 """
 
 import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from helpers.config.deepspeed import AUTO
 from helpers.errors import UserError
-from helpers.files import read_json_object
 
-# What attention projections ChatGLM3's published adapters train, in the names of transformers' Glm.
+# The attention projections that ChatGLM3's published adapters train, under their names in transformers' Glm.
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 FUSED_TARGET = "query_key_value"
 RENAMED = {
@@ -28,7 +27,7 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",
     "group_by_length": "train_sampling_strategy",
 }
-# Keys of older transformers without an effect here; accepted so that older files keep working.
+# Options of older transformers that have no effect here; accepted so that older files keep working.
 DROPPED = ("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_sampler", "ddp_timeout_seconds")
 GENERATION_KEYS = ("predict_with_generate", "generation_config", "generation_max_length", "generation_num_beams")
 TOP_KEYS = (
@@ -36,10 +35,8 @@ TOP_KEYS = (
     *("quantization_bit", "speed", "training_args", "peft_config"),
 )
 QUANTIZATION_BITS = (8, 4)
-AUTO = "auto"
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
+CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
 DEFAULT_SEED = 42
-WORTH_A_WARNING_MIB = 100
 
 
 @dataclass(frozen=True)
@@ -53,17 +50,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What makes the same training faster or smaller; only what computes the same is on where nothing is said.
+class SpeedOptions:
+    """Options that make the same training faster or smaller. Only those that do not change the result default to on.
 
-    ``packing`` is the length in tokens of a pack, several rows in one sequence (``helpers.finetune.packing``), and
-    ``per_device_train_batch_size`` then counts packs. ``compile_layers`` compiles each layer with ``torch.compile``.
-    ``loss_chunk`` is the number of tokens whose logits exist at a time (``helpers.activations.chunked_loss``), None all
-    of them.
-    ``padding_mask`` gives attention a mask of the padding where FlashAttention would do without: no token that counts
-    sees padding that comes after it.
-    ``offload_checkpoints`` keeps the layers' inputs, which gradient checkpointing keeps, in host memory.
-    ``expandable_segments`` lets torch's allocator grow its segments, so that no holes are left between them.
+    Attributes:
+        packing: Tokens per pack, a sequence of several examples (``helpers.finetune.packing``). None pads instead.
+            With packing, ``per_device_train_batch_size`` counts packs.
+        compile_layers: Compile each layer with ``torch.compile``.
+        loss_chunk: Tokens whose logits exist at the same time (``helpers.activations.chunked_loss``); None is all.
+        padding_mask: Pass attention a padding mask even if FlashAttention could do without. It can: padding is on the
+            right, and causal attention never looks there.
+        offload_checkpoints: Keep the layer inputs that gradient checkpointing saves in host memory.
+        expandable_segments: Let torch's allocator grow its segments, which avoids fragmentation.
     """
 
     packing: int | None = None
@@ -76,10 +74,20 @@ class Speed:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What one ``lora.yaml`` asks for.
+    """The contents of one ``lora.yaml``.
 
-    ``training`` and ``lora`` are keyword arguments of ``TrainingArguments`` and ``LoraConfig``; lengths are in tokens.
-    ``quantization_bit`` 8 or 4 is what the frozen matrices are held in while the adapter is trained, None all bits.
+    Attributes:
+        data: Where the examples are.
+        training: Keyword arguments of ``transformers.TrainingArguments``.
+        lora: Keyword arguments of ``peft.LoraConfig``.
+        max_input_length: Tokens of the prompt.
+        max_output_length: Tokens of the answer.
+        max_eval_samples: Dev examples that are answered and scored at each evaluation.
+        predict_with_generate: Answer and score them at all.
+        max_new_tokens: Longest answer to generate.
+        quantization_bit: 8 or 4 to quantise the frozen matrices, None to keep them in the training precision.
+        speed: Options that make the same training faster or smaller.
+        notes: One line for each decision that the file left open.
     """
 
     data: DataConfig
@@ -91,17 +99,18 @@ class FinetuneConfig:
     predict_with_generate: bool = False
     max_new_tokens: int = 512
     quantization_bit: int | None = None
-    speed: Speed = field(default_factory=Speed)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
     notes: list[str] = field(default_factory=list)
 
     @property
     def checkpointing(self) -> bool | str:
-        """Whether layers are computed again in backward; "auto" where the job looks whether the card needs it."""
-        asked = next((self.training[key] for key in CHECKPOINTING if self.training.get(key)), False)
-        return asked if asked == AUTO else bool(asked)
+        """Whether backward recomputes the layers; "auto" if the job decides by the GPU's memory."""
+        value = next((self.training[key] for key in CHECKPOINTING_KEYS if self.training.get(key)), False)
+        return value if value == AUTO else bool(value)
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def _suggest(key: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown key: the most similar known one, or all known ones."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))[:200]}"
 
@@ -109,7 +118,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 def _check_keys(found: dict[str, Any], known: Iterable[str], where: str) -> None:
     for key in found:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{_nearest(key, known)}")
+            raise UserError(f"{where}: unknown key {key!r}{_suggest(key, known)}")
 
 
 def _section(raw: dict[str, Any], key: str, source: str) -> dict[str, Any]:
@@ -133,9 +142,9 @@ def _quantization_bit(raw: dict[str, Any], source: str) -> int | None:
     return value
 
 
-def _speed(block: dict[str, Any], source: str) -> Speed:
+def _speed(block: dict[str, Any], source: str) -> SpeedOptions:
     where = f"{source}, speed"
-    types = {f.name: f.type for f in dataclasses.fields(Speed)}
+    types = {f.name: f.type for f in dataclasses.fields(SpeedOptions)}
     _check_keys(block, types, where)
     for key, value in block.items():
         if types[key] is bool:
@@ -145,7 +154,7 @@ def _speed(block: dict[str, Any], source: str) -> Speed:
             _positive_int(block, key, value, where)
         else:
             block[key] = None  # false and 0 turn off, like null
-    return Speed(**block)
+    return SpeedOptions(**block)
 
 
 def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
@@ -153,17 +162,17 @@ def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str,
     training: dict[str, Any] = {}
     for key, value in block.items():
         if key in DROPPED:
-            notes.append(f"{key} has no effect any more and is ignored")
+            notes.append(f"{key} no longer has an effect and is ignored")
             continue
         name = RENAMED.get(key, key)
         if name not in known:
-            raise UserError(f"{source}, training_args: unknown key {key!r}{_nearest(key, [*known, *RENAMED])}")
-        if name in CHECKPOINTING and value not in (True, False, None, AUTO):
+            raise UserError(f"{source}, training_args: unknown key {key!r}{_suggest(key, [*known, *RENAMED])}")
+        if name in CHECKPOINTING_KEYS and value not in (True, False, None, AUTO):
             raise UserError(f"{source}, training_args: {key} must be true, false or auto, not {value!r}")
         if name != key:
             notes.append(f"{key} is called {name} today")
         training[name] = "group_by_length" if key == "group_by_length" and value is True else value
-        # YAML 1.1 takes 5e-5, which has no point, for a text.
+        # YAML 1.1 reads 5e-5, which has no decimal point, as text.
         if isinstance(value, str) and known[name].type in (float, "float", float | None):
             training[name] = _number(value, f"{source}, training_args: {key}")
     training.setdefault("output_dir", "./output")
@@ -184,7 +193,7 @@ def _lora(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any
     where = f"{source}, peft_config"
     kind = block.pop("peft_type", "LORA")
     if kind != "LORA":
-        raise UserError(f"{where}: peft_type {kind!r} is not supported here; use LORA")
+        raise UserError(f"{where}: peft_type {kind!r} is not supported; use LORA")
     _check_keys(block, {f.name for f in dataclasses.fields(LoraConfig)}, where)
     targets = block.get("target_modules")
     targets = [targets] if isinstance(targets, str) and targets != "all-linear" else targets
@@ -193,14 +202,22 @@ def _lora(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any
         notes.append(f"no target_modules given: LoRA on {', '.join(targets)}")
     elif FUSED_TARGET in targets:
         targets = [t for target in targets for t in (DEFAULT_TARGETS if target == FUSED_TARGET else (target,))]
-        notes.append(f"{FUSED_TARGET} is split here: LoRA on {', '.join(DEFAULT_TARGETS)}")
+        notes.append(f"{FUSED_TARGET} is split into three matrices: LoRA on {', '.join(DEFAULT_TARGETS)}")
     return {"task_type": "CAUSAL_LM", **block, "target_modules": targets}
 
 
-def parse(raw: dict[str, Any], source: str) -> FinetuneConfig:
-    """Turn the contents of a ``lora.yaml`` into a :class:`FinetuneConfig`; ``source`` is its name in messages.
+def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
+    """Check the contents of a ``lora.yaml`` and fill in its defaults.
 
-    Raises UserError for an unknown key, naming the nearest known one, or for a value of the wrong kind.
+    Args:
+        raw: The file's keys and values.
+        source: The file's name, for messages.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: A key is unknown (the message suggests the most similar known one), or a value has the wrong type.
     """
     _check_keys(raw, TOP_KEYS, source)
     notes: list[str] = []
@@ -212,7 +229,7 @@ def parse(raw: dict[str, Any], source: str) -> FinetuneConfig:
     _check_keys(generation_config, ["max_new_tokens"], f"{source}, generation_config")
     lora = _section(raw, "peft_config", source)
     if not lora:
-        raise UserError(f"{source}: no peft_config; this job trains a LoRA adapter, so give it r and lora_alpha")
+        raise UserError(f"{source}: no peft_config; add one with r and lora_alpha, this job trains a LoRA adapter")
     max_output_length = _positive_int(raw, "max_output_length", 512, source)
     return FinetuneConfig(
         data=DataConfig(**data),
@@ -229,8 +246,18 @@ def parse(raw: dict[str, Any], source: str) -> FinetuneConfig:
     )
 
 
-def read(path: Path) -> FinetuneConfig:
-    """Read a ``lora.yaml``. Raises UserError where it is missing, is not YAML, or says what is not known."""
+def read_finetune_config(path: Path) -> FinetuneConfig:
+    """Read a ``lora.yaml``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The configuration, every default filled in.
+
+    Raises:
+        UserError: The file is missing, is not YAML, or has an unknown key or a value of the wrong type.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -239,126 +266,4 @@ def read(path: Path) -> FinetuneConfig:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold keys and values, not {raw!r}")
-    return parse(raw, str(path))
-
-
-def read_deepspeed(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file. Raises UserError where it is missing or is not a JSON object."""
-    return read_json_object(path, f"no DeepSpeed file {path}; configs/ds_zero_2.json is one")
-
-
-def _enabled(deepspeed: dict[str, Any], key: str) -> bool | None:
-    """True or False where the DeepSpeed file says so; None for "auto" or nothing."""
-    value = deepspeed.get(key, {}).get("enabled", "auto")
-    return None if value == "auto" else bool(value)
-
-
-def contradictions(deepspeed: dict[str, Any], training: dict[str, Any], world_size: int) -> list[str]:
-    """Where a DeepSpeed file and ``training_args`` ask for different things, one text each. "auto" never differs."""
-    micro = training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
-    accumulation = training.get("gradient_accumulation_steps", TrainingArguments.gradient_accumulation_steps)
-    clipping = training.get("max_grad_norm", TrainingArguments.max_grad_norm)
-    optimizer = deepspeed.get("optimizer", {}).get("params", {})
-    pairs = [
-        ("train_micro_batch_size_per_gpu", deepspeed, "per_device_train_batch_size", micro),
-        ("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", accumulation),
-        ("gradient_clipping", deepspeed, "max_grad_norm", clipping),
-        ("train_batch_size", deepspeed, f"its product over {world_size} ranks", micro * accumulation * world_size),
-        ("lr", optimizer, "learning_rate", training.get("learning_rate", TrainingArguments.learning_rate)),
-        ("weight_decay", optimizer, "weight_decay", training.get("weight_decay", TrainingArguments.weight_decay)),
-    ]
-    found = [
-        f"{key} is {block[key]} but {name} is {value}"
-        for key, block, name, value in pairs
-        if block.get(key, "auto") not in ("auto", value)
-    ]
-    for kind in ("fp16", "bf16"):
-        asked = _enabled(deepspeed, kind)
-        if asked is not None and kind in training and asked != bool(training[kind]):
-            found.append(f"{kind}.enabled is {asked} but {kind} is {training[kind]}")
-    return found
-
-
-def zero_stage(deepspeed: dict[str, Any] | None) -> int:
-    """ZeRO stage of a DeepSpeed file; 0 without one."""
-    return (deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
-
-
-def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> None:
-    """Raise UserError where quantised weights meet ZeRO-3, or their library is missing."""
-    if bits is None:
-        return
-    if zero_stage(deepspeed) == 3:
-        raise UserError(
-            f"quantization_bit {bits} does not go with ZeRO-3, which would cut codes from their scales: use "
-            "configs/ds_zero_2.json, or no DeepSpeed file"
-        )
-    if find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization_bit {bits} needs the package bitsandbytes: pip install bitsandbytes==0.50.2")
-
-
-def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
-    """Raise UserError where a key of ``speed`` meets what it does not go with."""
-    if config.speed.compile_layers and zero_stage(deepspeed) == 3:
-        raise UserError(
-            "speed: compile_layers does not go with ZeRO-3, which gathers a layer's weights when it is called; leave "
-            "it out, or use configs/ds_zero_2.json or no DeepSpeed file"
-        )
-    if config.speed.offload_checkpoints and not config.checkpointing:
-        raise UserError(
-            "speed: offload_checkpoints is for the inputs that gradient checkpointing keeps, which is off: say "
-            "gradient_checkpointing: true under training_args"
-        )
-
-
-def precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardware: str) -> str:
-    """Which of "bf16", "fp16", "no" (fp32) to train in.
-
-    ``hardware`` is the best that this machine has. A precision that a file asks for is kept if the hardware has it.
-    Raises UserError for one that it has not, for both at once, and for fp16 with a loss scale that never adapts:
-    its gradients underflow and the loss reads 0 or nan.
-    """
-    asked = {kind for kind in ("bf16", "fp16") if training.get(kind) or (deepspeed and _enabled(deepspeed, kind))}
-    if len(asked) == 2:
-        raise UserError("both bf16 and fp16 are asked for; keep one")
-    chosen = asked.pop() if asked else hardware
-    if chosen == "bf16" and hardware != "bf16":
-        raise UserError(f"bf16 is asked for, but this hardware has it not; drop the line to train in {hardware}")
-    if chosen == "fp16" and hardware == "no":
-        raise UserError("fp16 is asked for, but there is no GPU here; drop the line to train in fp32")
-    scale = (deepspeed or {}).get("fp16", {}).get("loss_scale", 0)
-    if chosen == "fp16" and scale != 0:
-        raise UserError(f"fp16.loss_scale is fixed at {scale}: gradients underflow; set it to 0, which adapts it")
-    return chosen
-
-
-def bucket_bytes(deepspeed: dict[str, Any], element_bytes: int) -> int:
-    """Bytes that DeepSpeed's ZeRO-1/2 allocates on every rank for gradients on their way, however small they are.
-
-    ``reduce_bucket_size`` elements once, twice with ``overlap_comm`` (``setup_buckets`` of DeepSpeed's
-    ``stage_1_and_2.py``). 0 for the other stages, which allocate what they need, and for "auto".
-    """
-    zero = deepspeed.get("zero_optimization", {})
-    bucket = zero.get("reduce_bucket_size", 5e8)
-    if zero_stage(deepspeed) not in (1, 2) or bucket == "auto":
-        return 0
-    return (2 if zero.get("overlap_comm") else 1) * int(bucket) * element_bytes
-
-
-def bucket_warning(deepspeed: dict[str, Any], trainable: int, element_bytes: int) -> str | None:
-    """A line on what oversized communication buckets cost in memory, or None where they fit or cost little.
-
-    ``trainable`` is a number of parameters.
-    """
-    taken = bucket_bytes(deepspeed, element_bytes)
-    zero = deepspeed.get("zero_optimization", {})
-    bucket = zero.get("reduce_bucket_size", 5e8)
-    if taken < WORTH_A_WARNING_MIB * 2**20 or bucket <= 2 * trainable:
-        return None
-    buffers = 2 if zero.get("overlap_comm") else 1
-    mib = taken / 2**20
-    return (
-        f"reduce_bucket_size {bucket:.0e} takes {buffers} x {mib / buffers:,.0f} MiB on every rank for gradients of "
-        f"{trainable * element_bytes / 2**20:,.1f} MiB; {trainable:.0e} would do and save "
-        f"{mib * (1 - trainable / bucket):,.0f} MiB"
-    )
+    return parse_finetune_config(raw, str(path))

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from helpers.chatglm3.chat import Message, encode_conversation, parse_answer
 from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
-from helpers.config.finetune import check_quantization
+from helpers.config.compatibility import check_quantization
 from helpers.errors import UserError, exit_with_one_line, positive_int
 from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
 from helpers.libraries.quiet import quiet_libraries

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 import helpers.chatglm3  # noqa: F401  (registers the published layout)
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
-from helpers.config import finetune as configuration
-from helpers.config.finetune import FinetuneConfig
+from helpers.config.compatibility import check_quantization, check_speed, choose_precision, contradictions
+from helpers.config.deepspeed import AUTO, read_deepspeed_config, zero_stage
+from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
 from helpers.finetune.dataset import (
@@ -61,7 +62,7 @@ class Job:
     @property
     def zero_stage(self) -> int:
         """ZeRO stage of the DeepSpeed file; 0 without one."""
-        return configuration.zero_stage(self.deepspeed)
+        return zero_stage(self.deepspeed)
 
 
 def _resume_point(output_dir: Path, resume: bool) -> Path | None:
@@ -142,19 +143,19 @@ def prepare(
 
     ``model_dir`` may be a name on the hub; ``output_dir`` goes before the configuration's. Raises UserError.
     """
-    config = configuration.read(config_file)
-    deepspeed = configuration.read_deepspeed(deepspeed_file) if deepspeed_file else None
+    config = read_finetune_config(config_file)
+    deepspeed = read_deepspeed_config(deepspeed_file) if deepspeed_file else None
     ranks.check_gpus()
     machine = describe_machine()
     notes = [*machine.notes, *config.notes]
     hardware = "no" if config.training.get("use_cpu") else mixed_precision(machine)
-    precision = configuration.precision(config.training, deepspeed, hardware)
+    precision = choose_precision(config.training, deepspeed, hardware)
     if deepspeed is not None:
-        differ = configuration.contradictions(deepspeed, config.training, ranks.world_size)
+        differ = contradictions(deepspeed, config.training, ranks.world_size)
         if differ:
             raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(differ)}; say auto")
-    configuration.check_quantization(config.quantization_bit, deepspeed)
-    configuration.check_speed(config, deepspeed)
+    check_quantization(config.quantization_bit, deepspeed)
+    check_speed(config, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])
     resume_from = _resume_point(output_dir, resume)
     if resume_from is not None and read_quantization_bit(resume_from) != config.quantization_bit:
@@ -170,7 +171,7 @@ def prepare(
     notes += [f"warning: {warning.message}" for warning in warned]
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = _read_data(data_dir, config, tokenizer, notes)
-    if config.checkpointing == configuration.AUTO:
+    if config.checkpointing == AUTO:
         limits = Limits(config.max_input_length, config.max_output_length)
         longest = min(data.reports[0].tokens.max, limits.max_length)
         config, note = _decide_checkpointing(config, deepspeed, model, machine, ranks, longest)

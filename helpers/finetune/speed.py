@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from helpers.config.finetune import Speed
+from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
 
 # Generation and padded rows: what every model starts with.
@@ -20,14 +20,14 @@ RIGHT_PADDED = "right_padded"
 AttentionInterface.register(RIGHT_PADDED, sdpa_attention_forward)
 
 
-def set_allocator(speed: Speed, device: torch.device) -> None:
+def set_allocator(speed: SpeedOptions, device: torch.device) -> None:
     """Let torch's allocator on ``device`` work as ``speed`` says; call it before anything is loaded."""
     if speed.expandable_segments and device.type == "cuda":
         # PYTORCH_ALLOC_CONF says the same, but whoever starts the job would have to know it.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def apply_speed_options(model: PeftModel, speed: Speed) -> None:
+def apply_speed_options(model: PeftModel, speed: SpeedOptions) -> None:
     """Change ``model`` to what ``speed`` says. It computes the same function as before."""
     base = model.get_base_model()
     base.loss_chunk = speed.loss_chunk

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from helpers.config.finetune import bucket_warning
+from helpers.config.deepspeed import bucket_warning
 from helpers.errors import UserError
 from helpers.finetune.dataset import TrainingCollator
 from helpers.finetune.evaluate import Evaluation, evaluate

@@ -1,13 +1,9 @@
 """What to settle before DeepSpeed starts."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from helpers.errors import UserError
 
 
 def skip_cpu_collectives() -> None:
@@ -49,35 +45,3 @@ def configure_deepspeed(device: torch.device) -> None:
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-
-
-def fill_auto(
-    config: Mapping[str, Any], *, rows: int, dtype: torch.dtype, accumulation: int = 1, clipping: float = 0.0
-) -> dict[str, Any]:
-    """``config`` with a value for each "auto", as the HF Trainer puts it there; DeepSpeed itself knows no "auto".
-
-    ``rows`` are those of one micro-batch on one rank, ``dtype`` that of the weights. Raises :class:`UserError` for an
-    "auto" that is none of the six below.
-    """
-    values = {
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": rows * accumulation * dist.get_world_size(),
-        "gradient_clipping": clipping,
-        "bf16.enabled": dtype == torch.bfloat16,
-        "fp16.enabled": dtype == torch.float16,
-    }
-
-    def filled(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        return {key: value_of(prefix + key, value) for key, value in section.items()}
-
-    def value_of(path: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return filled(value, f"{path}.")
-        if value != "auto":
-            return value
-        if path not in values:
-            raise UserError(f'fill_auto: {path} is "auto"; give it a value, only the HF Trainer could guess one')
-        return values[path]
-
-    return filled(config, "")

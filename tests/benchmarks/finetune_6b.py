@@ -21,7 +21,7 @@ import yaml
 
 from helpers.assets import TINY_DATA
 from helpers.chatglm3.tokenizer import is_published_tokenizer
-from helpers.config.finetune import bucket_bytes
+from helpers.config.deepspeed import bucket_bytes, zero_stage
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_write
 from helpers.finetune.recorder import read_metrics
@@ -82,7 +82,7 @@ def summary(output_dir: Path) -> dict[str, Any]:
     speeds = [speed / run["world_size"] for speed in steady("tokens_per_second")]
     return {
         "ranks": run["world_size"],
-        "zero_stage": deepspeed.get("zero_optimization", {}).get("stage", 0),
+        "zero_stage": zero_stage(deepspeed),
         "bucket_bytes": bucket_bytes(deepspeed, element_bytes=2) if deepspeed else 0,
         "trainable_parameters": run["trainable_parameters"],
         "frozen_parameters": run["frozen_parameters"],

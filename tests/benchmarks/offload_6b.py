@@ -142,10 +142,16 @@ class WithLoss(nn.Module):
 
 def deepspeed_config(setting: Setting) -> dict[str, Any]:
     """The setting's file, with a value for every "auto"."""
-    from helpers.libraries.deepspeed import fill_auto
+    from helpers.config.deepspeed import fill_auto
 
     content = json.loads((CONFIGS / setting.deepspeed).read_text(encoding="utf-8"))
-    filled = fill_auto(content, rows=setting.rows, dtype=torch.bfloat16, accumulation=setting.accumulation)
+    filled = fill_auto(
+        content,
+        micro_batch_size=setting.rows,
+        world_size=dist.get_world_size(),
+        precision="bf16",
+        gradient_accumulation_steps=setting.accumulation,
+    )
     return filled | {"zero_force_ds_cpu_optimizer": False}
 
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from helpers.config import finetune
+from helpers.config.compatibility import choose_precision
+from helpers.config.deepspeed import read_deepspeed_config
+from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
 from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import Configuration, Lora, ModelShape, Strategy
@@ -20,13 +22,13 @@ def read_job(
     ``length`` is the longest row in tokens, and of no matter to packs; None takes the longest that the file allows.
     Raises UserError.
     """
-    job = finetune.read(config_file)
-    deepspeed = finetune.read_deepspeed(deepspeed_file) if deepspeed_file else None
+    job = read_finetune_config(config_file)
+    deepspeed = read_deepspeed_config(deepspeed_file) if deepspeed_file else None
     return configuration_of(job, deepspeed, shape=shape, ranks=ranks, length=length, source=str(deepspeed_file))
 
 
 def configuration_of(
-    job: finetune.FinetuneConfig,
+    job: FinetuneConfig,
     deepspeed: dict[str, Any] | None,
     *,
     shape: ModelShape,
@@ -38,7 +40,7 @@ def configuration_of(
 
     ``gradient_checkpointing: auto`` counts as off, which is what the job looks at first.
     """
-    kind = finetune.precision(job.training, deepspeed, "bf16")
+    kind = choose_precision(job.training, deepspeed, "bf16")
     training = job.training
     strategy = _strategy(deepspeed, ranks, shape, source) if deepspeed is not None else _without(ranks)
     targets = job.lora["target_modules"]

@@ -1,0 +1,116 @@
+"""Check ``lora.yaml``, the DeepSpeed JSON and this machine against each other."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import TrainingArguments
+
+from helpers.config.deepspeed import AUTO, precision_switch, zero_stage
+from helpers.config.finetune import FinetuneConfig
+from helpers.errors import UserError
+
+
+def contradictions(deepspeed: Mapping[str, Any], training: Mapping[str, Any], world_size: int) -> list[str]:
+    """List where a DeepSpeed file and ``training_args`` disagree; "auto" agrees with everything.
+
+    Args:
+        deepspeed: Contents of the DeepSpeed file.
+        training: Keyword arguments of ``TrainingArguments``; its defaults stand in for missing keys.
+        world_size: Number of ranks; ``train_batch_size`` counts the sequences of all of them.
+
+    Returns:
+        One text per contradiction, naming both values.
+    """
+
+    def setting(name: str) -> Any:
+        return training.get(name, getattr(TrainingArguments, name))
+
+    micro_batch_size, accumulation = setting("per_device_train_batch_size"), setting("gradient_accumulation_steps")
+    batch_size = micro_batch_size * accumulation * world_size
+    optimizer = deepspeed.get("optimizer", {}).get("params", {})
+    pairs = [
+        ("train_micro_batch_size_per_gpu", deepspeed, "per_device_train_batch_size", micro_batch_size),
+        ("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", accumulation),
+        ("gradient_clipping", deepspeed, "max_grad_norm", setting("max_grad_norm")),
+        ("train_batch_size", deepspeed, f"the batch of {world_size} ranks", batch_size),
+        ("lr", optimizer, "learning_rate", setting("learning_rate")),
+        ("weight_decay", optimizer, "weight_decay", setting("weight_decay")),
+    ]
+    found = [
+        f"{key} is {block[key]} but {name} is {value}"
+        for key, block, name, value in pairs
+        if block.get(key, AUTO) not in (AUTO, value)
+    ]
+    for precision in ("fp16", "bf16"):
+        enabled = precision_switch(deepspeed, precision)
+        if enabled is not None and precision in training and enabled != bool(training[precision]):
+            found.append(f"{precision}.enabled is {enabled} but {precision} is {training[precision]}")
+    return found
+
+
+def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> None:
+    """Check that the job can train on quantised weights.
+
+    Args:
+        bits: ``quantization_bit`` of the configuration; None passes every check.
+        deepspeed: Contents of the DeepSpeed file, or None.
+
+    Raises:
+        UserError: The DeepSpeed file asks for ZeRO-3, or bitsandbytes is not installed.
+    """
+    if bits is None:
+        return
+    if zero_stage(deepspeed) == 3:
+        raise UserError(
+            f"quantization_bit {bits} does not go with ZeRO-3, which would cut codes from their scales: use "
+            "configs/ds_zero_2.json, or no DeepSpeed file"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization_bit {bits} needs the package bitsandbytes: pip install bitsandbytes==0.50.2")
+
+
+def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
+    """Raise UserError if an option of ``speed`` cannot be combined with the rest of the job."""
+    if config.speed.compile_layers and zero_stage(deepspeed) == 3:
+        raise UserError(
+            "speed: compile_layers does not work with ZeRO-3, which gathers a layer's weights when the layer is "
+            "called; remove it, or use configs/ds_zero_2.json or no DeepSpeed file"
+        )
+    if config.speed.offload_checkpoints and not config.checkpointing:
+        raise UserError(
+            "speed: offload_checkpoints moves the inputs that gradient checkpointing saves, which is off: set "
+            "gradient_checkpointing: true under training_args"
+        )
+
+
+def choose_precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardware: str) -> str:
+    """Choose the precision to train in: what the files ask for, or the best that this machine has.
+
+    Args:
+        training: Keyword arguments of ``TrainingArguments``.
+        deepspeed: Contents of the DeepSpeed file, or None.
+        hardware: The best precision of this machine, in the terms of the result.
+
+    Returns:
+        "bf16", "fp16" or "no" (fp32).
+
+    Raises:
+        UserError: The files ask for both, for one this machine does not support, or for fp16 with a fixed loss scale,
+            whose gradients underflow until the loss reads 0 or nan.
+    """
+    enabled = {
+        kind for kind in ("bf16", "fp16") if training.get(kind) or (deepspeed and precision_switch(deepspeed, kind))
+    }
+    if len(enabled) == 2:
+        raise UserError("bf16 and fp16 are both enabled; keep one")
+    chosen = enabled.pop() if enabled else hardware
+    best = "fp32" if hardware == "no" else hardware
+    if chosen == "bf16" and hardware != "bf16":
+        raise UserError(f"this hardware does not support bf16; remove the line to train in {best}")
+    if chosen == "fp16" and hardware == "no":
+        raise UserError("fp16 needs a GPU, and there is no GPU here; remove the line to train in fp32")
+    scale = (deepspeed or {}).get("fp16", {}).get("loss_scale", 0)
+    if chosen == "fp16" and scale != 0:
+        raise UserError(f"fp16.loss_scale is fixed at {scale}, so gradients underflow; set it to 0, which adapts it")
+    return chosen

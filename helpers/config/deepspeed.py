@@ -1,0 +1,134 @@
+"""Read the DeepSpeed JSON: ZeRO stage, communication buckets, "auto" values.
+
+Imports neither torch nor DeepSpeed, so memory predictions can use it on any machine.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import UserError
+from helpers.files import read_json_object
+
+AUTO = "auto"
+DEFAULT_BUCKET_ELEMENTS = 5e8  # DeepSpeed's reduce_bucket_size if the file has none
+MIB = 2**20
+WARN_FROM_BYTES = 100 * MIB
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its contents, unchanged: "auto" is still "auto".
+
+    Raises:
+        UserError: The file is missing, or is not a JSON object.
+    """
+    return read_json_object(path, f"no DeepSpeed file {path}; configs/ds_zero_2.json is one")
+
+
+def zero_stage(deepspeed: Mapping[str, Any] | None) -> int:
+    """Return the ZeRO stage of a DeepSpeed file; 0 without a file."""
+    return (deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+
+def precision_switch(deepspeed: Mapping[str, Any], precision: str) -> bool | None:
+    """Return what the file sets for ``precision`` ("bf16" or "fp16"); None if it is "auto" or not mentioned."""
+    value = deepspeed.get(precision, {}).get("enabled", AUTO)
+    return None if value == AUTO else bool(value)
+
+
+def fill_auto(
+    config: Mapping[str, Any],
+    *,
+    micro_batch_size: int,
+    world_size: int,
+    precision: str,
+    gradient_accumulation_steps: int = 1,
+    gradient_clipping: float = 0.0,
+) -> dict[str, Any]:
+    """Replace each "auto" by a value, as the HF Trainer does. DeepSpeed itself does not know "auto".
+
+    Args:
+        config: Contents of a DeepSpeed file; not modified.
+        micro_batch_size: Sequences per micro-batch on one rank.
+        world_size: Number of ranks.
+        precision: Type of the weights: "bf16", "fp16" or "fp32".
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        gradient_clipping: Largest norm of the gradients; 0 does not clip.
+
+    Returns:
+        A copy of ``config`` without "auto".
+
+    Raises:
+        UserError: A key other than these six is "auto".
+    """
+    values = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
+        "gradient_clipping": gradient_clipping,
+        "bf16.enabled": precision == "bf16",
+        "fp16.enabled": precision == "fp16",
+    }
+
+    def fill_section(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        return {key: fill_value(prefix + key, value) for key, value in section.items()}
+
+    def fill_value(path: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return fill_section(value, f"{path}.")
+        if value != AUTO:
+            return value
+        if path not in values:
+            raise UserError(f'fill_auto: {path} is "auto"; give it a value, only the HF Trainer could guess one')
+        return values[path]
+
+    return fill_section(config, "")
+
+
+def reduce_buffer_bytes(bucket_elements: int, overlap_comm: bool, element_bytes: int) -> int:
+    """Compute the bytes that ZeRO-1 and ZeRO-2 allocate per rank for gradients in flight, however small the model is.
+
+    One buffer of ``reduce_bucket_size`` elements; two with ``overlap_comm``, so that one fills while the other is
+    reduced (``setup_buckets`` in deepspeed/runtime/zero/stage_1_and_2.py).
+    """
+    return (2 if overlap_comm else 1) * bucket_elements * element_bytes
+
+
+def bucket_bytes(deepspeed: Mapping[str, Any], element_bytes: int) -> int:
+    """Apply :func:`reduce_buffer_bytes` to a DeepSpeed file; 0 for "auto", and for ZeRO-3, whose buffers differ."""
+    zero = deepspeed.get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)
+    if zero_stage(deepspeed) not in (1, 2) or bucket == AUTO:
+        return 0
+    return reduce_buffer_bytes(int(bucket), bool(zero.get("overlap_comm")), element_bytes)
+
+
+def bucket_warning(deepspeed: Mapping[str, Any], trainable: int, element_bytes: int) -> str | None:
+    """Describe the memory that oversized communication buckets waste.
+
+    Args:
+        deepspeed: Contents of the DeepSpeed file.
+        trainable: Number of trainable parameters.
+        element_bytes: Bytes per gradient element.
+
+    Returns:
+        One line; None if the buckets fit the gradients, or take less than 100 MiB.
+    """
+    total_bytes = bucket_bytes(deepspeed, element_bytes)
+    zero = deepspeed.get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)
+    if total_bytes < WARN_FROM_BYTES or bucket <= 2 * trainable:
+        return None
+    buffers = 2 if zero.get("overlap_comm") else 1
+    mib = total_bytes / MIB
+    return (
+        f"reduce_bucket_size {bucket:.0e} takes {buffers} x {mib / buffers:,.0f} MiB on every rank for gradients of "
+        f"{trainable * element_bytes / MIB:,.1f} MiB; {trainable:.0e} would do and save "
+        f"{mib * (1 - trainable / bucket):,.0f} MiB"
+    )
