@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from helpers.config.deepspeed import reduce_buffer_bytes
 from helpers.errors import UserError
 from helpers.memory.predict.configuration import Configuration
 
@@ -126,7 +127,7 @@ def _zero_1_2(c: Configuration) -> States:
         "optimizer states": (1 + ADAM) * FP32 * part if on_gpu else 0,
     }
     gradients = trained if strategy.stage == 1 else part if on_gpu else 0
-    buckets = (2 if strategy.overlap_comm else 1) * strategy.reduce_bucket * size
+    buckets = reduce_buffer_bytes(strategy.reduce_bucket, strategy.overlap_comm, size)
     return States(
         MappingProxyType(resident), gradients * size, step=(size + FP32) * part if on_gpu else 0, buckets=buckets
     )
