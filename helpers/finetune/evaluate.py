@@ -28,6 +28,7 @@ from helpers.errors import UserError, exit_with_one_line, positive_int
 from helpers.files import atomic_write
 from helpers.finetune.dataset import Limits, decode_text, evaluation_features, find_split, read_split
 from helpers.finetune.metrics import METRICS, mean_scores, score
+from helpers.finetune.recorder import format_time_left
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -216,7 +217,7 @@ class _Progress:
             return
         self._last = now
         spent = now - self._start
-        left = f", about {spent * (self._total - done) / done:.0f} s left" if done < self._total else ""
+        left = f", {format_time_left(spent * (self._total - done) / done)}" if done < self._total else ""
         print(f"{self._label}: {done:,} of {self._total:,} answers in {spent:.0f} s{left}", flush=True)
 
 

@@ -69,10 +69,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _duration(seconds: float) -> str:
+def format_time_left(seconds: float) -> str:
+    """Return "1:02:05 left", or "2:05 left" below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
 
 
 def progress_line(record: dict[str, Any], max_steps: int, seconds_left: float | None) -> str:
@@ -86,7 +87,7 @@ def progress_line(record: dict[str, Any], max_steps: int, seconds_left: float | 
     name, used = ("NVML", nvml) if nvml else ("resident", record["resident_gib"])
     parts.append(f"{name} {' / '.join(f'{gib:.1f}' for gib in used)} GiB")
     if seconds_left is not None:
-        parts.append(f"{_duration(seconds_left)} left")
+        parts.append(format_time_left(seconds_left))
     return "  ".join(parts)
 
 
