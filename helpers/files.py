@@ -30,6 +30,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def fresh_folder(parent: Path, name: str) -> Path:
+    """Find a folder name that is not taken, so that a second run does not touch the first one's files.
+
+    Args:
+        parent: The folder it goes into.
+        name: The name to try first.
+
+    Returns:
+        ``parent/name``, or the first of ``parent/name-2``, ``parent/name-3`` … that does not exist. Creates nothing.
+    """
+    candidates = [parent / name, *(parent / f"{name}-{n}" for n in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists())
+
+
 def check_new_folder(path: str | Path) -> None:
     """Raise UserError unless ``path`` does not exist or is an empty folder."""
     path = Path(path)

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 from helpers.assets import TINY_DATA, TINY_MODEL
-from helpers.finetune.demo import fresh_folder
+from helpers.files import fresh_folder
 from helpers.finetune.torchrun import as_typed, run_command, torchrun_command
 
 

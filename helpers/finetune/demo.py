@@ -9,15 +9,10 @@ from pathlib import Path
 from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.assets.advertise import SHOWN_PROMPT
 from helpers.errors import exit_with_one_line
+from helpers.files import fresh_folder
 from helpers.finetune.torchrun import run_command, torchrun_command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-def fresh_folder(parent: Path, name: str) -> Path:
-    """``parent/name``, or the first of ``parent/name-2``, ``-3`` … that does not exist yet."""
-    candidates = [parent / name, *(parent / f"{name}-{n}" for n in range(2, 10_000))]
-    return next(path for path in candidates if not path.exists())
 
 
 def main() -> None:
