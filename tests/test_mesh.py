@@ -15,7 +15,7 @@ from helpers.memory.predict import ModelShape
 from helpers.parallel.mesh import AXES, Layout
 from helpers.parallel.network import TINY, batch, build, largest_difference, weights
 from helpers.parallel.pipeline import gpipe, idle_fraction, interleaved, one_f_one_b, zero_bubble
-from helpers.parallel.step_time import Cluster, Job, Link, estimate, layouts, rank_layouts
+from helpers.parallel.step_time import Cluster, Link, TrainingJob, estimate, layouts, sort_layouts
 
 ROWS, LENGTH, STEPS, MICRO_BATCHES = 8, 16, 20, 2
 sizes = st.integers(1, 4)
@@ -80,7 +80,9 @@ def train(layout, schedule):
 def test_a_mesh_computes_what_one_process_computes(layout, schedule):
     whole, expected_losses = expected()
     found = {}
-    for rank, (part, losses, _, _) in enumerate(run(train, layout.ranks, layout=layout, schedule=schedule).results):
+    for rank, (part, losses, _, _) in enumerate(
+        run(train, layout.world_size, layout=layout, schedule=schedule).results
+    ):
         if losses[0] is not None:
             assert losses == pytest.approx(expected_losses, abs=1e-5)
         for name, weight in part.items():
@@ -90,7 +92,7 @@ def test_a_mesh_computes_what_one_process_computes(layout, schedule):
 
 def test_every_axis_sends_what_its_formula_says():
     layout = Layout(2, 2, 2)
-    results = run(train, layout.ranks, layout=layout, schedule=one_f_one_b).results
+    results = run(train, layout.world_size, layout=layout, schedule=one_f_one_b).results
     for rank, (_, _, sent, nbytes) in enumerate(results):
         message = ROWS // layout.data // MICRO_BATCHES * LENGTH * TINY.hidden * 4
         # A stage sends what it made of each micro-batch, or the gradient of what it got.
@@ -105,7 +107,7 @@ def test_every_axis_sends_what_its_formula_says():
 def test_every_axis_divides_all_ranks_into_groups(layout):
     for axis in AXES:
         groups = layout.groups(axis)
-        assert sorted(rank for group in groups for rank in group) == list(range(layout.ranks))
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
         assert {len(group) for group in groups} == {getattr(layout, axis)}
     assert all(group == tuple(range(group[0], group[0] + layout.tensor)) for group in layout.groups("tensor"))
 
@@ -148,11 +150,11 @@ def test_bad_layouts():
 FAST, SLOW = Link(5e-6, 250e9), Link(1e-5, 25e9)
 BLOOM = ModelShape(14336, 70, 112, 112, 128, 38229, 250880, tied=True)
 jobs = st.builds(
-    Job,
+    TrainingJob,
     st.builds(ModelShape, layers=st.sampled_from([8, 24]), heads=st.just(32), kv_groups=st.sampled_from([2, 32])),
-    rows=st.sampled_from([16, 64]),
-    length=st.sampled_from([128, 2048]),
-    micro_rows=st.sampled_from([1, 2]),
+    batch_size=st.sampled_from([16, 64]),
+    sequence_length=st.sampled_from([128, 2048]),
+    micro_batch_size=st.sampled_from([1, 2]),
     checkpointing=st.booleans(),
     zero_1=st.booleans(),
 )
@@ -165,13 +167,13 @@ def cluster(ranks, **changes):
 @given(st.integers(1, 64))
 def test_layouts_are_all_products(ranks):
     found = list(layouts(ranks))
-    assert all(layout.ranks == ranks for layout in found) and len(set(found)) == len(found)
+    assert all(layout.world_size == ranks for layout in found) and len(set(found)) == len(found)
     assert len(found) == sum(ranks % (a * b) == 0 for a in range(1, ranks + 1) for b in range(1, ranks + 1))
 
 
 @given(jobs, st.sampled_from([1, 2, 8, 16]))
 def test_ranked_layouts_fit_first_and_then_are_fastest_first(job, ranks):
-    found = rank_layouts(job, cluster(ranks, memory=30e9))
+    found = sort_layouts(job, cluster(ranks, memory=30e9))
     fits = [e.memory <= 30e9 for e in found]
     assert found and fits == sorted(fits, reverse=True)
     for some in (True, False):
@@ -181,14 +183,15 @@ def test_ranked_layouts_fit_first_and_then_are_fastest_first(job, ranks):
         assert min(e.parts.values()) >= 0 and e.compute > 0
         assert (e.bubble > 0) == (e.layout.pipeline > 1) and (e.tensor > 0) == (e.layout.tensor > 1)
         assert (e.data > 0) == (e.layout.data > 1)
-        slower = estimate(job, cluster(ranks, inside=SLOW), e.layout)
+        slower = estimate(job, cluster(ranks, intra_node=SLOW), e.layout)
         assert slower.seconds >= e.seconds
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([8, 16, 64]))
 def test_without_communication_the_bubble_is_the_formulas(pipeline, rows):
     free = Link(0, 1e30)
-    e = estimate(Job(ModelShape(layers=8, vocab=1), rows, 128), cluster(pipeline, inside=free), Layout(1, pipeline, 1))
+    job = TrainingJob(ModelShape(layers=8, vocab=1), rows, 128)
+    e = estimate(job, cluster(pipeline, intra_node=free), Layout(1, pipeline, 1))
     assert e.bubble / e.seconds == pytest.approx(idle_fraction(pipeline, rows), abs=1e-3)
 
 
@@ -206,7 +209,7 @@ def test_a_ring_takes_its_messages():
 
 def test_blooms_layout():
     assert BLOOM.parameters / 1e9 == pytest.approx(176.2, abs=0.1)
-    job = Job(BLOOM, 2048, 2048, 2, checkpointing=True, zero_1=True)
+    job = TrainingJob(BLOOM, 2048, 2048, 2, checkpointing=True, zero_1=True)
     found = estimate(job, Cluster(384, 8, 220e12, 80e9, FAST, SLOW), Layout(8, 12, 4))
     # The FLOP of Narayanan et al. (2021), equation 3, which count the layers' attention and the head as well.
     flop = 96 * 2048 * 2048 * 70 * 14336**2 * (1 + 2048 / (6 * 14336) + 250880 / (16 * 70 * 14336))
@@ -225,4 +228,4 @@ def test_blooms_layout():
 )
 def test_layouts_that_do_not_divide_the_job(layout, rows, line):
     with pytest.raises(UserError, match=line):
-        estimate(Job(ModelShape(layers=4, heads=12), rows, 128), cluster(8), layout)
+        estimate(TrainingJob(ModelShape(layers=4, heads=12), rows, 128), cluster(8), layout)

@@ -1,7 +1,7 @@
-"""How long a step takes on a mesh, by formula, and which mesh is the fastest that fits.
+"""Predict how long a step takes on a mesh, and which mesh is the fastest that fits.
 
-Every link has a latency and a bandwidth; what ranks send does not overlap with what they compute. So a prediction is an
-upper bound where a library overlaps, and it is meant for comparing meshes.
+Every link has a latency and a bandwidth; communication does not overlap with computation. So a prediction is an upper
+bound for libraries that overlap, and it is meant for comparing meshes.
 """
 
 from collections.abc import Iterator
@@ -14,62 +14,115 @@ from helpers.parallel.mesh import Layout
 from helpers.parallel.pipeline import cut
 from helpers.parallel.pipeline.stages import part_costs
 
-HALF = 2  # bytes of a 16-bit number
+HALF_BYTES = 2  # bytes of a 16-bit number
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between two ranks: ``latency`` in seconds a message, ``bandwidth`` in bytes a second, one way, for each rank."""
+    """A link between two ranks.
+
+    Attributes:
+        latency: Seconds per message.
+        bandwidth: Bytes per second that each rank can send, one way.
+    """
 
     latency: float
     bandwidth: float
 
     def send(self, nbytes: float) -> float:
-        """Seconds of one message."""
+        """Predict the time of one message.
+
+        Args:
+            nbytes: Bytes of the message.
+
+        Returns:
+            Seconds.
+        """
         return self.latency + nbytes / self.bandwidth
 
-    def all_reduce(self, nbytes: float, ranks: int) -> float:
-        """Seconds of a ring (Thakur et al. 2005): 2(n - 1) messages of a part each."""
-        return 2 * (ranks - 1) * self.send(nbytes / ranks)
+    def all_reduce(self, nbytes: float, world_size: int) -> float:
+        """Predict the time of a ring all-reduce: 2(n - 1) messages of 1/n of the tensor (Thakur et al. 2005).
+
+        Args:
+            nbytes: Bytes of the full tensor.
+            world_size: Ranks in the ring.
+
+        Returns:
+            Seconds; 0 for a single rank.
+        """
+        return 2 * (world_size - 1) * self.send(nbytes / world_size)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """``ranks`` cards, ``per_node`` to a node; ``flops`` that a card sustains, ``memory`` in bytes that it has."""
+    """The GPUs and links that a job runs on.
 
-    ranks: int
-    per_node: int
+    Attributes:
+        world_size: Number of GPUs, one per rank.
+        gpus_per_node: Ranks that share a node: 0 to gpus_per_node - 1, and so on.
+        flops: FLOP per second that a GPU sustains.
+        memory: Bytes per GPU.
+        intra_node: Link between GPUs of one node.
+        inter_node: Link between nodes.
+    """
+
+    world_size: int
+    gpus_per_node: int
     flops: float
     memory: float
-    inside: Link
-    across: Link
+    intra_node: Link
+    inter_node: Link
 
     def link(self, layout: Layout, axis: str) -> Link:
-        """What an axis of the layout runs over: the fast link only where each of its groups lies in one node."""
-        nodes = [{rank // self.per_node for rank in group} for group in layout.groups(axis)]
-        return self.inside if all(len(of_group) == 1 for of_group in nodes) else self.across
+        """Find the link that an axis runs over: the fast one only if each of its groups is within one node.
+
+        Args:
+            layout: Size of each axis.
+            axis: "data", "pipeline" or "tensor".
+
+        Returns:
+            ``intra_node`` or ``inter_node``.
+        """
+        nodes = [{rank // self.gpus_per_node for rank in group} for group in layout.groups(axis)]
+        return self.intra_node if all(len(nodes_of_group) == 1 for nodes_of_group in nodes) else self.inter_node
 
 
 @dataclass(frozen=True)
-class Job:
-    """A step of ``rows`` x ``length`` tokens, ``micro_rows`` at once, all parameters trained in mixed precision.
+class TrainingJob:
+    """A step that trains all parameters in mixed precision.
 
-    ``element`` is the bytes of an activation and of a gradient. ``checkpointing`` computes each layer's forward twice.
-    ``zero_1`` divides the optimizer's states among the data parallel ranks.
+    Attributes:
+        shape: Of the model.
+        batch_size: Rows per step on all ranks together.
+        sequence_length: Tokens per row.
+        micro_batch_size: Rows that run at once on a data parallel rank.
+        element_bytes: Bytes per activation and per gradient element.
+        checkpointing: Whether backward recomputes each layer's forward.
+        zero_1: Whether data parallel ranks shard the optimizer states (ZeRO-1).
     """
 
     shape: ModelShape
-    rows: int
-    length: int
-    micro_rows: int = 1
-    element: int = HALF
+    batch_size: int
+    sequence_length: int
+    micro_batch_size: int = 1
+    element_bytes: int = HALF_BYTES
     checkpointing: bool = False
     zero_1: bool = False
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step of ``layout`` by cause, and bytes that the fullest rank needs."""
+    """A predicted step: seconds by cause, and the memory of the fullest rank.
+
+    Attributes:
+        layout: Size of each axis.
+        compute: Seconds of forward and backward.
+        tensor: Seconds of tensor parallelism's all-reduces.
+        pipeline: Seconds of messages between stages.
+        data: Seconds of the gradients' all-reduce.
+        bubble: Seconds that a stage waits for its neighbours.
+        memory: Bytes of model states and activations.
+    """
 
     layout: Layout
     compute: float
@@ -81,8 +134,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The whole step."""
-        return self.compute + self.tensor + self.pipeline + self.data + self.bubble
+        """Seconds of the full step."""
+        return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, float]:
@@ -90,81 +143,107 @@ class Estimate:
         return {name: getattr(self, name) for name in ("compute", "tensor", "pipeline", "data", "bubble")}
 
 
-def estimate(job: Job, cluster: Cluster, layout: Layout) -> Estimate:
-    """A step under 1F1B, by the slowest stage.
+def estimate(job: TrainingJob, cluster: Cluster, layout: Layout) -> Estimate:
+    """Predict a step under the 1F1B schedule by its slowest stage.
 
-    A micro-batch costs its FLOP (3 times forward's, 4 with checkpointing), in each layer 4 all-reduces of tensor
-    parallelism (6), and one message each way between stages. The bubble is p - 1 micro-batches (Narayanan et al. 2021,
-    section 2.2). At the end gradients are all-reduced.
+    A micro-batch costs its FLOP (3 times forward's, 4 with checkpointing), 4 all-reduces of tensor parallelism per
+    layer (6 with checkpointing; Shoeybi et al. 2019, section 3), and one message each way between stages. The bubble is
+    p - 1 micro-batches (Narayanan et al. 2021, section 2.2). At the end gradients are all-reduced.
 
-    Raises :class:`UserError` where layers, heads, groups or rows do not divide by the layout.
+    Args:
+        job: What is trained.
+        cluster: On which GPUs.
+        layout: Size of each axis.
+
+    Returns:
+        Seconds by cause, and bytes of the fullest rank.
+
+    Raises:
+        UserError: If layers, heads, key groups or rows do not divide by the layout.
     """
-    shape, t, p, d = job.shape, layout.tensor, layout.pipeline, layout.data
-    problem = _problem(job, cluster, layout)
+    problem = _find_problem(job, cluster, layout)
     if problem:
         raise UserError(f"{layout}: {problem}")
-    micro_batches = job.rows // (d * job.micro_rows)
-    tokens = job.micro_rows * job.length
-    message = tokens * shape.hidden * job.element
-    stages, costs = cut(shape, p, job.length), part_costs(shape, job.length)
-    work = [len(stage) * costs["layer"] for stage in stages]
-    work[-1] += costs["head"]
-    layers = max(len(stage) for stage in stages)
-    compute = (4 if job.checkpointing else 3) * max(work) * tokens / t / cluster.flops
-    tensor = (6 if job.checkpointing else 4) * layers * cluster.link(layout, "tensor").all_reduce(message, t)
+    shape, t, p, d = job.shape, layout.tensor, layout.pipeline, layout.data
+    micro_batches = job.batch_size // (d * job.micro_batch_size)
+    tokens = job.micro_batch_size * job.sequence_length
+    message = tokens * shape.hidden * job.element_bytes  # bytes of the hidden states [tokens, hidden]
+    stages, costs = cut(shape, p, job.sequence_length), part_costs(shape, job.sequence_length)
+
+    stage_flop = [len(stage) * costs["layer"] for stage in stages]  # forward FLOP per token
+    stage_flop[-1] += costs["head"]
+    most_layers = max(len(stage) for stage in stages)
+    compute = (4 if job.checkpointing else 3) * max(stage_flop) * tokens / t / cluster.flops
+    tensor = (6 if job.checkpointing else 4) * most_layers * cluster.link(layout, "tensor").all_reduce(message, t)
     pipeline = 2 * cluster.link(layout, "pipeline").send(message) if p > 1 else 0.0
-    held = [len(stage) * shape.layer_parameters for stage in stages]
-    held[0] += shape.embedding
-    held[-1] += (0 if shape.tied and p == 1 else shape.embedding) + shape.hidden
-    gradients = max(held) / t * job.element
+
+    stage_parameters = [len(stage) * shape.layer_parameters for stage in stages]
+    stage_parameters[0] += shape.embedding
+    # A tied head is the embedding itself if both are in one stage, a copy of it otherwise. The last norm comes on top.
+    stage_parameters[-1] += (0 if shape.tied and p == 1 else shape.embedding) + shape.hidden
+    rank_parameters = max(stage_parameters) / t
+    # Bytes per parameter: 2 weight, 2 gradient, 12 fp32 master and Adam's moments (Rajbhandari et al. 2019, section 3).
+    model_states = rank_parameters * (2 + 2 + 12 / (d if job.zero_1 else 1))
     return Estimate(
         layout,
         compute=micro_batches * compute,
         tensor=micro_batches * tensor,
         pipeline=micro_batches * pipeline,
-        data=cluster.link(layout, "data").all_reduce(gradients, d),
+        data=cluster.link(layout, "data").all_reduce(rank_parameters * job.element_bytes, d),
         bubble=(p - 1) * (compute + tensor + pipeline),
-        memory=max(held) / t * (2 + 2 + 12 / (d if job.zero_1 else 1))
-        + _activations(job, layers, min(p, micro_batches), t),
+        # Under 1F1B the first stage keeps the activations of at most p micro-batches.
+        memory=model_states + _activation_bytes(job, most_layers, min(p, micro_batches), t),
     )
 
 
-def rank_layouts(job: Job, cluster: Cluster) -> list[Estimate]:
-    """Every layout that divides the job, those that fit the cards first, of these the fastest first."""
-    found = [estimate(job, cluster, layout) for layout in layouts(cluster.ranks) if not _problem(job, cluster, layout)]
-    return sorted(found, key=lambda e: (e.memory > cluster.memory, e.seconds))
+def sort_layouts(job: TrainingJob, cluster: Cluster) -> list[Estimate]:
+    """Predict every layout that divides the job, and sort them: those that fit the GPUs first, the fastest first.
+
+    Args:
+        job: What is trained.
+        cluster: On which GPUs.
+
+    Returns:
+        One estimate per layout.
+    """
+    candidates = [layout for layout in layouts(cluster.world_size) if not _find_problem(job, cluster, layout)]
+    estimates = [estimate(job, cluster, layout) for layout in candidates]
+    return sorted(estimates, key=lambda e: (e.memory > cluster.memory, e.seconds))
 
 
-def layouts(ranks: int) -> Iterator[Layout]:
-    """All ways to write ``ranks`` as data x pipeline x tensor."""
-    for tensor in _divisors(ranks):
-        for pipeline in _divisors(ranks // tensor):
-            yield Layout(ranks // tensor // pipeline, pipeline, tensor)
+def layouts(world_size: int) -> Iterator[Layout]:
+    """Yield all ways to write ``world_size`` as data x pipeline x tensor."""
+    for tensor in _divisors(world_size):
+        for pipeline in _divisors(world_size // tensor):
+            yield Layout(world_size // tensor // pipeline, pipeline, tensor)
 
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _problem(job: Job, cluster: Cluster, layout: Layout) -> str | None:
+def _find_problem(job: TrainingJob, cluster: Cluster, layout: Layout) -> str | None:
     shape, t = job.shape, layout.tensor
-    if layout.ranks != cluster.ranks:
-        return f"needs {layout.ranks} ranks, the cluster has {cluster.ranks}"
+    if layout.world_size != cluster.world_size:
+        return f"needs {layout.world_size} ranks, the cluster has {cluster.world_size}"
     if layout.pipeline > shape.layers:
         return f"more stages than the {shape.layers} layers"
     if shape.heads % t or (shape.kv_groups % t and t % shape.kv_groups):
         return f"{shape.heads} heads or {shape.kv_groups} groups of keys do not divide by {t}"
-    if job.rows % (layout.data * job.micro_rows):
-        return f"{job.rows} rows do not divide by {layout.data} data ranks times {job.micro_rows} rows"
+    if job.batch_size % (layout.data * job.micro_batch_size):
+        return f"{job.batch_size} rows do not divide by {layout.data} data ranks times {job.micro_batch_size} rows"
     return None
 
 
-def _activations(job: Job, layers: int, alive: int, tensor: int) -> float:
-    """Bytes kept by a stage of ``layers`` for ``alive`` micro-batches, with sequence parallelism (all of it / tensor).
+def _activation_bytes(job: TrainingJob, layers: int, micro_batches: int, tensor: int) -> float:
+    """Predict the activations of a stage of ``layers`` that holds ``micro_batches`` at once.
 
-    With checkpointing each layer keeps its input, and one layer at a time all the rest.
+    Sequence parallelism is assumed, so that all of them are divided by ``tensor``. With checkpointing each layer keeps
+    its input, and one layer at a time all the rest.
     """
-    kept = total(layer(Configuration(job.shape, lora=None, rows=job.micro_rows, length=job.length))) / tensor
+    configuration = Configuration(job.shape, lora=None, rows=job.micro_batch_size, length=job.sequence_length)
+    per_layer = total(layer(configuration)) / tensor
     if not job.checkpointing:
-        return alive * layers * kept
-    return alive * layers * job.micro_rows * job.length * job.shape.hidden * job.element / tensor + kept
+        return micro_batches * layers * per_layer
+    tokens = job.micro_batch_size * job.sequence_length
+    return micro_batches * layers * tokens * job.shape.hidden * job.element_bytes / tensor + per_layer
