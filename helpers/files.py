@@ -87,22 +87,26 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json_object(path: Path, missing: str) -> dict[str, Any]:
+def read_json_object(path: Path, missing: str, remedy: str = "correct the file") -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Args:
         path: The file.
-        missing: The error message if there is no such file.
+        missing: The whole error message if there is no file.
+        remedy: What to do about a file that is damaged; it ends the error message.
+
+    Returns:
+        The object.
 
     Raises:
         UserError: The file does not exist, is not JSON, or holds something other than an object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(missing) from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(raw).__name__}")
-    return raw
+        raise UserError(f"{path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object but a {type(content).__name__}; {remedy}")
+    return content

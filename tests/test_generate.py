@@ -102,6 +102,17 @@ def test_a_base_that_is_not_named_is_asked_for(moved_run):
         load_for_inference(moved_run)
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_users_own_broken_adapter_is_not_to_be_downloaded(content, moved_run, small_checkpoint):
+    (moved_run / "adapter_config.json").write_text(content)
+    for base in (None, str(small_checkpoint)):
+        with pytest.raises(
+            UserError, match=r"adapter_config.json (is not JSON|holds no JSON object).*; copy it"
+        ) as error:
+            load_for_inference(moved_run, base=base)
+        assert "download" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_an_adapter_that_does_not_fit_is_one_line(moved_run, small_checkpoint):
     file = moved_run / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -15,10 +15,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
+from helpers.chatglm3.checkpoint import read_config, resolve_folder
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import atomic_folder
+from helpers.files import atomic_folder, read_json_object
 
 ADAPTER_CONFIG, ADAPTER_SAFETENSORS, ADAPTER_BIN = (
     "adapter_config.json",
@@ -99,9 +99,7 @@ def import_fused_adapter(fused_dir: Path, model_dir: str, out_dir: Path) -> None
     Raises UserError where the adapter trains something else, or another model.
     """
     path = fused_dir / ADAPTER_CONFIG
-    if not path.is_file():
-        raise UserError(f"{fused_dir} holds no {ADAPTER_CONFIG}; give the folder of a PEFT adapter")
-    fused = read_json_object(path)
+    fused = read_json_object(path, f"{fused_dir} holds no {ADAPTER_CONFIG}; give the folder of a PEFT adapter")
     _plain_lora(fused, path)
     config = ChatGLM3Config.from_dict(read_config(resolve_folder(model_dir)))
     tensors = split_fused(_read_tensors(fused_dir), config, fused["r"])

@@ -20,11 +20,13 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from helpers.chatglm3.config import PUBLISHED_VOCAB_SIZE, ChatGLM3Config
 from helpers.chatglm3.tokenizer import is_published_tokenizer
 from helpers.errors import UserError
+from helpers.files import read_json_object
 
 Shapes = dict[str, tuple[int, ...]]
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DOWNLOAD_AGAIN = "download it again"
 # Beside the weights: the tokenizer, the configuration, file headers.
 OTHER_FILES_BYTES = 8 * 2**20
 # Derived from the configuration; in every published checkpoint, and used by none of today's code.
@@ -111,18 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         here = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         raise UserError(f"{folder} holds no config.json (it holds {here}); give the folder of a ChatGLM3 checkpoint")
-    return read_json_object(path)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download it again")
-    return content
+    return read_json_object(path, f"no file {path}", remedy=DOWNLOAD_AGAIN)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -131,7 +122,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            weight_map = read_json_object(folder / index).get("weight_map")
+            path = folder / index
+            weight_map = read_json_object(path, f"no file {path}", remedy=DOWNLOAD_AGAIN).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{folder / index} has no weight_map; download it again")
             files = [folder / name for name in sorted(set(weight_map.values()))]

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GlmForCausalLM,
 from transformers.generation.streamers import BaseStreamer
 
 from helpers.chatglm3.chat import Message, encode_conversation, parse_answer
-from helpers.chatglm3.checkpoint import read_config, read_json_object, resolve_folder
+from helpers.chatglm3.checkpoint import read_config, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import check_quantization
 from helpers.errors import UserError, exit_with_one_line, positive_int
+from helpers.files import read_json_object
 from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
 from helpers.libraries.quiet import quiet_libraries
 from helpers.quantization.library import keep_layout, quantization_config
@@ -60,12 +61,20 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     return checkpoints[-1]
 
 
+def read_adapter_config(checkpoint: Path) -> dict[str, Any]:
+    """Read the ``adapter_config.json`` in ``checkpoint``. Raises UserError that names the file if it is damaged."""
+    path = checkpoint / ADAPTER_CONFIG
+    return read_json_object(
+        path, f"{checkpoint} holds no {ADAPTER_CONFIG}", remedy="copy it from the run that wrote it"
+    )
+
+
 def base_model(checkpoint: Path, base: str | None = None) -> Path:
     """Folder of the model that the adapter in ``checkpoint`` was trained on; ``base`` is the user's word for it.
 
     Raises UserError that names ``--model`` if it is not where the adapter says.
     """
-    named = base or read_json_object(checkpoint / ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = base or read_adapter_config(checkpoint).get("base_model_name_or_path")
     if not named:
         raise UserError(f"{checkpoint / ADAPTER_CONFIG} does not name its base model; name it with --model")
     try:
@@ -151,7 +160,7 @@ def _load_glm(folder: Path, **settings: Any) -> GlmForCausalLM:
 
 
 def _with_adapter(model: PreTrainedModel, checkpoint: Path) -> PeftModel:
-    targets = read_json_object(checkpoint / ADAPTER_CONFIG).get("target_modules") or []
+    targets = read_adapter_config(checkpoint).get("target_modules") or []
     if "query_key_value" in targets:
         raise UserError(
             f"the adapter in {checkpoint} trains query_key_value, which is split here; import it first: "
