@@ -18,21 +18,21 @@ from helpers.parallel.pipeline import (
     SCHEDULES,
     Action,
     Executor,
+    ScheduleTimeline,
     Stage,
-    Timeline,
-    causal_loss,
-    cut,
+    build_stages,
+    causal_lm_loss,
     gpipe,
     idle_fraction,
     interleaved,
     one_f_one_b,
+    partition_layers,
     simulate,
-    stages_of,
     zero_bubble,
     zero_bubble_idle_fraction,
 )
 from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
-from helpers.parallel.pipeline.stages import part_costs
+from helpers.parallel.pipeline.stages import flops_per_token
 from helpers.parallel.pipeline.timeline import needs, result, transfers
 
 ROWS, LENGTH, STEPS = 8, 16, 20
@@ -76,7 +76,7 @@ def test_no_action_begins_before_what_it_needs_and_no_rank_does_two_at_once(tabl
     assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
 
 
-def check_causes(timeline: Timeline, tolerance: float = 0.0):
+def check_causes(timeline: ScheduleTimeline, tolerance: float = 0.0):
     last = max(span.action.stage for row in timeline.ranks for span in row)
     ended = {result(span.action): span.end for row in timeline.ranks for span in row if span.action.kind != "W"}
     for row in timeline.ranks:
@@ -180,7 +180,7 @@ F, B = (lambda stage, number, kind=kind: Action(kind, stage, number) for kind in
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ([[F(0, 0), B(0, 0)], [B(1, 0), F(1, 0)]], "ever: rank 0 before B0 of stage 0, rank 1 before B0 of stage 1"),
+        ([[F(0, 0), B(0, 0)], [B(1, 0), F(1, 0)]], "locks: rank 0 before B0 of stage 0, rank 1 before B0 of stage 1"),
         ([[F(0, 0), B(0, 0)], [F(1, 0)]], "stage 1 does F for micro-batch 0"),
         ([[F(0, 0), B(0, 0), B(0, 0)]], "stage 0 does FBB for micro-batch 0"),
         ([[F(0, 0), B(0, 0)], [F(2, 0), B(2, 0)]], "stage 1 does nothing for micro-batch 0"),
@@ -194,36 +194,36 @@ def test_a_wrong_table_is_refused(table, message):
 
 
 def test_sizes_that_make_no_schedule_are_refused():
-    with pytest.raises(UserError, match=r"6 micro-batches on 4 ranks: .* choose a multiple of 4"):
+    with pytest.raises(UserError, match=r"6 micro-batches do not divide into groups of 4, .* choose a multiple of 4"):
         interleaved(4, 6)
     for schedule in SCHEDULES.values():
         with pytest.raises(UserError, match="micro_batches is 0"):
             schedule(2, 0)
-    with pytest.raises(UserError, match="9 stages of 8 layers: choose 1 to 8"):
-        cut(TINY, 9, LENGTH)
+    with pytest.raises(UserError, match="9 stages of 8 layers; choose 1 to 8"):
+        partition_layers(TINY, 9, LENGTH)
     with pytest.raises(UserError, match="0 stages"):
-        cut(TINY, 0, LENGTH)
+        partition_layers(TINY, 0, LENGTH)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4000), st.integers(1, 64))
 def test_the_cut_is_the_best_there_is(layers, stages, vocab, length):
     shape = ModelShape(hidden=64, layers=layers, heads=8, kv_groups=2, head_dim=16, intermediate=216, vocab=vocab)
     stages = min(stages, layers)
-    costs = part_costs(shape, length)
+    costs = flops_per_token(shape, length)
 
     def slowest(counts):
         work = [count * costs["layer"] for count in counts]
         work[-1] += costs["head"]
         return max(work)
 
-    found = cut(shape, stages, length)
+    found = partition_layers(shape, stages, length)
     assert [layer for part in found for layer in part] == list(range(layers))
     every = ([b - a for a, b in pairwise((0, *ends, layers))] for ends in combinations(range(1, layers), stages - 1))
     assert slowest([len(part) for part in found]) == min(map(slowest, every))
 
 
 def test_the_output_layer_of_the_6b_model_weighs_more_than_a_layer():
-    assert [len(layers) for layers in cut(ModelShape(), 4, 768)] == [7, 7, 8, 6]
+    assert [len(layers) for layers in partition_layers(ModelShape(), 4, 768)] == [7, 7, 8, 6]
 
 
 def test_stages_compute_what_the_whole_does_under_the_same_names():
@@ -231,12 +231,12 @@ def test_stages_compute_what_the_whole_does_under_the_same_names():
     ids = batch(TINY, 2, LENGTH)["input_ids"]
     expected = whole(input_ids=ids, labels=ids)
     names = list(weights(whole))
-    stages = stages_of(whole, cut(TINY, 3, LENGTH), range(3))
+    stages = build_stages(whole, partition_layers(TINY, 3, LENGTH), range(3))
     hidden = ids
     for stage in stages.values():
         hidden = stage(hidden)
     assert torch.equal(hidden, expected.logits)
-    assert torch.equal(causal_loss(hidden, ids), expected.loss)
+    assert torch.equal(causal_lm_loss(hidden, ids), expected.loss)
     assert sorted(name for stage in stages.values() for name in weights(stage)) == sorted(names)
 
 
@@ -245,7 +245,7 @@ def gradients(stage: Stage) -> dict[str, torch.Tensor]:
 
 
 def test_two_halves_of_a_backward_are_the_whole_one():
-    stage = stages_of(build(TINY), cut(TINY, 2, LENGTH), [1])[1]
+    stage = build_stages(build(TINY), partition_layers(TINY, 2, LENGTH), [1])[1]
     x = torch.randn(2, LENGTH, TINY.hidden, generator=torch.Generator().manual_seed(1), requires_grad=True)
     stage(x).square().mean().backward()
     expected = gradients(stage) | {"x": x.grad.clone()}
@@ -255,9 +255,9 @@ def test_two_halves_of_a_backward_are_the_whole_one():
     y.square().mean().backward()
     assert largest_difference({"x": x.grad}, {"x": expected["x"]}) == 0
     assert not [name for name in gradients(stage) if name.endswith("proj.weight") or "bias" in name or "head" in name]
-    deferred.finish()
+    deferred.backward_weight()
     assert largest_difference(gradients(stage) | {"x": x.grad}, expected) <= 1e-9
-    deferred.finish()  # nothing is added twice
+    deferred.backward_weight()  # nothing is added twice
     assert largest_difference(gradients(stage) | {"x": x.grad}, expected) <= 1e-9
 
 
@@ -268,7 +268,7 @@ def test_a_frozen_matrix_gets_no_gradient_and_still_passes_one_on():
     with defer_weight_gradients() as deferred:
         y = linear(x)
     y.sum().backward()
-    deferred.finish()
+    deferred.backward_weight()
     assert linear.weight.grad is None and torch.equal(linear.bias.grad, torch.full((2,), 4.0))
     assert torch.equal(x.grad, linear.weight.sum(0).expand(4, 3))
 
@@ -280,7 +280,7 @@ def test_weights_behind_an_input_without_gradient_and_their_hooks_are_served_as_
         y = linear(torch.ones(4, 3))
     y.sum().backward()
     assert not seen and linear.weight.grad is None
-    deferred.finish()
+    deferred.backward_weight()
     assert [gradient.tolist() for gradient in seen] == [[[4.0] * 3] * 2]
     assert torch.equal(linear.weight.grad, torch.full((2, 3), 8.0))
 
@@ -311,7 +311,9 @@ def own_stages(table, rank):
     from helpers.launch import device
 
     stages = 1 + max(action.stage for row in table for action in row)
-    return stages_of(build(TINY, device()), cut(TINY, stages, LENGTH), {action.stage for action in table[rank]})
+    return build_stages(
+        build(TINY, device()), partition_layers(TINY, stages, LENGTH), {action.stage for action in table[rank]}
+    )
 
 
 def trained(stages, step, steps=STEPS):
@@ -356,7 +358,7 @@ def test_every_schedule_trains_what_a_single_process_trains(ranks):
         assert largest_difference(ours, expected) <= 1e-6, name
         assert [rank[name][1] for rank in results] == [None] * (ranks - 1) + [pytest.approx(loss, abs=1e-5)]
         # What was recorded is the table, in a possible order.
-        timeline = Timeline([rank[name][2] for rank in results])
+        timeline = ScheduleTimeline([rank[name][2] for rank in results])
         table = schedule(ranks, micro_batches)
         assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
         check_causes(timeline)
@@ -423,10 +425,10 @@ def test_what_does_not_fit_together_is_refused():
 
     rows, ranks, stages, table, idle = run(fn, 2).results[0]
     assert rows == "4 rows do not divide into 3 micro-batches; change one of the two"
-    assert ranks == "a table for 4 ranks in a group of 2; make it for 2"
-    assert stages == "rank 0 has the stages [1] but the table gives it [0]"
-    assert idle == "the table gives rank 0 nothing to do; make it for fewer ranks"
-    assert table.startswith("the table makes ranks wait for ever: rank 0 before B2 of stage 0")
+    assert ranks == "the schedule is for 4 ranks but the group has 2; build it for 2"
+    assert stages == "rank 0 has the stages [1] but the schedule assigns it [0]"
+    assert idle == "the schedule gives rank 0 nothing to do; build it for fewer ranks"
+    assert table.startswith("the schedule deadlocks: rank 0 before B2 of stage 0")
 
 
 # --- other people's pipelines, with the same stages ---
@@ -441,10 +443,10 @@ def with_torch(names, micro_batches):
     for name in names:
         kind = getattr(schedules, name)
         count = ranks * (2 if kind is schedules.ScheduleInterleaved1F1B else 1)
-        stages = stages_of(build(TINY, device()), cut(TINY, count, LENGTH), range(rank, count, ranks))
+        stages = build_stages(build(TINY, device()), partition_layers(TINY, count, LENGTH), range(rank, count, ranks))
         theirs = [PipelineStage(stage, number, count, device()) for number, stage in stages.items()]
         several = issubclass(kind, schedules.PipelineScheduleMulti)
-        schedule = kind(theirs if several else theirs[0], n_microbatches=micro_batches, loss_fn=causal_loss)
+        schedule = kind(theirs if several else theirs[0], n_microbatches=micro_batches, loss_fn=causal_lm_loss)
 
         def step(ids, labels, schedule=schedule):
             schedule.step(*([ids] if rank == 0 else []), **({"target": labels} if rank == ranks - 1 else {}))
@@ -471,8 +473,8 @@ def with_deepspeed(micro_batches):
 
     ranks = dist.get_world_size()
     deepspeed.init_distributed(dist_backend=dist.get_backend())
-    stages = stages_of(build(TINY, device()), cut(TINY, ranks, LENGTH), range(ranks))
-    module = PipelineModule(list(stages.values()), num_stages=ranks, loss_fn=causal_loss, partition_method="uniform")
+    stages = build_stages(build(TINY, device()), partition_layers(TINY, ranks, LENGTH), range(ranks))
+    module = PipelineModule(list(stages.values()), num_stages=ranks, loss_fn=causal_lm_loss, partition_method="uniform")
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
     config = {
         "train_micro_batch_size_per_gpu": ROWS // micro_batches,

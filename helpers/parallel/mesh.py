@@ -12,7 +12,7 @@ from transformers import GlmForCausalLM
 from helpers.errors import UserError
 from helpers.memory.predict import ModelShape
 from helpers.parallel.data import average_gradients
-from helpers.parallel.pipeline import Executor, Table, cut, one_f_one_b, stages_of
+from helpers.parallel.pipeline import Executor, Schedule, build_stages, one_f_one_b, partition_layers
 from helpers.parallel.tensor import full_weights, parallelize
 from helpers.parallel.tensor.loss import causal_loss
 
@@ -123,7 +123,7 @@ class Parallel3D:
         mesh: DeviceMesh,
         micro_batches: int,
         sequence_length: int,
-        schedule: Callable[[int, int], Table] = one_f_one_b,
+        schedule: Callable[[int, int], Schedule] = one_f_one_b,
     ) -> None:
         self._data_group, self._tensor_group = mesh.get_group("data"), mesh.get_group("tensor")
         pipeline_group = mesh.get_group("pipeline")
@@ -131,8 +131,8 @@ class Parallel3D:
         parallelize(model, self._tensor_group)
         table = schedule(dist.get_world_size(pipeline_group), micro_batches)
         own_stages = {action.stage for action in table[dist.get_rank(pipeline_group)]}
-        layers = cut(shape, 1 + max(action.stage for row in table for action in row), sequence_length)
-        self.stages = stages_of(model, layers, own_stages)
+        layers = partition_layers(shape, 1 + max(action.stage for row in table for action in row), sequence_length)
+        self.stages = build_stages(model, layers, own_stages)
         self._executor = Executor(
             table,
             self.stages,

@@ -11,8 +11,8 @@ from helpers.errors import UserError
 from helpers.memory.predict import Configuration, ModelShape
 from helpers.memory.predict.saved_tensors import layer, total
 from helpers.parallel.mesh import Layout
-from helpers.parallel.pipeline import cut
-from helpers.parallel.pipeline.stages import part_costs
+from helpers.parallel.pipeline import partition_layers
+from helpers.parallel.pipeline.stages import flops_per_token
 
 HALF_BYTES = 2  # bytes of a 16-bit number
 
@@ -168,7 +168,7 @@ def estimate(job: TrainingJob, cluster: Cluster, layout: Layout) -> Estimate:
     micro_batches = job.batch_size // (d * job.micro_batch_size)
     tokens = job.micro_batch_size * job.sequence_length
     message = tokens * shape.hidden * job.element_bytes  # bytes of the hidden states [tokens, hidden]
-    stages, costs = cut(shape, p, job.sequence_length), part_costs(shape, job.sequence_length)
+    stages, costs = partition_layers(shape, p, job.sequence_length), flops_per_token(shape, job.sequence_length)
 
     stage_flop = [len(stage) * costs["layer"] for stage in stages]  # forward FLOP per token
     stage_flop[-1] += costs["head"]

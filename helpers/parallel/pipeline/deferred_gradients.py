@@ -1,7 +1,11 @@
-"""The backward pass in two halves: the gradient of the input now, the gradients of the weights when there is time."""
+"""Split a backward pass in two: the gradient of the input now, the gradients of the weights later.
+
+Zero-bubble schedules need this (Qi et al. 2023): the previous stage waits only for the gradient of the input, so the
+gradients of the weights can fill the time in which a rank would be idle.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,60 +13,74 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
+class _Deferred(NamedTuple):
+    """What the weight gradient of one linear layer is made of."""
+
+    weight: Tensor  # [output, input]
+    bias: Tensor | None  # [output]
+    x: Tensor  # [..., input]
+    gradient: Tensor  # [..., output], with respect to the layer's output
+
+
 class defer_weight_gradients(TorchFunctionMode):
-    """Linear layers that run in the block leave the gradients of weight and bias undone in backward.
+    """Defer the weight and bias gradients of every linear layer that runs inside the block.
 
-    with defer_weight_gradients() as deferred:
-        y = stage(x)
-    y.backward(gradient)  # x.grad is there, and the gradients of norms and embedding
-    deferred.finish()     # now those of the matrices, too
+        with defer_weight_gradients() as deferred:
+            y = stage(x)
+        y.backward(gradient)        # I: x.grad, and the gradients of norms and embedding
+        deferred.backward_weight()  # W: the gradients of all matrices
 
-    The matrices are nearly all of the work: what else a stage trains are vectors and the embedding's rows.
+    Only linear layers are split, because they do nearly all of the work. What else a stage trains, norms and embedding,
+    gets its gradient in the first half.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._undone: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+        self._deferred: list[_Deferred] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Replace ``functional.linear``; run every other torch function as it is."""
         if func is functional.linear and torch.is_grad_enabled():
-            return _linear(self._undone, *args, **(kwargs or {}))
+            return _linear(self._deferred, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def finish(self) -> None:
-        """Add what was left undone to the ``grad`` of the weights and biases, and let go of what it was kept for.
+    def backward_weight(self) -> None:
+        """Add the deferred gradients to ``grad`` of weights and biases, and free the tensors kept for them.
 
-        Through autograd, so that hooks on a parameter (tensor parallelism's sums) see these gradients as any other.
+        The gradients go through autograd, so hooks on a parameter run as usual. Tensor parallelism needs that: its
+        hooks sum gradients over ranks.
         """
-        for weight, bias, x, gradient in self._undone:
-            x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        for weight, bias, x, gradient in self._deferred:
+            x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)  # [tokens, input], [tokens, output]
             if weight.requires_grad:
-                weight.backward(gradient.T @ x)
+                weight.backward(gradient.T @ x)  # [output, input]
             if bias is not None and bias.requires_grad:
                 bias.backward(gradient.sum(0))
-        self._undone.clear()
+        self._deferred.clear()
 
 
-class _Linear(torch.autograd.Function):
-    """x W' + b that gives only x a gradient, and notes what the others' would be made of."""
+class _InputGradientLinear(torch.autograd.Function):
+    """Compute ``x @ weight.T + bias``; backward returns the input's gradient and records what the weight's needs."""
 
     @staticmethod
-    def forward(ctx: Any, undone: list, x: Tensor, parameters: tuple[Tensor, Tensor | None]) -> Tensor:
+    def forward(ctx: Any, deferred: list[_Deferred], x: Tensor, parameters: tuple[Tensor, Tensor | None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.undone, ctx.parameters = undone, parameters
+        ctx.deferred, ctx.parameters = deferred, parameters
         return functional.linear(x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
-        ctx.undone.append((*ctx.parameters, x, gradient))
-        return None, gradient @ ctx.parameters[0], None
+        weight, bias = ctx.parameters
+        ctx.deferred.append(_Deferred(weight, bias, x, gradient))
+        return None, gradient @ weight, None  # [..., output] @ [output, input]
 
 
-def _linear(undone: list, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(deferred: list[_Deferred], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not input.requires_grad:
-        input = input.detach().requires_grad_()  # or there would be no backward that could note anything
-    # The parameters in a tuple, which autograd does not look into: their hooks must not see that they get nothing now.
-    return _Linear.apply(undone, input, (weight, bias))
+        # Without an input that requires a gradient autograd would skip the backward that records the layer.
+        input = input.detach().requires_grad_()
+    # Autograd does not look into a tuple, so it does not see the parameters and does not run their hooks too early.
+    return _InputGradientLinear.apply(deferred, input, (weight, bias))

@@ -1,7 +1,8 @@
-"""Pipeline schedules as data: for each rank the list of what it does, one action after the other.
+"""Pipeline schedules as data: a list of actions per rank, in the order in which the rank runs them.
 
-A table says nothing about time or messages. Those follow: an action begins when the one before it on its rank and what
-it needs from other stages are done. Rank r has the stages r, r + p, r + 2p and so on.
+A schedule contains neither times nor messages. Both follow from it: an action starts once the previous action on its
+rank has ended and the results that it needs from other stages are there. With p ranks, rank r runs the stages
+r, r + p, r + 2p and so on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,13 @@ from helpers.errors import UserError
 
 
 class Action(NamedTuple):
-    """``kind`` on one stage for one micro-batch.
+    """One piece of work of a rank: a pass of one micro-batch through one stage.
 
-    F forward; B backward, whole; or its halves: I the gradient of the stage's input, W that of its weights.
+    Attributes:
+        kind: "F" forward; "B" full backward; or its two halves, "I" for the gradient of the stage's input and "W" for
+            the gradients of its weights.
+        stage: number of the stage, from 0.
+        micro_batch: number of the micro-batch, from 0.
     """
 
     kind: str
@@ -25,106 +30,154 @@ class Action(NamedTuple):
         return f"{self.kind}{self.micro_batch} of stage {self.stage}"
 
 
-Table = Sequence[Sequence[Action]]  # by rank
+Schedule = Sequence[Sequence[Action]]  # schedule[rank] lists the actions of that rank
 
 
-def gpipe(ranks: int, micro_batches: int) -> Table:
-    """All micro-batches forward, then all backward (Huang et al. 2019)."""
-    _check(ranks=ranks, micro_batches=micro_batches)
+def gpipe(world_size: int, micro_batches: int) -> Schedule:
+    """Build GPipe's schedule: all micro-batches forward, then all backward (Huang et al. 2019).
+
+    Args:
+        world_size: number of pipeline ranks, with one stage each.
+        micro_batches: number of micro-batches per step.
+
+    Returns:
+        The actions of each rank.
+
+    Raises:
+        UserError: a number is below 1.
+    """
+    _check_positive(world_size=world_size, micro_batches=micro_batches)
     numbers = range(micro_batches)
-    return [[Action(kind, rank, number) for kind in "FB" for number in numbers] for rank in range(ranks)]
+    return [[Action(kind, rank, number) for kind in "FB" for number in numbers] for rank in range(world_size)]
 
 
-def one_f_one_b(ranks: int, micro_batches: int) -> Table:
-    """1F1B: backward as soon as it can be, so that rank r keeps at most p - r micro-batches (Narayanan et al. 2019)."""
-    _check(ranks=ranks, micro_batches=micro_batches)
-    table = []
-    for rank in range(ranks):
+def one_f_one_b(world_size: int, micro_batches: int) -> Schedule:
+    """Build the 1F1B schedule: each backward as early as possible (Narayanan et al. 2019).
+
+    Rank r of p then keeps the activations of at most p - r micro-batches, however many there are.
+
+    Args:
+        world_size: number of pipeline ranks, with one stage each.
+        micro_batches: number of micro-batches per step.
+
+    Returns:
+        The actions of each rank.
+
+    Raises:
+        UserError: a number is below 1.
+    """
+    _check_positive(world_size=world_size, micro_batches=micro_batches)
+    schedule = []
+    for rank in range(world_size):
         forward = [Action("F", rank, number) for number in range(micro_batches)]
         backward = [Action("B", rank, number) for number in range(micro_batches)]
-        table.append(_alternate(forward, backward, warm_up=ranks - 1 - rank))
-    return table
+        # The first backward reaches this rank after the world_size - 1 - rank stages behind it.
+        schedule.append(_alternate(forward, backward, warm_up=world_size - 1 - rank))
+    return schedule
 
 
-def interleaved(ranks: int, micro_batches: int, chunks: int = 2) -> Table:
-    """1F1B with ``chunks`` smaller stages on each rank: the bubble is as much smaller (Narayanan et al. 2021).
+def interleaved(world_size: int, micro_batches: int, chunks: int = 2) -> Schedule:
+    """Build interleaved 1F1B: ``chunks`` smaller stages per rank divide the bubble by ``chunks``.
 
-    Micro-batches go round in groups of ``ranks``: a group passes the rank's first chunk, then its second, and so on.
-    Raises :class:`UserError` where they do not divide into such groups.
+    Micro-batches travel in groups of ``world_size``: a group passes the first chunk of every rank, then the second, and
+    so on (Narayanan et al. 2021, section 2.2).
+
+    Args:
+        world_size: number of pipeline ranks.
+        micro_batches: number of micro-batches per step, a multiple of ``world_size``.
+        chunks: number of stages per rank.
+
+    Returns:
+        The actions of each rank.
+
+    Raises:
+        UserError: a number is below 1, or the micro-batches do not divide into groups.
     """
-    _check(ranks=ranks, micro_batches=micro_batches, chunks=chunks)
-    if micro_batches % ranks:
+    _check_positive(world_size=world_size, micro_batches=micro_batches, chunks=chunks)
+    if micro_batches % world_size:
         raise UserError(
-            f"{micro_batches} micro-batches on {ranks} ranks: interleaving sends them round in groups of {ranks}, "
-            f"so choose a multiple of {ranks}"
+            f"interleaved: {micro_batches} micro-batches do not divide into groups of {world_size}, one per rank; "
+            f"choose a multiple of {world_size}"
         )
     passes = [
         (chunk, group + number)
-        for group in range(0, micro_batches, ranks)
+        for group in range(0, micro_batches, world_size)
         for chunk in range(chunks)
-        for number in range(ranks)
+        for number in range(world_size)
     ]
-    table = []
-    for rank in range(ranks):
-        forward = [Action("F", chunk * ranks + rank, number) for chunk, number in passes]
-        backward = [Action("B", (chunks - 1 - chunk) * ranks + rank, number) for chunk, number in passes]
-        # Where there is one chunk this would be 1F1B with twice its warm-up.
-        warm_up = 2 * (ranks - 1 - rank) + (chunks - 1) * ranks if chunks > 1 else ranks - 1 - rank
-        table.append(_alternate(forward, backward, warm_up))
-    return table
+    schedule = []
+    for rank in range(world_size):
+        forward = [Action("F", chunk * world_size + rank, number) for chunk, number in passes]
+        # Backward passes the chunks in the opposite order.
+        backward = [Action("B", (chunks - 1 - chunk) * world_size + rank, number) for chunk, number in passes]
+        # The paper's warm-up. With a single chunk it would be twice that of 1F1B, which needs less.
+        warm_up = 2 * (world_size - 1 - rank) + (chunks - 1) * world_size if chunks > 1 else world_size - 1 - rank
+        schedule.append(_alternate(forward, backward, warm_up))
+    return schedule
 
 
-def zero_bubble(ranks: int, micro_batches: int) -> Table:
-    """ZB-H1: 1F1B with backward in two halves, of which only I makes another stage wait (Qi et al. 2023).
+def zero_bubble(world_size: int, micro_batches: int) -> Schedule:
+    """Build ZB-H1: 1F1B with each backward split into I and W (Qi et al. 2023, section 2).
 
-    Rank r does W r micro-batches later than I. Those W fill the time in which 1F1B waits at the end, and no rank
-    keeps more micro-batches than rank 0 does under 1F1B.
+    Other stages wait for I only, so rank r delays each W by r micro-batches. The delayed W fill the time at the end in
+    which 1F1B is idle. No rank keeps more micro-batches than rank 0 does under 1F1B.
+
+    Args:
+        world_size: number of pipeline ranks, with one stage each.
+        micro_batches: number of micro-batches per step.
+
+    Returns:
+        The actions of each rank.
+
+    Raises:
+        UserError: a number is below 1.
     """
-    _check(ranks=ranks, micro_batches=micro_batches)
-    table = []
-    for rank in range(ranks):
+    _check_positive(world_size=world_size, micro_batches=micro_batches)
+    schedule = []
+    for rank in range(world_size):
         forward = [Action("F", rank, number) for number in range(micro_batches)]
-        halves = [Action("I", rank, number) for number in range(micro_batches)]
-        row = []
-        for action in _alternate(forward, halves, warm_up=ranks - 1 - rank):
-            row.append(action)
+        input_gradients = [Action("I", rank, number) for number in range(micro_batches)]
+        actions = []
+        for action in _alternate(forward, input_gradients, warm_up=world_size - 1 - rank):
+            actions.append(action)
             if action.kind == "I" and action.micro_batch >= rank:
-                row.append(Action("W", rank, action.micro_batch - rank))
-        row += [Action("W", rank, number) for number in range(max(0, micro_batches - rank), micro_batches)]
-        table.append(row)
-    return table
+                actions.append(Action("W", rank, action.micro_batch - rank))
+        actions += [Action("W", rank, number) for number in range(max(0, micro_batches - rank), micro_batches)]
+        schedule.append(actions)
+    return schedule
 
 
-SCHEDULES: Mapping[str, Callable[[int, int], Table]] = MappingProxyType(
+SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = MappingProxyType(
     {"GPipe": gpipe, "1F1B": one_f_one_b, "interleaved 1F1B": interleaved, "zero-bubble": zero_bubble}
 )
 
 
-def idle_fraction(ranks: int, micro_batches: int, chunks: int = 1) -> float:
-    """Idle share of all ranks' time under GPipe, 1F1B and, with ``chunks``, interleaved 1F1B; stages cost the same.
+def idle_fraction(world_size: int, micro_batches: int, chunks: int = 1) -> float:
+    """Compute the bubble of GPipe, 1F1B and (with ``chunks`` > 1) interleaved 1F1B, for stages of equal cost.
 
-    (p - 1) / (v m + p - 1), of the whole time; Narayanan et al. (2021) give (p - 1) / (v m), of the time without idle.
+    With p ranks, m micro-batches and v chunks it is (p - 1) / (v m + p - 1) of the total time. Narayanan et al. (2021)
+    write (p - 1) / (v m): the same bubble, relative to the time without it.
     """
-    return (ranks - 1) / (chunks * micro_batches + ranks - 1)
+    return (world_size - 1) / (chunks * micro_batches + world_size - 1)
 
 
-def zero_bubble_idle_fraction(ranks: int, micro_batches: int) -> float:
-    """The same of ZB-H1 where F, I and W take equally long and there are at least as many micro-batches as ranks.
+def zero_bubble_idle_fraction(world_size: int, micro_batches: int) -> float:
+    """Compute the bubble of ZB-H1, if F, I and W take equally long and there are at least p micro-batches.
 
-    Of 1F1B's bubble (p - 1)(F + I + W) it leaves (p - 1)(F + I - W) (Qi et al. 2023), here a third.
+    ZB-H1 reduces the bubble of 1F1B from (p - 1)(F + I + W) to (p - 1)(F + I - W) (Qi et al. 2023, section 2): a third.
     """
-    return (ranks - 1) / (3 * micro_batches + ranks - 1)
+    return (world_size - 1) / (3 * micro_batches + world_size - 1)
 
 
 def _alternate(forward: list[Action], backward: list[Action], warm_up: int) -> list[Action]:
-    """``warm_up`` of ``forward``, then one forward and one backward in turn, then what is left of ``backward``."""
-    row = forward[:warm_up]
-    for place, action in enumerate(forward[warm_up:]):
-        row += [action, backward[place]]
-    return row + backward[max(0, len(forward) - warm_up) :]
+    """Run ``warm_up`` forwards, then one forward and one backward in turn, then the remaining backwards."""
+    actions = forward[:warm_up]
+    for number, action in enumerate(forward[warm_up:]):
+        actions += [action, backward[number]]
+    return actions + backward[max(0, len(forward) - warm_up) :]
 
 
-def _check(**numbers: int) -> None:
+def _check_positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name} is {value}; give a whole number above 0")

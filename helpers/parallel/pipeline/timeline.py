@@ -1,4 +1,4 @@
-"""What a table of actions means: who waits for whom, how long it takes at best, what is kept meanwhile."""
+"""Derive from a schedule who waits for whom, how long it takes at best, and how many micro-batches are alive."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from helpers.errors import UserError
-from helpers.parallel.pipeline.schedules import Action, Table
+from helpers.parallel.pipeline.schedules import Action, Schedule
 
 
-class Timed(NamedTuple):
-    """An action from ``start`` to ``end``, in seconds of one clock for all ranks."""
+class TimedAction(NamedTuple):
+    """An action and when it ran: ``start`` and ``end`` in seconds, on one clock for all ranks."""
 
     action: Action
     start: float
@@ -18,92 +18,112 @@ class Timed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """``ranks[r]``: what rank r did when, in order; simulated or measured."""
+class ScheduleTimeline:
+    """Hold what ran when on each rank, simulated or measured.
 
-    ranks: Sequence[Sequence[Timed]]
+    Attributes:
+        ranks: ``ranks[r]`` lists the timed actions of rank r, in order.
+    """
+
+    ranks: Sequence[Sequence[TimedAction]]
 
     @property
     def seconds(self) -> float:
-        """From the first action's start to the last one's end."""
-        spans = [span for row in self.ranks for span in row]
-        return max(span.end for span in spans) - min(span.start for span in spans)
+        """Seconds from the start of the first action to the end of the last one."""
+        timed = [entry for actions in self.ranks for entry in actions]
+        return max(entry.end for entry in timed) - min(entry.start for entry in timed)
 
     @property
     def idle(self) -> float:
-        """Share of all ranks' time in which no action ran: the bubble, of the whole time."""
-        busy = sum(span.end - span.start for row in self.ranks for span in row)
+        """Share of the total time of all ranks in which no action ran: the pipeline bubble."""
+        busy = sum(entry.end - entry.start for actions in self.ranks for entry in actions)
         return 1 - busy / (len(self.ranks) * self.seconds)
 
     @property
     def alive(self) -> list[int]:
-        """The most micro-batches that each rank kept at one time: begun by F, not yet ended by B or W.
+        """Largest number of micro-batches alive at once, per rank: from their F to the end of their B or W.
 
-        One counts once for each of the rank's stages that keeps it.
+        A micro-batch counts once per stage of the rank that keeps it.
         """
-        return [_most_alive([span.action for span in row]) for row in self.ranks]
+        return [_most_alive([entry.action for entry in actions]) for actions in self.ranks]
 
 
-def simulate(table: Table, seconds: Callable[[Action], float]) -> Timeline:
-    """The table on ideal ranks: each action takes ``seconds(action)`` and begins as soon as it can; sending is free.
+def simulate(schedule: Schedule, seconds: Callable[[Action], float]) -> ScheduleTimeline:
+    """Run a schedule on ideal ranks: each action starts as soon as it can, and sending takes no time.
 
-    Raises :class:`UserError` where the table is wrong: an action is missing or there twice, a stage is on two ranks,
-    or the ranks would wait for one another for ever.
+    Args:
+        schedule: the actions of each rank.
+        seconds: duration of an action.
+
+    Returns:
+        When each action runs, from second 0.
+
+    Raises:
+        UserError: an action is missing or listed twice, a stage is on two ranks, or the ranks wait for each other
+            forever.
     """
-    last = max(ranks_of_stages(table))
-    _check(table, last)
-    ended: dict[Action, float] = {}
-    rows: list[list[Timed]] = [[] for _ in table]
+    last_stage = max(ranks_of_stages(schedule))
+    _check_complete(schedule, last_stage)
+    ended: dict[Action, float] = {}  # by result
+    timelines: list[list[TimedAction]] = [[] for _ in schedule]
     progress = True
     while progress:
         progress = False
-        for row, done in zip(table, rows, strict=True):
-            while len(done) < len(row) and all(need in ended for need in needs(row[len(done)], last)):
-                action = row[len(done)]
-                start = max([0.0, *(span.end for span in done[-1:]), *(ended[need] for need in needs(action, last))])
-                done.append(Timed(action, start, start + seconds(action)))
+        for actions, done in zip(schedule, timelines, strict=True):
+            while len(done) < len(actions) and all(need in ended for need in needs(actions[len(done)], last_stage)):
+                action = actions[len(done)]
+                inputs_ready = (ended[need] for need in needs(action, last_stage))
+                start = max([0.0, *(previous.end for previous in done[-1:]), *inputs_ready])
+                done.append(TimedAction(action, start, start + seconds(action)))
                 ended[result(action)] = done[-1].end
                 progress = True
     waiting = [
-        f"rank {rank} before {row[len(done)]}"
-        for rank, (row, done) in enumerate(zip(table, rows, strict=True))
-        if len(done) < len(row)
+        f"rank {rank} before {actions[len(done)]}"
+        for rank, (actions, done) in enumerate(zip(schedule, timelines, strict=True))
+        if len(done) < len(actions)
     ]
     if waiting:
-        raise UserError(f"the table makes ranks wait for ever: {', '.join(waiting)}; change the order of their actions")
-    return Timeline(rows)
+        raise UserError(f"the schedule deadlocks: {', '.join(waiting)} wait forever; reorder their actions")
+    return ScheduleTimeline(timelines)
 
 
 def result(action: Action) -> Action:
-    """What others wait for after ``action``: of a whole backward pass, as of its first half, the input's gradient."""
+    """Return the result that other stages wait for. For a full backward, as for I, it is the input's gradient."""
     return action._replace(kind="I") if action.kind == "B" else action
 
 
-def needs(action: Action, last: int) -> list[Action]:
-    """The results that ``action`` needs; ``last`` is the number of the last stage."""
+def needs(action: Action, last_stage: int) -> list[Action]:
+    """List the results that ``action`` needs before it can start; ``last_stage`` is the number of the last stage."""
     kind, stage, micro_batch = action
     if kind == "F":
         return [Action("F", stage - 1, micro_batch)] if stage else []
     if kind == "W":
         return [Action("I", stage, micro_batch)]
-    gradient = [Action("I", stage + 1, micro_batch)] if stage < last else []
+    # A backward needs its own forward, and the gradient that the next stage sends back.
+    gradient = [Action("I", stage + 1, micro_batch)] if stage < last_stage else []
     return [Action("F", stage, micro_batch), *gradient]
 
 
-def ranks_of_stages(table: Table) -> dict[int, int]:
-    """The rank of each stage. Raises :class:`UserError` where a stage is on two ranks, or there is none at all."""
+def ranks_of_stages(schedule: Schedule) -> dict[int, int]:
+    """Map each stage to its rank.
+
+    Raises:
+        UserError: a stage is on two ranks, or the schedule is empty.
+    """
     ranks: dict[int, int] = {}
-    for rank, row in enumerate(table):
-        for action in row:
+    for rank, actions in enumerate(schedule):
+        for action in actions:
             if ranks.setdefault(action.stage, rank) != rank:
-                raise UserError(f"stage {action.stage} is on ranks {ranks[action.stage]} and {rank}; give it to one")
+                raise UserError(
+                    f"stage {action.stage} is on ranks {ranks[action.stage]} and {rank}; assign it to one of them"
+                )
     if not ranks:
-        raise UserError("the table has no actions; make one with gpipe, one_f_one_b, interleaved or zero_bubble")
+        raise UserError("the schedule has no actions; build one with gpipe, one_f_one_b, interleaved or zero_bubble")
     return ranks
 
 
 class Transfer(NamedTuple):
-    """A result that goes from the rank ``source`` to the rank ``target``, where ``stage`` takes it in."""
+    """A result that rank ``source`` sends to rank ``target``, which needs it for ``stage``."""
 
     result: Action
     source: int
@@ -111,31 +131,33 @@ class Transfer(NamedTuple):
     stage: int
 
 
-def transfers(table: Table) -> list[Transfer]:
-    """All that the ranks send one another, in the order in which an ideal run would send it.
+def transfers(schedule: Schedule) -> list[Transfer]:
+    """List every message between ranks, in the order in which an ideal run would send it.
 
-    A rank that starts its sends and receives in this order cannot get into a deadlock, not even where a send waits
-    for its receiver (NCCL): take the first transfer that has not happened. All that its sender computes before needs
-    only earlier transfers, and neither side is in the middle of another one, since both keep to the order.
+    If every rank starts its sends and receives in this order, they cannot deadlock, not even if a send blocks until
+    its receiver is ready (NCCL). Proof: look at the first transfer that has not happened. Everything that its sender
+    computes before it needs only earlier transfers, which have happened. Neither side is stuck in another transfer,
+    because both keep to the order. So it happens.
     """
-    ranks = ranks_of_stages(table)
-    last = max(ranks)
-    spans = [span for row in simulate(table, lambda action: 1.0).ranks for span in row]
-    found = []
-    for span in sorted(spans, key=lambda span: (span.end, span.action)):
-        kind, stage, _ = made = result(span.action)
-        neighbour = {"F": stage + 1, "I": stage - 1}.get(kind, stage)
-        if 0 <= neighbour <= last and ranks[neighbour] != ranks[stage]:
-            found.append(Transfer(made, ranks[stage], ranks[neighbour], neighbour))
-    return found
+    ranks = ranks_of_stages(schedule)
+    last_stage = max(ranks)
+    timed = [entry for actions in simulate(schedule, lambda action: 1.0).ranks for entry in actions]
+    messages = []
+    for entry in sorted(timed, key=lambda entry: (entry.end, entry.action)):
+        kind, stage, _ = sent = result(entry.action)
+        neighbour = {"F": stage + 1, "I": stage - 1}.get(kind, stage)  # W is for the stage itself
+        if 0 <= neighbour <= last_stage and ranks[neighbour] != ranks[stage]:
+            messages.append(Transfer(sent, ranks[stage], ranks[neighbour], neighbour))
+    return messages
 
 
-def _check(table: Table, last: int) -> None:
-    actions = Counter(action for row in table for action in row)
-    micro_batches = 1 + max(action.micro_batch for action in actions)
-    for stage in range(last + 1):
+def _check_complete(schedule: Schedule, last_stage: int) -> None:
+    """Check that every stage runs F and B, or F, I and W, exactly once for each micro-batch."""
+    counts = Counter(action for actions in schedule for action in actions)
+    micro_batches = 1 + max(action.micro_batch for action in counts)
+    for stage in range(last_stage + 1):
         for number in range(micro_batches):
-            kinds = "".join(kind for kind in "FBIW" for _ in range(actions[Action(kind, stage, number)]))
+            kinds = "".join(kind for kind in "FBIW" for _ in range(counts[Action(kind, stage, number)]))
             if kinds not in ("FB", "FIW"):
                 raise UserError(
                     f"stage {stage} does {kinds or 'nothing'} for micro-batch {number}; give it F and B, or F, I and W"
@@ -145,6 +167,7 @@ def _check(table: Table, last: int) -> None:
 def _most_alive(actions: Sequence[Action]) -> int:
     alive = most = 0
     for action in actions:
+        # F starts to keep activations; B or W frees them; after I the inputs that W needs are still there.
         alive += {"F": 1, "I": 0}.get(action.kind, -1)
         most = max(most, alive)
     return most
