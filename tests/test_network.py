@@ -8,7 +8,7 @@ import torch
 from fake_nvml import GIB
 
 from helpers.hardware import Gpu, describe_machine
-from helpers.parallel.network import LARGE, TINY, batch, build, largest_difference, shape_for, weights
+from helpers.parallel.network import GLM_1_5B, TINY, batch, build, largest_difference, shape_for, weights
 
 
 def test_a_seed_gives_the_same_weights_and_leaves_the_generator_alone():
@@ -26,7 +26,7 @@ def test_it_has_chatglm3s_layers():
     assert sum(p.numel() for p in model.parameters()) == TINY.parameters
     assert model.config.num_key_value_heads == 2 and model.config.rms_norm_eps == 1e-5
     assert not model.config.tie_word_embeddings
-    assert 1e9 < LARGE.parameters < 3e9
+    assert 1e9 < GLM_1_5B.parameters < 3e9
 
 
 def test_a_batch_depends_on_its_step_only():
@@ -35,12 +35,12 @@ def test_a_batch_depends_on_its_step_only():
 
 
 @pytest.mark.parametrize(
-    ("gibibytes", "gpus", "expected"), [(80, 2, LARGE), (80, 1, TINY), (16, 2, TINY), (0, 0, TINY)]
+    ("gibibytes", "gpus", "expected"), [(80, 2, GLM_1_5B), (80, 1, TINY), (16, 2, TINY), (0, 0, TINY)]
 )
 def test_the_large_one_needs_a_gpu_for_each_rank(gibibytes, gpus, expected):
     cards = tuple(Gpu("card", gibibytes * GIB, (9, 0)) for _ in range(gpus))
     machine = dataclasses.replace(describe_machine(), gpus=cards)
-    assert shape_for(machine, 2, rows=2, length=512) == expected
+    assert shape_for(machine, 2, micro_batch_size=2, sequence_length=512) == expected
 
 
 def test_differences():

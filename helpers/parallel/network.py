@@ -1,8 +1,8 @@
-"""The network that every chapter parallelises: ChatGLM3, at a size that fits the machine.
+"""Build the network that every chapter parallelises: ChatGLM3, at a size that fits the machine.
 
 Layers, attention with fewer key and value groups than heads, gated MLP and untied embedding are the 6B model's; only
-the numbers are smaller. Weights and batches depend on a seed alone, so that all ranks, and the single process that they
-are compared with, start from the same.
+the numbers are smaller. Weights and batches depend on a seed alone, so all ranks start from the same values as the
+single process that they are compared with.
 """
 
 from collections.abc import Mapping
@@ -16,28 +16,49 @@ from helpers.memory.predict import Configuration, ModelShape
 from helpers.memory.predict.build import base_model
 from helpers.memory.predict.planner import fits
 
-# 8 layers, to be cut into 2, 4 or 8 stages; everything divides by 4, and 4 ranks are more than there are groups.
+# 8 layers make 2, 4 or 8 pipeline stages. Everything divides by 4, and 4 tensor ranks are more than key groups.
 TINY = ModelShape(hidden=64, layers=8, heads=8, kv_groups=2, head_dim=16, intermediate=216, vocab=512)
 # 1.5 billion parameters, for GPUs.
-LARGE = ModelShape(hidden=2048, layers=24, heads=16, kv_groups=2, head_dim=128, intermediate=6848)
-# Adam divides a gradient by its own size, so where one is almost zero, rounding alone decides about a whole step. A
-# larger epsilon keeps such parameters still, and what is left between two runs is what their arithmetic does.
+GLM_1_5B = ModelShape(hidden=2048, layers=24, heads=16, kv_groups=2, head_dim=128, intermediate=6848)
+# Adam divides a gradient by its own size. If that is almost zero, rounding alone decides about a full step. A larger
+# epsilon holds such parameters still, so that two runs differ only by their arithmetic.
 EQUALITY_EPSILON = 1e-3
 
 
-def shape_for(machine: Machine, nprocs: int, rows: int, length: int) -> ModelShape:
-    """``LARGE`` where each of ``nprocs`` ranks gets a GPU on which it can be trained whole, in fp32; else ``TINY``."""
-    job = Configuration(LARGE, lora=None, precision="fp32", rows=rows, length=length)
-    gpus = machine.gpus[:nprocs]
-    if len(gpus) == nprocs and all(gpu.total_bytes and fits(job, gpu.total_bytes) for gpu in gpus):
-        return LARGE
+def shape_for(machine: Machine, world_size: int, micro_batch_size: int, sequence_length: int) -> ModelShape:
+    """Choose the largest network that this machine can train in fp32 with a full copy on every rank.
+
+    Args:
+        machine: Its GPUs, and their memory.
+        world_size: Ranks, which need a GPU each.
+        micro_batch_size: Rows that run at once on a rank.
+        sequence_length: Tokens per row.
+
+    Returns:
+        ``GLM_1_5B`` if it fits, else ``TINY``.
+    """
+    job = Configuration(GLM_1_5B, lora=None, precision="fp32", rows=micro_batch_size, length=sequence_length)
+    gpus = machine.gpus[:world_size]
+    if len(gpus) == world_size and all(gpu.total_bytes and fits(job, gpu.total_bytes) for gpu in gpus):
+        return GLM_1_5B
     return TINY
 
 
 def build(
     shape: ModelShape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> GlmForCausalLM:
-    """The network on ``device``, in training mode; on devices of one kind a seed gives the same weights everywhere."""
+    """Build the network in training mode.
+
+    Args:
+        shape: Its sizes.
+        device: Where its parameters are made.
+        dtype: Type of its parameters.
+        seed: Decides its random weights, the same on all devices of one kind.
+
+    Returns:
+        A network that maps token ids [rows, tokens] to logits [rows, tokens, vocab].
+    """
+    # The caller's random state stays as it was: fork_rng restores it.
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
         model = base_model(Configuration(shape, lora=None, precision="fp32"), device)
@@ -45,23 +66,49 @@ def build(
 
 
 def batch(
-    shape: ModelShape, rows: int, length: int, step: int = 0, device: torch.device | str = "cpu"
+    shape: ModelShape, batch_size: int, sequence_length: int, step: int = 0, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Random tokens [rows, length] as ``input_ids`` and ``labels``; the same for a step wherever it is asked."""
+    """Make the random batch of a step, the same on every rank.
+
+    Args:
+        shape: Of the network; tokens are below its vocabulary's size.
+        batch_size: Rows.
+        sequence_length: Tokens per row.
+        step: Decides the tokens.
+        device: Where the batch goes.
+
+    Returns:
+        ``input_ids`` and ``labels``, both the same tensor [batch_size, sequence_length].
+    """
     generator = torch.Generator().manual_seed(1_000_003 + step)
-    ids = torch.randint(1, shape.vocab, (rows, length), generator=generator).to(device)
+    ids = torch.randint(1, shape.vocab, (batch_size, sequence_length), generator=generator).to(device)
     return {"input_ids": ids, "labels": ids}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters on the CPU, by name: what a rank returns to be compared."""
+    """Copy all parameters to the CPU, as a rank returns them for a comparison.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Parameters by name.
+    """
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
 
 
 def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest absolute difference of two sets of tensors with the same names and shapes; NaN where one has it.
+    """Find the largest absolute difference between two sets of tensors.
 
-    Raises ``ValueError`` naming the first that only one of them has, or whose shapes differ.
+    Args:
+        found: Tensors by name.
+        expected: Tensors of the same names and shapes.
+
+    Returns:
+        The difference; NaN if any element is NaN.
+
+    Raises:
+        ValueError: Names the first tensor that only one set has, or whose shapes differ.
     """
     differences: list[float] = []
     for name in dict.fromkeys([*found, *expected]):
