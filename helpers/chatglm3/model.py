@@ -135,13 +135,25 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
         folder = resolve_folder(pretrained_model_name_or_path, **hub)
         check_checkpoint(folder)
+        loaded = cls.from_checked_folder(folder, *args, **kwargs)
+        if not Path(pretrained_model_name_or_path).is_dir():
+            # Adapters record the base model by its name on the Hub, not by this machine's cache.
+            _rename(loaded, str(pretrained_model_name_or_path))
+        return loaded
+
+    @classmethod
+    def from_checked_folder(cls, folder: Path, *args: Any, **kwargs: Any) -> "ChatGLM3ForCausalLM":
+        """Load a local folder that ``check_checkpoint`` has accepted, without checking it again."""
         loaded = super().from_pretrained(folder, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # An adapter's adapter_config.json names its base by this: the hub's name, not this machine's cache, or a path
-        # that is right from every working directory.
-        local = Path(pretrained_model_name_or_path).is_dir()
-        model.name_or_path = str(folder.resolve() if local else pretrained_model_name_or_path)
-        model.config.name_or_path = model.name_or_path
+        # An adapter records its base model by this path, so it must be right from every working directory.
+        model = _rename(loaded, str(folder.resolve()))
         # A generation_config.json that knows only </s> would let the model play the user as well.
         model.generation_config.eos_token_id = model.config.eos_token_id
         return loaded
+
+
+def _rename(loaded: Any, name: str) -> ChatGLM3ForCausalLM:
+    """Set where a loaded model comes from; ``loaded`` is the model, or a tuple that begins with it."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config.name_or_path = name
+    return model

@@ -13,14 +13,14 @@ import errno
 import shlex
 import sys
 import time
-import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
+from helpers.chatglm3 import ChatGLM3ForCausalLM
 from helpers.config.deepspeed import bucket_warning
 from helpers.errors import UserError
 from helpers.finetune.dataset import TrainingCollator
@@ -130,9 +130,8 @@ def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
     if bits:  # bitsandbytes chooses a device by itself where it is given none
         quantization = quantization_config(bits, DTYPES[job.precision])
         placement = {"device_map": {"": str(arguments.device)}, "quantization_config": quantization}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not the tokenizer published")  # prepare has said it
-        model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=DTYPES[job.precision], **placement)
+    # `prepare` has resolved and checked the folder.
+    model = ChatGLM3ForCausalLM.from_checked_folder(job.model_dir, dtype=DTYPES[job.precision], **placement)
     keep_layout(model)
     set_seed(arguments.seed)
     try:
