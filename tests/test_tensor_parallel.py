@@ -15,12 +15,12 @@ from transformers import GlmConfig
 from helpers.errors import UserError
 from helpers.launch import RankError, run
 from helpers.parallel.network import TINY, batch, build, largest_difference
-from helpers.parallel.tensor import Cut, cuts
+from helpers.parallel.tensor import Shard, shard_plan
 
 SHAPE = dataclasses.replace(TINY, layers=2)
 STEPS, ROWS, LENGTH = 20, 2, 32
 TOKENS = ROWS * LENGTH
-PLAIN, SEQUENCE, AGAIN = {}, {"sequence_parallel": True}, {"sequence_parallel": True, "again": True}
+PLAIN, SEQUENCE, AGAIN = {}, {"sequence_parallel": True}, {"sequence_parallel": True, "recompute_all_gather": True}
 
 
 def train(steps=STEPS, micro_batches=1, whole=False, checkpointing=False, **options):
@@ -176,7 +176,7 @@ def test_four_ranks_and_two_groups_of_keys_and_values():
         assert torch.equal(found["model.layers.0.mlp.gate_up_proj.weight"], expected)
 
 
-# --- cuts
+# --- shards
 
 
 @st.composite
@@ -185,28 +185,28 @@ def divisions(draw):
     copies = draw(st.sampled_from([n for n in range(1, ranks + 1) if ranks % n == 0]))
     size = [draw(st.integers(1, 3)), draw(st.integers(1, 3))]
     size[dim] *= ranks * fused
-    return Cut(dim, fused, copies), ranks, size
+    return Shard(dim, fused, copies), ranks, size
 
 
 @given(divisions())
 def test_parts_join_to_the_whole(division):
-    cut, ranks, size = division
+    shard, ranks, size = division
     whole = torch.arange(math.prod(size)).view(size)
-    divided = [cut.part(whole, rank, ranks) for rank in range(ranks)]
-    assert torch.equal(cut.join(divided), whole)
+    divided = [shard.to_local(whole, rank, ranks) for rank in range(ranks)]
+    assert torch.equal(shard.full_tensor(divided), whole)
     for rank, part in enumerate(divided):
-        assert part.numel() * ranks == whole.numel() * cut.copies
+        assert part.numel() * ranks == whole.numel() * shard.copies
         assert part.untyped_storage().nbytes() == part.numel() * part.element_size()  # the whole can be freed
-        assert torch.equal(part, divided[rank // cut.copies * cut.copies])
+        assert torch.equal(part, divided[rank // shard.copies * shard.copies])
 
 
 @given(divisions())
 def test_every_fused_tensor_is_divided(division):
-    cut, ranks, size = division
-    which = torch.arange(cut.fused).repeat_interleave(size[cut.dim] // cut.fused)
-    whole = (which[:, None] if cut.dim == 0 else which[None]).expand(size)
+    shard, ranks, size = division
+    which = torch.arange(shard.fused).repeat_interleave(size[shard.dim] // shard.fused)
+    whole = (which[:, None] if shard.dim == 0 else which[None]).expand(size)
     for rank in range(ranks):
-        assert set(cut.part(whole, rank, ranks).unique().tolist()) == set(range(cut.fused))
+        assert set(shard.to_local(whole, rank, ranks).unique().tolist()) == set(range(shard.fused))
 
 
 def config(**changes):
@@ -217,24 +217,24 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("changes", "ranks", "message"),
     [
-        ({}, 3, "num_attention_heads is 8 and cannot be divided by 3 ranks"),
-        ({}, 16, "num_attention_heads is 8 and cannot be divided by 16 ranks"),
-        ({"intermediate_size": 218}, 4, "intermediate_size is 218 and cannot be divided by 4 ranks"),
-        ({"vocab_size": 514}, 4, "vocab_size is 514 and cannot be divided by 4 ranks"),
+        ({}, 3, "num_attention_heads is 8 and does not divide by 3 ranks"),
+        ({}, 16, "num_attention_heads is 8 and does not divide by 16 ranks"),
+        ({"intermediate_size": 218}, 4, "intermediate_size is 218 and does not divide by 4 ranks"),
+        ({"vocab_size": 514}, 4, "vocab_size is 514 and does not divide by 4 ranks"),
         ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "num_key_value_heads is 4"),
         ({"tie_word_embeddings": True}, 2, "tie_word_embeddings is set"),
     ],
 )
 def test_what_cannot_be_divided_evenly(changes, ranks, message):
     with pytest.raises(UserError, match=message):
-        cuts(config(**changes), ranks)
+        shard_plan(config(**changes), ranks)
 
 
 @pytest.mark.parametrize(("ranks", "copies"), [(1, 1), (2, 1), (4, 2), (8, 4)])
 def test_keys_and_values_are_copied_where_there_are_more_ranks_than_groups(ranks, copies):
-    plan = cuts(config(vocab_size=512), ranks)
-    assert {name for name, cut in plan.items() if cut.copies == copies} >= {"k_proj.weight", "v_proj.bias"}
-    assert plan["q_proj.weight"] == Cut(0) and plan["o_proj.weight"] == Cut(1)
+    plan = shard_plan(config(vocab_size=512), ranks)
+    assert {name for name, shard in plan.items() if shard.copies == copies} >= {"k_proj.weight", "v_proj.bias"}
+    assert plan["q_proj.weight"] == Shard(0) and plan["o_proj.weight"] == Shard(1)
 
 
 def refused():
@@ -244,7 +244,7 @@ def refused():
 
     model = build(SHAPE)
     before, said = weights(model), []
-    for options in ({}, {"again": True}):
+    for options in ({}, {"recompute_all_gather": True}):
         try:
             parallelize(model, **options)
         except UserError as error:
@@ -278,15 +278,15 @@ def odd_length():
 def again_alone():
     from helpers.parallel.tensor import parallelize
 
-    parallelize(build(SHAPE), again=True)
+    parallelize(build(SHAPE), recompute_all_gather=True)
 
 
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
         (twice, "the model is divided already"),
-        (odd_length, "rows of 31 tokens cannot be divided by 2 ranks"),
-        (again_alone, "again=True is for sequence_parallel=True"),
+        (odd_length, "31 tokens per sequence do not divide by 2 ranks"),
+        (again_alone, "recompute_all_gather=True needs sequence_parallel=True"),
     ],
 )
 def test_wrong_use_is_told_in_one_line(fn, message):
@@ -323,13 +323,13 @@ def embedding():
     from torch import nn
 
     from helpers.launch import device
-    from helpers.parallel.tensor import VocabularyParallelEmbedding
+    from helpers.parallel.tensor import VocabParallelEmbedding
 
     rank, n = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     whole = nn.Embedding(4 * n, 5, padding_idx=5).to(device())
     mine = nn.Parameter(whole.weight.detach().chunk(n)[rank])
-    divided = VocabularyParallelEmbedding(mine, whole.padding_idx, dist.group.WORLD)
+    divided = VocabParallelEmbedding(mine, whole.padding_idx, dist.group.WORLD)
     ids = torch.tensor([[0, 5, 4 * n - 1], [3, 4, 5]], device=device())
     upstream = torch.rand(2, 3, 5).to(device())
     (whole(ids) * upstream).sum().backward()
@@ -356,7 +356,7 @@ def loss_cases(draw):
 def compare_losses(cases):
     """Largest differences of losses and of gradients from torch's, relative to their largest, over all cases."""
     from helpers.launch import device
-    from helpers.parallel.tensor import vocabulary_parallel_cross_entropy
+    from helpers.parallel.tensor import vocab_parallel_cross_entropy
 
     rank, n, worst = dist.get_rank(), dist.get_world_size(), [0.0, 0.0]
     for part, scale, targets, seed in cases:
@@ -367,7 +367,7 @@ def compare_losses(cases):
         whole = logits.clone().requires_grad_()
         mine = logits.chunk(n, -1)[rank].clone().requires_grad_()
         expected = F.cross_entropy(whole, targets, reduction="none")
-        found = vocabulary_parallel_cross_entropy(mine, targets, dist.group.WORLD)
+        found = vocab_parallel_cross_entropy(mine, targets, dist.group.WORLD)
         (expected * upstream).sum().backward()
         (found * upstream).sum().backward()
         differences = (found - expected).abs().max(), (mine.grad - whole.grad.chunk(n, -1)[rank]).abs().max()

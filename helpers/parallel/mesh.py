@@ -13,8 +13,7 @@ from helpers.errors import UserError
 from helpers.memory.predict import ModelShape
 from helpers.parallel.data import average_gradients
 from helpers.parallel.pipeline import Executor, Schedule, build_stages, one_f_one_b, partition_layers
-from helpers.parallel.tensor import full_weights, parallelize
-from helpers.parallel.tensor.loss import causal_loss
+from helpers.parallel.tensor import full_weights, parallelize, vocab_parallel_causal_lm_loss
 
 # From the outermost to the innermost axis. Ranks that talk most (tensor) are neighbours, so that they share a node and
 # its fast link.
@@ -137,7 +136,7 @@ class Parallel3D:
             table,
             self.stages,
             pipeline_group,
-            loss=lambda logits, labels: causal_loss(logits, labels, self._tensor_group),
+            loss=lambda logits, labels: vocab_parallel_causal_lm_loss(logits, labels, self._tensor_group),
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:

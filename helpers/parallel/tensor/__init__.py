@@ -1,26 +1,28 @@
-"""Tensor parallelism: every matrix of the network is divided among the ranks of a group (Shoeybi et al. 2019).
+"""Tensor parallelism: shard every matrix of the network over the ranks of a group (Shoeybi et al. 2019).
 
-    parallelize(model, group)                       # this rank keeps its parts of a GlmForCausalLM
+    parallelize(model, group)                       # this rank keeps its shards of a GlmForCausalLM
     loss = model(**batch).loss                      # the same batch on every rank of the group
     loss.backward()
-    full_weights(model, group)                      # the whole parameters again, by name
+    full_weights(model, group)                      # the full parameters, gathered, by name
 
-What is where: ``shards`` which part of which parameter a rank holds, ``collectives`` the communications, ``layers`` the
-modules that compute with a part, ``loss`` the cross-entropy over a divided vocabulary, ``network`` the whole model.
+``shards`` defines which shard of which parameter a rank holds, ``collectives`` the communications as operations of
+autograd, ``layers`` the modules that compute with a shard, ``loss`` the cross-entropy over a sharded vocabulary, and
+``parallelize`` puts them together.
 """
 
-from helpers.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabularyParallelEmbedding
-from helpers.parallel.tensor.loss import vocabulary_parallel_cross_entropy
+from helpers.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from helpers.parallel.tensor.loss import vocab_parallel_causal_lm_loss, vocab_parallel_cross_entropy
 from helpers.parallel.tensor.parallelize import full_weights, parallelize
-from helpers.parallel.tensor.shards import Cut, cuts
+from helpers.parallel.tensor.shards import Shard, shard_plan
 
 __all__ = [
     "ColumnParallelLinear",
-    "Cut",
     "RowParallelLinear",
-    "VocabularyParallelEmbedding",
-    "cuts",
+    "Shard",
+    "VocabParallelEmbedding",
     "full_weights",
     "parallelize",
-    "vocabulary_parallel_cross_entropy",
+    "shard_plan",
+    "vocab_parallel_causal_lm_loss",
+    "vocab_parallel_cross_entropy",
 ]

@@ -1,16 +1,20 @@
-"""The communications of tensor parallelism as operations of autograd, in pairs: each one's backward is its partner.
+"""The communications of tensor parallelism, as operations of autograd. Each is the backward of another one.
 
-| forward                        | backward       |                                                    |
-|--------------------------------|----------------|----------------------------------------------------|
-| ``copy``: nothing              | all-reduce     | into a column parallel matrix (Megatron's f)       |
-| ``reduce``: all-reduce         | nothing        | out of a row parallel matrix (Megatron's g)        |
-| ``gather``: all-gather         | reduce-scatter | the same two places under sequence parallelism     |
-| ``reduce_scatter``             | all-gather     | (Korthikanti et al. 2022: g and its conjugate)     |
+| operation          | forward        | backward       | where                                                  |
+|--------------------|----------------|----------------|--------------------------------------------------------|
+| ``copy``           | nothing        | all-reduce     | before a column-parallel matrix                        |
+| ``reduce``         | all-reduce     | nothing        | after a row-parallel matrix                            |
+| ``gather``         | all-gather     | reduce-scatter | like ``copy``, if tokens are sharded between blocks    |
+| ``reduce_scatter`` | reduce-scatter | all-gather     | like ``reduce``, if tokens are sharded between blocks  |
 
-Activations are [rows, tokens, width]; sequence parallelism divides the tokens. Results lie in new memory: an input, or
-a gradient that another branch of the graph may hold as well, is never written into.
+The first two are *f* and *g* of Shoeybi et al. (2019, section 3); the other two are *g* and its conjugate in Korthikanti
+et al. (2022, section 4.2), whose sequence parallelism shards the tokens.
+
+Activations are [sequences, tokens, width]. No operation writes into its input:
+another branch of the graph may hold the same tensor.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,103 +24,109 @@ from torch.autograd import Function
 
 from helpers.errors import UserError
 
-SEQUENCE = 1  # the dimension of tokens
+Communication = Callable[[Tensor, dist.ProcessGroup], Tensor]
+
+TOKEN_DIM = 1  # of activations [sequences, tokens, width]
 
 
 def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``x`` as it is; its gradient is summed over the group."""
-    return _Copy.apply(x, group)
+    """Return ``x`` unchanged; backward sums its gradient over the group (Megatron's f).
+
+    Each rank knows the gradient of the input only through its own shard of the matrix that follows.
+    """
+    return _Conjugate.apply(x, group, _unchanged, all_reduce)
 
 
 def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of ``x`` over the group; its gradient is passed on as it is."""
-    return _Reduce.apply(x, group)
+    """Sum ``x`` over the group; backward passes the gradient on unchanged (Megatron's g).
+
+    All ranks share the sum, so each already has the full gradient of it.
+    """
+    return _Conjugate.apply(x, group, all_reduce, _unchanged)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All tokens, of each rank's part of them; the gradient of each part is summed over the group."""
-    return _Gather.apply(x, group)
+    """Gather the tokens of all ranks; backward sums the gradients and keeps those of this rank's tokens.
+
+    Args:
+        x: this rank's tokens [sequences, tokens / world_size, ...].
+        group: the ranks that share the sequence.
+
+    Returns:
+        All tokens [sequences, tokens, ...].
+    """
+    return _Conjugate.apply(x, group, all_gather_tokens, reduce_scatter_tokens)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of the tokens of the sum of ``x`` over the group; the gradients of all parts are gathered.
+    """Sum ``x`` over the group and keep this rank's tokens; backward gathers the gradients of all tokens.
 
-    Raises :class:`UserError` where the tokens cannot be divided evenly.
+    Args:
+        x: this rank's part of the sum [sequences, tokens, ...].
+        group: the ranks that share the sequence.
+
+    Returns:
+        The sum for this rank's tokens [sequences, tokens / world_size, ...].
+
+    Raises:
+        UserError: the tokens do not divide evenly.
     """
-    ranks, tokens = dist.get_world_size(group), x.shape[SEQUENCE]
-    if tokens % ranks:
+    world_size, tokens = dist.get_world_size(group), x.shape[TOKEN_DIM]
+    if tokens % world_size:
         raise UserError(
-            f"rows of {tokens} tokens cannot be divided by {ranks} ranks: pad them to a multiple of {ranks}"
+            f"sequence_parallel: {tokens} tokens per sequence do not divide by {world_size} ranks; "
+            f"pad them to a multiple of {world_size}"
         )
-    return _ReduceScatter.apply(x, group)
+    return _Conjugate.apply(x, group, reduce_scatter_tokens, all_gather_tokens)
 
 
-def all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the group, without a gradient."""
+class _Conjugate(Function):
+    """Run one communication in forward and its partner in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, forward: Communication, backward: Communication
+    ) -> Tensor:
+        ctx.group, ctx.backward_communication = group, backward
+        return forward(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.backward_communication(gradient, ctx.group), None, None, None
+
+
+def _unchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x.view_as(x)  # autograd wants a new tensor object; the memory is the same
+
+
+# The functions below are plain communications, which autograd does not see.
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum ``x`` over the group into new memory."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 
 
-def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[rows, tokens / ranks, …] of each rank to [rows, tokens, …], without a gradient."""
-    return all_gathered(x, group).movedim(0, SEQUENCE).flatten(SEQUENCE, SEQUENCE + 1)
+def all_gather_stacked(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather tensors of equal shape from all ranks: [...] becomes [world_size, ...], in the order of ranks."""
+    world_size = dist.get_world_size(group)
+    # gloo gathers only along an existing first dimension, not into a new one.
+    gathered = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered.unflatten(0, (world_size, -1))
 
 
-def all_gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, …]: the tensors of all ranks, of one shape, in the order of ranks; without a gradient."""
-    ranks = dist.get_world_size(group)
-    parts = x.new_empty((ranks * x.shape[0], *x.shape[1:]))  # gloo takes them only behind one another
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return parts.unflatten(0, (ranks, -1))
+def all_gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather [sequences, tokens / world_size, ...] from all ranks to [sequences, tokens, ...]."""
+    return all_gather_stacked(x, group).movedim(0, TOKEN_DIM).flatten(TOKEN_DIM, TOKEN_DIM + 1)
 
 
-def reduce_scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[rows, tokens, …] to this rank's [rows, tokens / ranks, …] of the sum over the group, without a gradient."""
-    parts = x.unflatten(SEQUENCE, (dist.get_world_size(group), -1)).movedim(SEQUENCE, 0).contiguous()
-    mine = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group)  # it divides along the first dimension
-    return mine
-
-
-class _Copy(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return all_reduced(gradient, ctx.group), None
-
-
-class _Reduce(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduced(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return gathered(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return reduce_scattered(gradient, ctx.group), None
-
-
-class _ReduceScatter(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return reduce_scattered(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gathered(gradient, ctx.group), None
+def reduce_scatter_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum [sequences, tokens, ...] over the group, and return this rank's [sequences, tokens / world_size, ...]."""
+    # [sequences, world_size, tokens / world_size, ...] -> [world_size, sequences, tokens / world_size, ...]
+    by_rank = x.unflatten(TOKEN_DIM, (dist.get_world_size(group), -1)).movedim(TOKEN_DIM, 0).contiguous()
+    local = torch.empty_like(by_rank[0])
+    dist.reduce_scatter_tensor(local, by_rank.flatten(0, 1), group=group)  # it scatters along the first dimension
+    return local

@@ -1,6 +1,5 @@
-"""Modules that compute with one rank's part of a matrix. What enters and leaves them is said by ``collectives``."""
+"""Modules that compute with one rank's shard of a matrix. The communications around them are in ``collectives``."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -8,16 +7,21 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from helpers.parallel.tensor.collectives import gather, gathered, reduce
+from helpers.parallel.tensor.collectives import Communication, all_gather_tokens, gather, reduce
 
-Communication = Callable[[Tensor, dist.ProcessGroup], Tensor]
+_SHARED_INPUT = "_shared_input"  # attribute of a tensor that gather_with_recompute made
 
 
 class ColumnParallelLinear(nn.Module):
-    """This rank's rows of a weight [output, input]: whole inputs [..., input] to its part of the outputs.
+    """Compute this rank's part of the outputs from all inputs: [..., input] to [..., output / world_size].
 
-    It does not communicate by itself. Several matrices may share an input (queries, keys and values), and one ``copy``
-    or ``gather`` before them serves all.
+    It does not communicate. Several matrices may share an input (queries, keys and values), so a single ``copy`` or
+    ``gather`` before them serves them all.
+
+    Args:
+        weight: this rank's rows [output / world_size, input]. The paper writes X A with A = weight.T, so there they
+            are columns of A.
+        bias: [output / world_size].
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
@@ -26,17 +30,24 @@ class ColumnParallelLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        again = getattr(x, "again", None)
-        if again is None:
+        """Multiply ``x`` [..., input] by the shard."""
+        shared = getattr(x, _SHARED_INPUT, None)
+        if shared is None:
             return F.linear(x, self.weight, self.bias)
-        part, memory = again
-        return _GatherAgainLinear.apply(x, part, self.weight, self.bias, memory)
+        local_x, shared_input = shared
+        return _RecomputedGatherLinear.apply(x, local_x, self.weight, self.bias, shared_input)
 
 
 class RowParallelLinear(nn.Module):
-    """This rank's columns of a weight [output, input]: its part of the inputs to the outputs, summed over the group.
+    """Compute all outputs from this rank's part of the inputs: [..., input / world_size] to [..., output].
 
-    ``leave`` is ``reduce``, or ``reduce_scatter`` under sequence parallelism. The bias is added once, after the sum.
+    Each rank computes a part of the sum for every output; ``leave`` adds the parts up.
+
+    Args:
+        weight: this rank's columns [output, input / world_size].
+        bias: [output], equal on all ranks; it is added once, after the sum.
+        group: the ranks that share the matrix.
+        leave: ``reduce``, or ``reduce_scatter`` with sequence parallelism.
     """
 
     def __init__(
@@ -49,79 +60,109 @@ class RowParallelLinear(nn.Module):
         self.leave = leave
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., input / world_size] by the shard, and sum over the group."""
         output = self.leave(F.linear(x, self.weight), self.group)
         return output if self.bias is None else output + self.bias
 
 
-class VocabularyParallelEmbedding(nn.Module):
-    """This rank's rows of an embedding: token ids [rows, tokens] to [rows, tokens, width].
+class VocabParallelEmbedding(nn.Module):
+    """Look up tokens in an embedding whose rows are sharded: [sequences, tokens] to [sequences, tokens, width].
 
-    A rank finds only the tokens of its part of the vocabulary and has zeros for all others; ``leave`` sums them up.
-    With ``leave=None`` that is left to whoever takes the output.
+    A rank finds only the tokens of its part of the vocabulary and returns zeros for all others. The sum over the ranks
+    is the embedding.
+
+    Args:
+        weight: this rank's rows [vocabulary / world_size, width].
+        padding_idx: token that gets no gradient, a number of the full vocabulary.
+        group: the ranks that share the vocabulary.
+        leave: the sum over the ranks; None leaves it to the next module.
     """
 
     def __init__(
-        self, weight: nn.Parameter, padding: int | None, group: dist.ProcessGroup, leave: Communication | None = reduce
+        self,
+        weight: nn.Parameter,
+        padding_idx: int | None,
+        group: dist.ProcessGroup,
+        leave: Communication | None = reduce,
     ) -> None:
         super().__init__()
         self.weight = weight
-        self.first = dist.get_rank(group) * len(weight)
-        self.padding = padding - self.first if padding is not None and self._has(padding) else None
+        self.first_token = dist.get_rank(group) * len(weight)
+        self.local_padding_idx = None
+        if padding_idx is not None and self._is_local(padding_idx):
+            self.local_padding_idx = padding_idx - self.first_token
         self.group = group
         self.leave = leave
 
-    def _has(self, token: Any) -> Any:
-        return (self.first <= token) & (token < self.first + len(self.weight))
+    def _is_local(self, token: Any) -> Any:
+        """Test whether a token, or each token of a tensor, is in this rank's part of the vocabulary."""
+        return (self.first_token <= token) & (token < self.first_token + len(self.weight))
 
     def forward(self, ids: Tensor) -> Tensor:
-        here = self._has(ids)
-        found = F.embedding((ids - self.first).where(here, 0), self.weight, self.padding)
-        found = found.masked_fill(~here[..., None], 0.0)
-        return found if self.leave is None else self.leave(found, self.group)
+        """Look up ``ids`` [sequences, tokens]."""
+        is_local = self._is_local(ids)
+        # Tokens of other ranks look up row 0, which the mask then replaces by zeros.
+        local_ids = (ids - self.first_token).where(is_local, 0)
+        embedded = F.embedding(local_ids, self.weight, self.local_padding_idx)
+        embedded = embedded.masked_fill(~is_local[..., None], 0.0)
+        return embedded if self.leave is None else self.leave(embedded, self.group)
 
 
-def gather_again(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``gather``, after which column parallel matrices keep only ``x`` for backward and gather it once more there.
+def gather_with_recompute(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather the tokens as ``gather`` does, but let column-parallel matrices gather them a second time in backward.
 
-    It divides the last activations that sequence parallelism leaves whole, for one more all-gather (Korthikanti et
-    al. 2022, section 4.2.2). Under autocast it does not apply: there a cast copy is what is kept.
+    They then keep only ``x`` for backward. This shards the last activations that sequence parallelism leaves on every
+    rank, at the price of one more all-gather (Korthikanti et al. 2022, section 4.2.2). It has no effect under autocast:
+    there the matrices keep a copy in the lower precision.
+
+    Args:
+        x: this rank's tokens [sequences, tokens / world_size, width].
+        group: the ranks that share the sequence.
+
+    Returns:
+        All tokens [sequences, tokens, width].
     """
-    whole = gather(x, group)
-    whole.again = x.detach(), _Again(group)  # goes where the tensor goes, and lives no longer
-    return whole
+    full = gather(x, group)
+    # The attribute travels with the tensor to the matrices that use it, and dies with it.
+    setattr(full, _SHARED_INPUT, (x.detach(), _SharedInput(group)))
+    return full
 
 
-class _Again:
-    """The input that several matrices share, gathered in backward once for all of them."""
+class _SharedInput:
+    """Gather an input that several matrices share only once in backward, and free it after the last of them."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self.users = 0
-        self._waiting = 0
-        self._whole: Tensor | None = None
+        self._users_left = 0
+        self._full: Tensor | None = None
 
-    def whole(self, part: Tensor) -> Tensor:
-        if self._whole is None:
-            self._whole, self._waiting = gathered(part, self._group), self.users
-        whole = self._whole
-        self._waiting -= 1
-        if not self._waiting:
-            self._whole = None
-        return whole
+    def all_gather(self, local: Tensor) -> Tensor:
+        if self._full is None:
+            self._full, self._users_left = all_gather_tokens(local, self._group), self.users
+        full = self._full
+        self._users_left -= 1
+        if not self._users_left:
+            self._full = None
+        return full
 
 
-class _GatherAgainLinear(Function):
+class _RecomputedGatherLinear(Function):
+    """Multiply gathered tokens by a shard, keeping only this rank's tokens for backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Tensor, weight: Tensor, bias: Tensor | None, again: _Again) -> Tensor:
-        ctx.save_for_backward(part, weight)
-        ctx.again = again
-        again.users += 1
+    def forward(
+        ctx: Any, x: Tensor, local_x: Tensor, weight: Tensor, bias: Tensor | None, shared_input: _SharedInput
+    ) -> Tensor:
+        ctx.save_for_backward(local_x, weight)
+        ctx.shared_input = shared_input
+        shared_input.users += 1
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
-        part, weight = ctx.saved_tensors
-        x = ctx.again.whole(part).flatten(0, -2)
-        outputs = gradient.flatten(0, -2)
-        of_bias = outputs.sum(0) if ctx.needs_input_grad[3] else None
-        return gradient @ weight, None, outputs.T @ x, of_bias, None
+        local_x, weight = ctx.saved_tensors
+        x = ctx.shared_input.all_gather(local_x).flatten(0, -2)  # [all tokens, input]
+        flat_gradient = gradient.flatten(0, -2)  # [all tokens, output / world_size]
+        bias_gradient = flat_gradient.sum(0) if ctx.needs_input_grad[3] else None
+        return gradient @ weight, None, flat_gradient.T @ x, bias_gradient, None

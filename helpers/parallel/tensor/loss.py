@@ -1,4 +1,4 @@
-"""Cross-entropy where each rank has the logits of its part of the vocabulary; no rank ever holds all of them."""
+"""Cross-entropy over a sharded vocabulary: each rank has the logits of its own tokens, and none has all."""
 
 from typing import Any
 
@@ -9,60 +9,79 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 
-def vocabulary_parallel_cross_entropy(
+def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, group: dist.ProcessGroup, ignore_index: int = -100
 ) -> Tensor:
-    """The loss of each token [tokens], in fp32; 0 where its target is ``ignore_index``.
+    """Compute the cross-entropy of each token, in fp32 (Shoeybi et al. 2019, section 3).
 
-    ``logits`` [tokens, vocabulary / ranks] is this rank's part, in order of ranks; ``targets`` [tokens] is the same on
-    all. A token costs three numbers to be all-reduced: its largest logit, the sum of exponentials, and the target's
-    logit, which one rank knows. Backward needs no communication (Shoeybi et al. 2019, section 3).
+    With the logits z and the target y it is log(sum_v exp(z_v - m)) - (z_y - m), where m is the largest logit. A token
+    needs three numbers all-reduced: m, the sum, and z_y, which only one rank knows. Backward needs no communication.
+
+    Args:
+        logits: this rank's part of the vocabulary, in the order of ranks [tokens, vocabulary / world_size].
+        targets: token ids [tokens], equal on all ranks.
+        group: the ranks that share the vocabulary.
+        ignore_index: target of tokens that do not count.
+
+    Returns:
+        The loss of each token [tokens]; 0 if its target is ``ignore_index``.
     """
-    return _CrossEntropy.apply(logits, targets, group, ignore_index)
+    return _VocabParallelCrossEntropy.apply(logits, targets, group, ignore_index)
 
 
-def causal_loss(
+def vocab_parallel_causal_lm_loss(
     logits: Tensor,
     labels: Tensor,
     group: dist.ProcessGroup,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """What transformers' ``ForCausalLMLoss`` computes, of ``logits`` [rows, tokens, vocabulary / ranks].
+    """Compute the loss of predicting each next token, as transformers' ``ForCausalLMLoss`` does with all logits.
 
-    A token predicts the next one. The mean over all targets, or their sum divided by ``num_items_in_batch``.
+    Args:
+        logits: this rank's part of the vocabulary [sequences, tokens, vocabulary / world_size].
+        labels: token ids [sequences, tokens], not shifted, equal on all ranks.
+        group: the ranks that share the vocabulary.
+        num_items_in_batch: number to divide the sum by; by default the number of targets, which gives the mean.
+        ignore_index: label of tokens that do not count.
+
+    Returns:
+        The loss, a scalar, equal on all ranks.
     """
+    # The logits of a token predict the token after it; the last token of a sequence has no target.
     targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].flatten()
-    total = vocabulary_parallel_cross_entropy(logits.flatten(0, 1), targets, group, ignore_index).sum()
+    total = vocab_parallel_cross_entropy(logits.flatten(0, 1), targets, group, ignore_index).sum()
     return total / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-class _CrossEntropy(Function):
+class _VocabParallelCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup, ignore_index: int) -> Tensor:
-        logits_fp32 = logits.float()
-        largest = logits_fp32.amax(-1)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        shifted = logits_fp32 - largest[:, None]  # so that no exponential overflows
-        part = logits.shape[-1]
-        place = targets - dist.get_rank(group) * part
-        here = (place >= 0) & (place < part)
-        place = torch.where(here, place, 0)
-        of_target = torch.where(here, shifted.gather(-1, place[:, None])[:, 0], 0.0)
-        exponentials = shifted.exp_()
-        # Two of the three numbers in one message.
-        total, of_target = both = torch.stack([exponentials.sum(-1), of_target])
+        logits_fp32 = logits.float()  # [tokens, vocabulary / world_size]
+        max_logit = logits_fp32.amax(-1)  # [tokens]
+        dist.all_reduce(max_logit, dist.ReduceOp.MAX, group=group)
+        shifted = logits_fp32 - max_logit[:, None]  # so that no exponential overflows
+        # The target's column, if it is in this rank's part of the vocabulary. Other tokens read column 0, unused.
+        local_vocab_size = logits.shape[-1]
+        column = targets - dist.get_rank(group) * local_vocab_size
+        is_local = (column >= 0) & (column < local_vocab_size)
+        column = torch.where(is_local, column, 0)
+        target_logit = torch.where(is_local, shifted.gather(-1, column[:, None])[:, 0], 0.0)
+        exponentials = shifted.exp_()  # in place: the shifted logits are not needed any more
+        # Two of the three numbers travel in one message.
+        sum_exp, target_logit = both = torch.stack([exponentials.sum(-1), target_logit])
         dist.all_reduce(both, group=group)
-        probabilities = exponentials.div_(total[:, None])
-        ignored = targets == ignore_index
-        ctx.save_for_backward(probabilities, place, here, ignored)
+        probabilities = exponentials.div_(sum_exp[:, None])
+        is_ignored = targets == ignore_index
+        ctx.save_for_backward(probabilities, column, is_local, is_ignored)
         ctx.dtype = logits.dtype
-        return (total.log() - of_target).masked_fill_(ignored, 0.0)
+        return (sum_exp.log() - target_logit).masked_fill_(is_ignored, 0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, place, here, ignored = ctx.saved_tensors
-        grad = probabilities.clone()
-        grad.scatter_add_(-1, place[:, None], -here[:, None].to(grad.dtype))
-        grad *= gradient.masked_fill(ignored, 0.0)[:, None]
-        return grad.to(ctx.dtype), None, None, None
+        # The gradient of token v is p_v - [v is the target]: this rank knows both for its part of the vocabulary.
+        probabilities, column, is_local, is_ignored = ctx.saved_tensors
+        logits_gradient = probabilities.clone()
+        logits_gradient.scatter_add_(-1, column[:, None], -is_local[:, None].to(logits_gradient.dtype))
+        logits_gradient *= gradient.masked_fill(is_ignored, 0.0)[:, None]
+        return logits_gradient.to(ctx.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""Which part of a parameter each rank holds: pure functions of tensors and numbers, no communication."""
+"""Define which shard of a parameter each rank holds: pure functions of tensors and numbers, without communication."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,71 +12,85 @@ from helpers.errors import UserError
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A tensor divided along ``dim``.
+class Shard:
+    """Shard a tensor along one dimension, as DTensor's ``Shard(dim)`` does, with the two extensions ChatGLM3 needs.
 
-    ``fused`` tensors lie behind one another along it, and each of them is divided: of the gated MLP's gate and up a
-    rank needs its part of both. ``copies`` neighbouring ranks hold the same part: keys and values, where there are
-    more ranks than groups.
+    Attributes:
+        dim: the dimension to shard.
+        fused: number of matrices concatenated along ``dim``, each of which is sharded on its own. The gated MLP fuses
+            gate and up, and a rank needs its part of both.
+        copies: number of neighbouring ranks that hold the same shard. Keys and values need this if there are more
+            ranks than key-value heads.
     """
 
     dim: int
     fused: int = 1
     copies: int = 1
 
-    def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
-        """Rank ``rank``'s part of ``whole``, in memory of its own."""
-        place, places = rank // self.copies, ranks // self.copies
-        pieces = [one.chunk(places, self.dim)[place] for one in whole.chunk(self.fused, self.dim)]
+    def to_local(self, full: Tensor, rank: int, world_size: int) -> Tensor:
+        """Return the shard of ``rank``, copied so that ``full`` can be freed."""
+        shard, num_shards = rank // self.copies, world_size // self.copies
+        pieces = [matrix.chunk(num_shards, self.dim)[shard] for matrix in full.chunk(self.fused, self.dim)]
         return torch.cat(pieces, self.dim)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from the parts of all ranks, in their order."""
-        pieces = [part.chunk(self.fused, self.dim) for part in parts[:: self.copies]]
-        return torch.cat([piece[one] for one in range(self.fused) for piece in pieces], self.dim)
+    def full_tensor(self, local_tensors: Sequence[Tensor]) -> Tensor:
+        """Join the shards of all ranks, given in the order of ranks."""
+        distinct = local_tensors[:: self.copies]
+        pieces = [local.chunk(self.fused, self.dim) for local in distinct]
+        return torch.cat([piece[matrix] for matrix in range(self.fused) for piece in pieces], self.dim)
 
 
-def cuts(config: GlmConfig, ranks: int) -> Mapping[str, Cut]:
-    """The cut of each divided parameter, by the last two parts of its name ("q_proj.weight"); all others stay whole.
+def shard_plan(config: GlmConfig, world_size: int) -> Mapping[str, Shard]:
+    """Map each sharded parameter to its shard, by the last two parts of its name ("q_proj.weight").
 
-    A weight is [output, input]: column parallel matrices are cut along dim 0, row parallel ones along dim 1. The
-    names come from the paper, which multiplies from the left.
+    Parameters that are not in the plan are complete on every rank. A weight is [output, input], so column-parallel
+    matrices are sharded along dim 0 and row-parallel ones along dim 1. The names come from the paper, which multiplies
+    X A with A = weight.T (Shoeybi et al. 2019, section 3).
 
-    Raises :class:`UserError` where the network cannot be divided evenly among so many ranks.
+    Args:
+        config: the model's configuration.
+        world_size: number of ranks that share the model.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: the model does not divide evenly among ``world_size`` ranks.
     """
-    groups = config.num_key_value_heads
     for name, size in (
         ("num_attention_heads", config.num_attention_heads),
         ("intermediate_size", config.intermediate_size),
         ("vocab_size", config.vocab_size),
     ):
-        if size % ranks:
-            raise UserError(f"{name} is {size} and cannot be divided by {ranks} ranks: take a divisor of it")
-    if groups % ranks and ranks % groups:
+        if size % world_size:
+            raise UserError(f"{name} is {size} and does not divide by {world_size} ranks; use a divisor of {size}")
+    key_value_heads = config.num_key_value_heads or config.num_attention_heads
+    if key_value_heads % world_size and world_size % key_value_heads:
         raise UserError(
-            f"num_key_value_heads is {groups}: take a number of ranks that divides it or is a multiple, not {ranks}"
+            f"num_key_value_heads is {key_value_heads} but there are {world_size} ranks; "
+            f"use a divisor or a multiple of {key_value_heads}"
         )
     if config.tie_word_embeddings:
-        raise UserError("tie_word_embeddings is set: build the network with an output layer of its own")
-    column = Cut(0)
-    key_value = Cut(0, copies=max(1, ranks // groups))
+        raise UserError("tie_word_embeddings is set; build the model with a separate output layer")
+    column_parallel, row_parallel = Shard(0), Shard(1)
+    key_value = Shard(0, copies=max(1, world_size // key_value_heads))
     return MappingProxyType(
         {
-            "embed_tokens.weight": column,
-            "q_proj.weight": column,
-            "q_proj.bias": column,
+            "embed_tokens.weight": column_parallel,
+            "q_proj.weight": column_parallel,
+            "q_proj.bias": column_parallel,
             "k_proj.weight": key_value,
             "k_proj.bias": key_value,
             "v_proj.weight": key_value,
             "v_proj.bias": key_value,
-            "o_proj.weight": Cut(1),
-            "gate_up_proj.weight": Cut(0, fused=2),
-            "down_proj.weight": Cut(1),
-            "lm_head.weight": column,
+            "o_proj.weight": row_parallel,
+            "gate_up_proj.weight": Shard(0, fused=2),
+            "down_proj.weight": row_parallel,
+            "lm_head.weight": column_parallel,
         }
     )
 
 
-def suffix(name: str) -> str:
-    """The last two parts of a parameter's name: what :func:`cuts` knows it by."""
+def plan_key(name: str) -> str:
+    """Return the last two parts of a parameter's name: its key in :func:`shard_plan`."""
     return ".".join(name.split(".")[-2:])
