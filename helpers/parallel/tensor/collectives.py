@@ -7,11 +7,11 @@
 | ``gather``         | all-gather     | reduce-scatter | like ``copy``, if tokens are sharded between blocks    |
 | ``reduce_scatter`` | reduce-scatter | all-gather     | like ``reduce``, if tokens are sharded between blocks  |
 
-The first two are *f* and *g* of Shoeybi et al. (2019, section 3); the other two are *g* and its conjugate in Korthikanti
-et al. (2022, section 4.2), whose sequence parallelism shards the tokens.
+The first two are *f* and *g* of Shoeybi et al. (2019, section 3). The other two are *g* and its conjugate in
+Korthikanti et al. (2022, section 4.2), whose sequence parallelism shards the tokens.
 
-Activations are [sequences, tokens, width]. No operation writes into its input:
-another branch of the graph may hold the same tensor.
+Activations are [sequences, tokens, width]. No operation writes into its input: another branch of the graph may hold the
+same tensor.
 """
 
 from collections.abc import Callable
