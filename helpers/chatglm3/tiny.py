@@ -7,7 +7,6 @@ short conversations about clothes, and writes ``helpers/assets/tiny_chatglm3``.
 import io
 import logging
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -21,11 +20,9 @@ from helpers.assets.advertise import generate
 from helpers.assets.conversations import STRANGE, sample_conversation
 from helpers.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, ChatGLMTokenizer
 from helpers.chatglm3.chat import encode_conversation
+from helpers.libraries.quiet import import_jieba
 
-with warnings.catch_warnings():
-    # Python 3.12 warns about escape sequences in jieba's source.
-    warnings.simplefilter("ignore", SyntaxWarning)
-    import jieba
+jieba = import_jieba()
 
 SEED = 3
 # Sums are split over threads: another number of them rounds otherwise, and ends in other weights.

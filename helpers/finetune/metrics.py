@@ -5,20 +5,14 @@ Both are counted on the words that jieba finds, as ChatGLM3's published recipe d
 Cherry 2014. An answer of fewer than four words therefore stays below 100 in BLEU-4 even if it is perfect.
 """
 
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 
-with warnings.catch_warnings():
-    # Its source warns of escape sequences on Python 3.12, and of pkg_resources where setuptools is old.
-    warnings.simplefilter("ignore")
-    import jieba
+from helpers.libraries.quiet import import_jieba
 
-# Otherwise it tells on stderr that it builds its dictionary.
-jieba.setLogLevel(logging.WARNING)
+jieba = import_jieba()
 
 # Name of the score -> what rouge-score calls it.
 ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL"}

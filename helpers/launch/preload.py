@@ -4,9 +4,9 @@ Nothing here may create a CUDA context, or no rank could use a GPU: CUDA does no
 """
 
 import gc
-import logging
 import os
-import warnings
+
+from helpers.libraries.quiet import ignore_import_warnings, name_deepspeed_accelerator
 
 # torch and DeepSpeed ask whether there is a GPU while they are imported; through NVML this creates no context.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -24,12 +24,10 @@ def capability_from_nvml(device: object = None) -> tuple[int, int]:
         pynvml.nvmlShutdown()
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+with ignore_import_warnings():
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise warns that it had to guess
+    name_deepspeed_accelerator()
 
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
@@ -47,13 +45,6 @@ with warnings.catch_warnings():
     import transformers.models.glm.modeling_glm
     import transformers.trainer  # noqa: F401
 
-# What only the authors of the libraries can act on, in every rank.
-for category in (FutureWarning, DeprecationWarning):
-    warnings.filterwarnings("ignore", category=category, module="torch|transformers|peft|deepspeed")
-# A rank on the CPU of a machine with CUDA's compiler has no use for it, and DeepSpeed's builder asks.
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-# One process drives one GPU here, so the current device is the right one.
-warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)
 if torch.cuda.is_initialized():
     raise RuntimeError("a library that helpers/launch/preload.py imports initialises CUDA, so no rank could use a GPU")
 # What is here stays for good: a collection in a rank would only make it copy pages that it shares with the others.

@@ -1,14 +1,9 @@
 """bitsandbytes as the fine-tune uses it: its settings, and what it leaves to the user."""
 
-import warnings
-
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig
-
-# What it says of every matrix of our tiny model, in every process, is that a faster kernel wants wider ones.
-warnings.filterwarnings("ignore", message=r"inner dimension .* is not aligned", category=UserWarning)
 
 
 def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
