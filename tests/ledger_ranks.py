@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.libraries.deepspeed import skip_cpu_collectives
-from helpers.memory.ledger import count, gather
-from helpers.memory.saved_tensors import SavedActivations
+from helpers.memory.ledger import count_bytes, gather_ledgers
+from helpers.memory.saved_tensors import SavedTensors
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ class Case:
         self.moments = {}
 
     def note(self, moment, model, optimizer=None, more=(), activations=None):
-        ledger = count(model, optimizer, activations)
+        ledger = count_bytes(model, optimizer, activations)
         kept = {storage.address for storage in activations.storages()} if activations else set()
         outside = [
             tensor for tensor in (*self.outside, *more) if local(tensor).untyped_storage().data_ptr() not in kept
@@ -108,7 +108,7 @@ class Case:
 def plain(case, model, optimizer):
     """Two steps, noted before the first backward, after it, after the step."""
     for step in range(2):
-        with SavedActivations(model) as activations:
+        with SavedTensors(model) as activations:
             loss = model(case.batch).float().square().mean()
         case.note(f"forward {step}", model, optimizer, [loss], activations)
         loss.backward()
@@ -172,7 +172,7 @@ def zero(case, stage, dtype="fp32", **options):
 
     engine.module[1].register_forward_hook(lambda module, args, output: output.register_hook(inside_backward) and None)
     for step in range(2):
-        with SavedActivations(engine) as activations:
+        with SavedTensors(engine) as activations:
             loss = engine(batch).float().square().mean()
         case.note(f"forward {step}", engine, None, [loss, batch], activations)
         engine.backward(loss)
@@ -214,7 +214,7 @@ def main(out_dir: str, *names: str) -> None:
         case = Case()
         CASES[name](case)
         results[name] = case.moments
-    results["gathered"] = [asdict(ledger) for ledger in gather(count(nn.Linear(3 + rank, 1)))]
+    results["gathered"] = [asdict(ledger) for ledger in gather_ledgers(count_bytes(nn.Linear(3 + rank, 1)))]
     (Path(out_dir) / f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

@@ -31,8 +31,16 @@ def fused_dropout(x, p=0.5, training=True, inplace=False):
 
 
 def batch(c: Configuration) -> dict[str, torch.Tensor]:
-    ids = torch.ones(c.rows, c.length, dtype=torch.long)
-    mask = {"attention_mask": torch.ones(c.rows, 1, c.length, c.length, dtype=torch.bool).tril()} if c.masked else {}
+    ids = torch.ones(c.micro_batch_size, c.sequence_length, dtype=torch.long)
+    mask = (
+        {
+            "attention_mask": torch.ones(
+                c.micro_batch_size, 1, c.sequence_length, c.sequence_length, dtype=torch.bool
+            ).tril()
+        }
+        if c.masked
+        else {}
+    )
     return {"input_ids": ids, "labels": ids, **mask}
 
 

@@ -12,8 +12,8 @@ from helpers.errors import UserError
 from helpers.launch import run
 from helpers.memory.peak_bytes import PeakBytes
 from helpers.memory.predict import Configuration
-from helpers.memory.predict.saved_tensors import checkpoints, total
-from helpers.memory.saved_tensors import SavedActivations
+from helpers.memory.predict.saved_tensors import saved_checkpoints, total_bytes
+from helpers.memory.saved_tensors import SavedTensors
 from helpers.parallel.network import TINY, batch, build, largest_difference
 
 ROWS, LENGTH = 2, 32
@@ -82,13 +82,15 @@ def test_each_checkpointed_layer_keeps_its_input_only():
         checkpoint_layers(model, range(count))
         sizes.append(kept(model)[0])
     assert sizes[0] - sizes[1] == pytest.approx(3 / 8 * (sizes[0] - sizes[2]), rel=0.01)
-    configuration = Configuration(TINY, lora=None, precision="fp32", rows=ROWS, length=LENGTH, checkpointing=True)
-    with SavedActivations(model) as activations:
+    configuration = Configuration(
+        TINY, lora=None, precision="fp32", micro_batch_size=ROWS, sequence_length=LENGTH, checkpointing=True
+    )
+    with SavedTensors(model) as activations:
         loss = model(**batch(TINY, ROWS, LENGTH)).loss
     assert loss.requires_grad
     layers = sum(size for name, size in activations.by_module.items() if name.startswith("model.layers."))
     # The tables of cosine and sine belong to all layers, as do the positions, and are counted with the first.
-    assert layers == total(checkpoints(configuration)) + 8 * LENGTH
+    assert layers == total_bytes(saved_checkpoints(configuration)) + 8 * LENGTH
 
 
 def test_what_is_kept_is_not_computed_again():
@@ -119,13 +121,13 @@ def test_an_unknown_layer_is_named():
 
 def test_offloading_moves_each_activation_once_and_no_weight():
     model = build(TINY)
-    with SavedActivations(model) as plain:
+    with SavedTensors(model) as plain:
         loss = model(**batch(TINY, ROWS, LENGTH)).loss
     del loss
     offload = OffloadedActivations(model, min_bytes=1)
-    with SavedActivations(model) as activations, offload:
+    with SavedTensors(model) as activations, offload:
         loss = model(**batch(TINY, ROWS, LENGTH)).loss
-    with SavedActivations(model) as again:
+    with SavedTensors(model) as again:
         other = model(**batch(TINY, ROWS, LENGTH)).loss
     assert offload.offloaded_bytes == activations.total == again.total
     assert offload.fetched_bytes == 0
@@ -209,6 +211,6 @@ def test_peak_counts_what_a_block_makes():
 
 def test_peak_is_what_autograd_keeps_after_forward():
     model = build(TINY)
-    with PeakBytes("cpu") as memory, SavedActivations(model) as activations:
+    with PeakBytes("cpu") as memory, SavedTensors(model) as activations:
         loss = model(**batch(TINY, ROWS, LENGTH)).loss
         assert memory.now == activations.total + loss.nbytes

@@ -44,28 +44,28 @@ def one_rank():
 
 
 def tiny(configuration):
-    return dataclasses.replace(configuration, shape=TINY, rows=2, length=32)
+    return dataclasses.replace(configuration, shape=TINY, micro_batch_size=2, sequence_length=32)
 
 
 def test_at_least_fourteen_configurations_that_can_all_be_predicted(benchmark):
-    chosen = benchmark.configurations(ranks=2)
+    chosen = benchmark.configurations(world_size=2)
     assert len(chosen) >= 14
-    assert len({predict(c).peak for c in chosen.values()}) > 2
+    assert len({predict(c).peak_phase for c in chosen.values()}) > 2
     assert max(predict(c).total for c in chosen.values()) < 40 * 2**30
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_takes_its_steps(benchmark, one_rank, name):
-    configuration = tiny(benchmark.configurations(ranks=1)[name])
+    configuration = tiny(benchmark.configurations(world_size=1)[name])
     outcome = benchmark.train(configuration)
     assert len(outcome["losses"]) == (len(benchmark.VARYING) if configuration.padded else benchmark.STEPS)
     assert all(0.5 < loss / math.log(TINY.vocab) < 2 for loss in outcome["losses"])
-    assert outcome["trained_parameters"] == configuration.trained
+    assert outcome["trained_parameters"] == configuration.trainable_parameters
     assert outcome["expandable"] is False
 
 
 def test_rows_differ_where_they_should(benchmark):
-    configuration = tiny(benchmark.configurations(ranks=1)["LoRA, autocast, rows differ"])
+    configuration = tiny(benchmark.configurations(world_size=1)["LoRA, autocast, rows differ"])
     lengths = [benchmark.batch(configuration, step, "cpu")["input_ids"].shape[1] for step in range(6)]
     assert max(lengths) == 32 and len(set(lengths)) > 3
     mask = benchmark.batch(configuration, 1, "cpu")["attention_mask"]
@@ -73,10 +73,10 @@ def test_rows_differ_where_they_should(benchmark):
 
 
 def test_the_record_compares_with_the_fullest_rank(benchmark):
-    configuration = benchmark.configurations(ranks=2)["full, autocast, DDP"]
+    configuration = benchmark.configurations(world_size=2)["full, autocast, DDP"]
     total = predict(configuration).total
     measured = [{"allocated": 1, "reserved": 1, "nvml": size} for size in (total // 4, total // 2)]
-    outcome = {"losses": [], "trained_parameters": configuration.trained, "expandable": False}
+    outcome = {"losses": [], "trained_parameters": configuration.trainable_parameters, "expandable": False}
     entry = benchmark.record(configuration, measured, outcome)
     assert entry["error_percent"] == pytest.approx(100, abs=0.01)
     assert sum(entry["predicted"].values()) == entry["predicted_total"] == total
@@ -100,7 +100,7 @@ def test_a_failure_does_not_lose_the_other_configurations(benchmark, monkeypatch
         if configuration.lora is None and configuration.expandable_segments:
             raise RankError("rank 0 of 1 raised", rank=0, details="OutOfMemoryError")
         rank = SimpleNamespace(allocated=2**30, reserved=2**30, nvml=2**30)
-        outcome = {"losses": [1.0], "trained_parameters": configuration.trained}
+        outcome = {"losses": [1.0], "trained_parameters": configuration.trainable_parameters}
         outcome["expandable"] = configuration.expandable_segments
         return SimpleNamespace(results=[outcome], memory=SimpleNamespace(ranks=[rank]))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from helpers.activations.chunked_loss import chunked_cross_entropy
 from helpers.errors import UserError
 from helpers.memory.peak_bytes import PeakBytes
-from helpers.memory.saved_tensors import SavedActivations
+from helpers.memory.saved_tensors import SavedTensors
 from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
 
 WIDTH, VOCABULARY = 8, 37
@@ -136,7 +136,7 @@ def test_the_head_is_trained_as_with_the_models_own_loss():
 def test_the_ledger_sees_what_is_kept():
     head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
     hidden, _, labels = inputs(20)
-    with SavedActivations(head) as activations:
+    with SavedTensors(head) as activations:
         loss = chunked_cross_entropy(hidden * 1, head.weight, labels, 4)
     assert loss.requires_grad
     assert activations.total == hidden.nbytes + labels.nbytes + 12 * 20

@@ -128,12 +128,12 @@ def test_a_group_averages_for_itself():
 
 def test_buckets_are_the_gradients():
     def fn():
-        from helpers.memory.ledger import count
+        from helpers.memory.ledger import count_bytes
         from helpers.parallel.data import BucketedDataParallel
 
         model = BucketedDataParallel(build(TINY), bucket_bytes=100 * KIB)
         model(**batch(TINY, 2, 8)).loss.backward()
-        return count(model.module).categories["gradients"], len(model.buckets)
+        return count_bytes(model.module).categories["gradients"], len(model.buckets)
 
     size, buckets = run(fn, 2).results[0]
     assert size == 4 * TINY.parameters and buckets > 8

@@ -22,8 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES
-from helpers.memory.ledger import Ledger, count, gather
-from helpers.memory.saved_tensors import SavedActivations, block_name
+from helpers.memory.ledger import Ledger, count_bytes, gather_ledgers
+from helpers.memory.saved_tensors import SavedTensors, block_name
 from helpers.memory.storages import storages, tensors_in
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def test_views_ties_and_detached_copies_of_any_shape_count_once(sizes, uses, dty
         if which not in used:
             used.add(which)
             expected += sizes[which] * dtype.itemsize
-    assert count(model).total == expected
+    assert count_bytes(model).total == expected
 
 
 def test_what_takes_no_memory_has_no_storage():
@@ -70,7 +70,7 @@ def test_what_takes_no_memory_has_no_storage():
 def test_sparse_tensors_are_their_indices_and_values():
     layer = nn.Embedding(10, 3, sparse=True)
     layer(torch.tensor([1, 4])).sum().backward()
-    assert held(count(layer)) == {"parameters": 120, "gradients": 2 * 8 + 2 * 3 * 4}
+    assert held(count_bytes(layer)) == {"parameters": 120, "gradients": 2 * 8 + 2 * 3 * 4}
 
 
 def test_tensors_are_found_in_any_container_once_and_modules_are_not_entered():
@@ -94,19 +94,19 @@ PARAMETERS = 8 * 16 + 16 + 16 * 4 + 4
 def test_a_training_step_of_an_mlp_to_the_byte():
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
-    assert held(count(model, optimizer)) == {"parameters": 4 * PARAMETERS}
-    with SavedActivations(model) as activations:
+    assert held(count_bytes(model, optimizer)) == {"parameters": 4 * PARAMETERS}
+    with SavedTensors(model) as activations:
         loss = model(torch.randn(5, 8)).square().sum()
     saved = 4 * (5 * 8 + 5 * 16 + 5 * 4)  # the batch; ReLU's output, for itself and the next layer; what is squared
-    assert held(count(model, optimizer, activations)) == {"parameters": 4 * PARAMETERS, "activations": saved}
+    assert held(count_bytes(model, optimizer, activations)) == {"parameters": 4 * PARAMETERS, "activations": saved}
     loss.backward()
-    assert held(count(model, optimizer, activations)) == dict.fromkeys(CATEGORIES[:2], 4 * PARAMETERS)
+    assert held(count_bytes(model, optimizer, activations)) == dict.fromkeys(CATEGORIES[:2], 4 * PARAMETERS)
     optimizer.step()
     steps = 4 * 4  # Adam keeps a step number per parameter, in fp32
     expected = dict.fromkeys(CATEGORIES[:2], 4 * PARAMETERS) | {"optimizer states": 2 * 4 * PARAMETERS + steps}
-    assert held(count(model, optimizer)) == expected
+    assert held(count_bytes(model, optimizer)) == expected
     optimizer.zero_grad()
-    assert "gradients" not in held(count(model, optimizer))
+    assert "gradients" not in held(count_bytes(model, optimizer))
 
 
 def test_master_weights_of_ones_own_are_optimizer_states_and_their_gradients_gradients():
@@ -116,7 +116,7 @@ def test_master_weights_of_ones_own_are_optimizer_states_and_their_gradients_gra
         master.grad = torch.zeros_like(master)
     optimizer = torch.optim.SGD(masters)
     expected = {"parameters": 2 * PARAMETERS, "gradients": 4 * PARAMETERS, "optimizer states": 4 * PARAMETERS}
-    assert held(count(model, optimizer)) == expected
+    assert held(count_bytes(model, optimizer)) == expected
 
 
 def test_lora_has_gradients_and_states_for_the_adapter_only():
@@ -126,7 +126,7 @@ def test_lora_has_gradients_and_states_for_the_adapter_only():
     optimizer.step()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = sum(parameter.requires_grad for parameter in model.parameters())
-    assert held(count(model, optimizer)) == {
+    assert held(count_bytes(model, optimizer)) == {
         "parameters": 4 * sum(parameter.numel() for parameter in model.parameters()),
         "gradients": 4 * trained,
         "optimizer states": 8 * trained + 4 * matrices,
@@ -139,7 +139,7 @@ def test_a_tied_weight_counts_once_with_its_gradient():
     model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert (count(model).categories["parameters"], count(model).categories["gradients"]) == (size, size)
+    assert (count_bytes(model).categories["parameters"], count_bytes(model).categories["gradients"]) == (size, size)
 
 
 def test_the_ledger_is_plain_data_with_a_readable_summary():
@@ -153,12 +153,12 @@ def test_the_ledger_is_plain_data_with_a_readable_summary():
     assert rows["rank 1, GiB"] == ["cuda", "cpu"]
     assert rows["parameters"] == ["3.00", "0.00"] and rows["buffers"] == ["<0.01", "0.00"]
     assert rows["total"] == ["3.00", "0.50"]
-    assert gather(ledger) == [ledger]
+    assert gather_ledgers(ledger) == [ledger]
 
 
 def test_what_is_no_optimizer_is_named():
     with pytest.raises(UserError, match="SGDLike is no optimizer"):
-        count(mlp(), type("SGDLike", (), {})())
+        count_bytes(mlp(), type("SGDLike", (), {})())
 
 
 # --- what autograd keeps
@@ -190,7 +190,7 @@ def own(model):
 def test_chatglm3_equals_what_the_graph_itself_says(dtype):
     model = random_model(small_config()).to(dtype).train()
     tokens = torch.ones(2, 12, dtype=torch.long)
-    with SavedActivations(model) as activations:
+    with SavedTensors(model) as activations:
         loss = model(tokens, labels=tokens).loss
     graph = graph_storages(loss)
     expected = sum(nbytes for address, nbytes in graph.items() if address not in own(model))
@@ -215,7 +215,7 @@ def test_any_chain_of_operations_equals_what_the_graph_says(names, rows):
         "tied": lambda x: nn.functional.linear(x, parts["linear"].weight),
     }
     x = torch.rand(rows, 6, requires_grad=True)
-    with SavedActivations(parts) as activations:
+    with SavedTensors(parts) as activations:
         y = x
         for name in names:
             y = steps[name](y)
@@ -247,7 +247,7 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize("mode", ["reentrant", "not reentrant"])
 def test_under_checkpointing_only_the_blocks_inputs_stay(mode):
     model = Blocks(5, mode)
-    with SavedActivations(model) as activations:
+    with SavedTensors(model) as activations:
         loss = model(torch.randn(3, 8)).sum()
     assert activations.total == 4 * 3 * 8 * (1 + 5)  # the batch, and one input per block
     assert activations.peak == activations.total
@@ -257,7 +257,7 @@ def test_under_checkpointing_only_the_blocks_inputs_stay(mode):
 
 def test_without_checkpointing_each_block_is_told_apart():
     model = Blocks(3)
-    with SavedActivations(model) as activations:
+    with SavedTensors(model) as activations:
         loss = model(torch.randn(3, 8)).sum()
     block = 4 * 3 * (8 + 32 + 32)  # its input, and GELU's input and output
     assert activations.by_module == {f"blocks.{n}": block for n in range(3)} | {"first": 4 * 3 * 8}
@@ -275,7 +275,7 @@ def test_checkpointed_chatglm3_keeps_its_layers_inputs_and_what_they_share(reent
         lambda module, args, kwargs: seen.update(given=list(tensors_in(kwargs)), input=args[0]), with_kwargs=True
     )
     tokens = torch.ones(2, 16, dtype=torch.long)
-    with SavedActivations(model) as activations:
+    with SavedTensors(model) as activations:
         loss = model(tokens, labels=tokens, use_cache=False).loss
     layer = 4 * 2 * 16 * 48
     assert seen["input"].nbytes == layer
@@ -324,7 +324,7 @@ def test_inputs_that_the_caller_saves_for_a_checkpointed_layer_are_the_layers(re
             return x
 
     model = Model()
-    with SavedActivations(model) as activations:
+    with SavedTensors(model) as activations:
         loss = model(torch.randn(3, 8)).sum()
     each = 4 * 3 * 8
     expected = {"first": each, "layers.0": each + 4 * 8, "layers.1": each, "layers.2": each}
@@ -336,14 +336,14 @@ def test_inputs_that_the_caller_saves_for_a_checkpointed_layer_are_the_layers(re
 
 def test_tensors_that_save_on_cpu_or_ones_own_hooks_pack_are_what_is_kept():
     model = mlp()
-    with SavedActivations(model) as activations:
+    with SavedTensors(model) as activations:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to(torch.bfloat16), lambda t: t.float()):
             loss = model(torch.randn(5, 8)).square().sum()
     # Two-byte copies; ReLU's output is packed for itself and for the next layer, and so are the two weights.
     assert activations.total == 2 * (5 * 8 + 2 * 5 * 16 + 5 * 4 + 16 * 4)
     loss.backward()
     assert activations.total == 0
-    with SavedActivations(model) as activations, torch.autograd.graph.save_on_cpu():
+    with SavedTensors(model) as activations, torch.autograd.graph.save_on_cpu():
         loss = model(torch.randn(5, 8)).square().sum()
     assert {storage.device.type for storage in activations.storages()} == {"cpu"} and activations.total > 0
     assert torch.autograd.graph.saved_tensors_hooks.__enter__.__module__ == "torch.autograd.graph"
@@ -356,7 +356,7 @@ def test_recording_changes_no_gradient_and_leaves_nothing_behind():
         torch.manual_seed(0)
         model = Blocks(2, "not reentrant")
         if record:
-            with SavedActivations(model):
+            with SavedTensors(model):
                 loss = model(x).square().sum()
             assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         else:
@@ -371,7 +371,7 @@ def test_recording_changes_no_gradient_and_leaves_nothing_behind():
 
 def test_a_block_that_raises_ends_cleanly():
     model = mlp()
-    with pytest.raises(RuntimeError), SavedActivations(model) as activations:
+    with pytest.raises(RuntimeError), SavedTensors(model) as activations:
         model(torch.randn(5, 9))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with activations:
@@ -383,11 +383,11 @@ def test_a_block_that_raises_ends_cleanly():
 def test_micro_batches_add_up_at_the_peak_and_fall_with_each_backward():
     model = mlp()
     each = 4 * (5 * 8 + 5 * 16)
-    with SavedActivations(model) as all_forward:  # as GPipe does
+    with SavedTensors(model) as all_forward:  # as GPipe does
         losses = [model(torch.randn(5, 8)).sum() for _ in range(4)]
         while losses:
             losses.pop().backward()
-    with SavedActivations(model) as in_turn:  # as 1F1B does on its last stage
+    with SavedTensors(model) as in_turn:  # as 1F1B does on its last stage
         for _ in range(4):
             model(torch.randn(5, 8)).sum().backward()
     assert (all_forward.peak, in_turn.peak) == (4 * each, each)
@@ -396,9 +396,9 @@ def test_micro_batches_add_up_at_the_peak_and_fall_with_each_backward():
 
 def test_activations_that_are_parameters_to_the_ledger_count_once():
     model = mlp()
-    with SavedActivations(nn.Module()) as activations:  # knows no parameter, so it records the weights as kept
+    with SavedTensors(nn.Module()) as activations:  # knows no parameter, so it records the weights as kept
         loss = model(torch.randn(5, 8)).sum()
-    ledger = count(model, activations=activations)
+    ledger = count_bytes(model, activations=activations)
     assert ledger.categories["activations"] == 4 * (5 * 8 + 5 * 16) < activations.total
     assert ledger.categories["parameters"] == 4 * PARAMETERS
     del loss

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.errors import UserError
-from helpers.memory.nvml import Memory, Nvml, Sampler, apart, open_nvml, select_uuids, table
+from helpers.memory.nvml import Memory, Nvml, Sampler, gpu_table, open_nvml, select_uuids, without_reserved
 from helpers.memory.phases import Phase, PhaseLog, across_ranks, read_phases
-from helpers.memory.timeline import CurveRecorder, GpuCurve, Timeline, thin
+from helpers.memory.timeline import CurveRecorder, GpuCurve, Timeline, downsample
 
 NO_DRIVER = "NVML: not available, no NVIDIA driver answers here (NVML Shared Library Not Found)"
 
@@ -28,7 +28,7 @@ def test_without_a_driver_one_line_and_no_numbers():
     nvml = Nvml(FakeNvml(no_driver=True))
     assert nvml.unavailable == NO_DRIVER
     assert (nvml.visible(), nvml.installed_names(), nvml.used_bytes(0), nvml.driver) == ([], [], None, None)
-    assert table(nvml) == NO_DRIVER
+    assert gpu_table(nvml) == NO_DRIVER
     nvml.close()
 
 
@@ -51,14 +51,14 @@ def test_reserved_is_never_part_of_used(includes):
 def test_an_old_driver_does_not_tell_reserved_apart():
     nvml = Nvml(FakeNvml([FakeGpu("GPU-a", used=[3 * GIB])], has_version_2=False))
     assert nvml.memory(nvml.visible({})[0]) == Memory(80 * GIB, 3 * GIB + GIB // 2, None)
-    assert "within used" in table(nvml)
+    assert "within used" in gpu_table(nvml)
 
 
 def test_a_gpu_without_memory_of_its_own_has_no_figure():
     gpu = FakeGpu("GPU-a", name="NVIDIA GB10", failure=pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED))
     nvml = Nvml(FakeNvml([gpu]))
     assert nvml.used_bytes(0) is None
-    assert "not available" in table(nvml)
+    assert "not available" in gpu_table(nvml)
     with Sampler(nvml) as sampler:
         pass
     assert sampler.timeline().gpus == []
@@ -70,20 +70,20 @@ def test_the_parts_of_a_reading_make_up_the_total(total, used, free, includes):
     used %= total
     free %= total - used
     reserved = total - used - free
-    reading = apart(total, used + reserved if includes else used, free, reserved)
+    reading = without_reserved(total, used + reserved if includes else used, free, reserved)
     assert reading == Memory(total, used, reserved)
 
 
 def test_table_has_one_line_per_visible_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    header, row = table(Nvml(FakeNvml(h100s(2)))).splitlines()
+    header, row = gpu_table(Nvml(FakeNvml(h100s(2)))).splitlines()
     assert header.split() == ["GPU", "name", "used", "GiB", "total", "GiB", "reserved", "GiB"]
     assert row.split() == ["0", "NVIDIA", "H100", "80GB", "HBM3", "1.00", "80.00", "0.50"]
 
 
 def test_table_says_when_all_gpus_are_hidden(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES" in table(Nvml(FakeNvml(h100s(2))))
+    assert "CUDA_VISIBLE_DEVICES" in gpu_table(Nvml(FakeNvml(h100s(2))))
 
 
 def test_the_command_prints_a_table_or_the_one_line():
@@ -265,7 +265,7 @@ CURVES = st.lists(st.integers(0, 100), min_size=1, max_size=300)
 @given(CURVES, st.integers(4, 60))
 def test_thinning_keeps_every_peak(used, limit):
     seconds = [float(number) for number in range(len(used))]
-    kept_seconds, kept_used = thin(seconds, used, limit)
+    kept_seconds, kept_used = downsample(seconds, used, limit)
     assert len(kept_used) == len(kept_seconds) <= max(limit, 4)
     assert all(earlier < later for earlier, later in pairwise(kept_seconds))
     assert {(second, value) for second, value in zip(kept_seconds, kept_used, strict=True)} <= set(

@@ -75,9 +75,9 @@ def test_it_trains_as_one_process_does(path, expected):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_can_be_read_for_a_prediction_and_leaves_the_device_what_it_says(path):
-    job = read_job(ROOT / "configs" / "lora.yaml", path, shape=ModelShape(), ranks=2, length=64)
+    job = read_job(ROOT / "configs" / "lora.yaml", path, shape=ModelShape(), world_size=2, sequence_length=64)
     content = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
-    assert job.strategy.stage == content["stage"] and job.strategy.offload_optimizer
+    assert job.strategy.zero_stage == content["stage"] and job.strategy.offload_optimizer
     assert job.strategy.offload_parameters == ("offload_param" in content)
 
 

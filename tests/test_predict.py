@@ -31,8 +31,8 @@ from helpers.memory.predict import (
 )
 from helpers.memory.predict.__main__ import main
 from helpers.memory.predict.jobs import read_job
-from helpers.memory.predict.planner import fits, rank_strategies, traffic
-from helpers.memory.predict.saved_tensors import attention_kernel, kept, total
+from helpers.memory.predict.planner import fits, sort_strategies, traffic
+from helpers.memory.predict.saved_tensors import attention_kernel, saved_by_model, total_bytes
 from helpers.memory.predict.states import states
 from helpers.memory.predict.step import EMBEDDING, FIRST_GRADIENT, LOSS, LOSS_BACKWARD, STEP, Step
 from helpers.memory.units import GIB, MIB
@@ -70,8 +70,8 @@ def test_adapter_and_frozen_weights_are_those_of_peft(targets, precision):
     c = Configuration(shape=SMALL, lora=Lora(r=4, targets=targets), precision=precision)
     model = glm(c, device="meta")
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == c.trained
-    assert sum(p.nbytes for p in trained) == c.trained * c.trained_bytes
+    assert sum(p.numel() for p in trained) == c.trainable_parameters
+    assert sum(p.nbytes for p in trained) == c.trainable_parameters * c.trainable_bytes
     assert sum(p.nbytes for p in model.parameters()) == states(c).resident["parameters"]
 
 
@@ -88,7 +88,7 @@ def test_tensor_and_pipeline_parallelism_divide_the_parameters():
     assert published_states(8_000_000_000, 1, 4, tensor=2, pipeline=4) == whole // 8
 
 
-@pytest.mark.parametrize(("stage", "ranks", "names"), [(4, 2, "stage 4"), (1, 0, "ranks is 0")])
+@pytest.mark.parametrize(("stage", "ranks", "names"), [(4, 2, "stage 4"), (1, 0, "world_size is 0")])
 def test_published_states_refuse_what_does_not_exist(stage, ranks, names):
     with pytest.raises(UserError, match=names):
         published_states(1000, stage, ranks)
@@ -100,7 +100,7 @@ def test_zero_in_full_training_is_the_papers_formula_between_steps(stage, ranks)
     c = Configuration(lora=None, precision="bf16", strategy=Strategy(f"zero-{stage}", ranks))
     held = states(c)
     resident = sum(held.resident.values()) - held.resident.get("communication buffers", 0)
-    assert resident + held.gradients == pytest.approx(published_states(c.trained, stage, ranks), rel=1e-6)
+    assert resident + held.gradients == pytest.approx(published_states(c.trainable_parameters, stage, ranks), rel=1e-6)
 
 
 def test_ddp_keeps_a_second_copy_of_the_gradients():
@@ -111,7 +111,7 @@ def test_ddp_keeps_a_second_copy_of_the_gradients():
 
 
 def test_quantised_bases_are_smaller_in_order():
-    sizes = [states(Configuration(base_bits=bits)).resident["parameters"] for bits in (4, 8, 16)]
+    sizes = [states(Configuration(quantization_bits=bits)).resident["parameters"] for bits in (4, 8, 16)]
     assert sizes == sorted(sizes)
     assert sizes[1] < 0.6 * sizes[2] and sizes[0] < 0.4 * sizes[2]
 
@@ -120,7 +120,15 @@ def test_quantised_bases_are_smaller_in_order():
 
 
 RUNS = [
-    Configuration(shape, lora, precision, rows=rows, length=length, padded=padded, checkpointing=checkpointing)
+    Configuration(
+        shape,
+        lora,
+        precision,
+        micro_batch_size=rows,
+        sequence_length=length,
+        padded=padded,
+        checkpointing=checkpointing,
+    )
     for shape, rows, length in ((SMALL, 2, 64), (WIDE, 3, 96))
     for lora in (None, Lora(r=4), Lora(r=4, targets=("q_proj", "o_proj", "gate_up_proj", "down_proj")))
     for precision in ("fp32", "autocast", "bf16")
@@ -134,9 +142,9 @@ RUNS = [
 def autograd_keeps(c: Configuration) -> int:
     """Predicted bytes of what goes through autograd's hooks: a checkpoint holds its keyword arguments itself."""
     by_hand = {"attention mask", *(("rotary cosine and sine",) if c.checkpointing else ())}
-    saved = [tensor for tensor in kept(c) if tensor.name not in by_hand]
+    saved = [tensor for tensor in saved_by_model(c) if tensor.name not in by_hand]
     log_softmax = 4 * c.tokens * c.shape.vocab
-    return total(saved) + total(saved, weights=True) + log_softmax
+    return total_bytes(saved) + total_bytes(saved, weights=True) + log_softmax
 
 
 def cpu_differences(c: Configuration) -> int:
@@ -159,10 +167,12 @@ def test_activations_are_what_autograd_saves(c, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [7, 64, 10_000])
 def test_a_chunked_loss_has_the_logits_of_one_chunk(chunk):
-    c = Configuration(shape_of(vocab=5000), lora=None, precision="fp32", rows=4, length=48, loss_chunk=chunk)
+    c = Configuration(
+        shape_of(vocab=5000), lora=None, precision="fp32", micro_batch_size=4, sequence_length=48, loss_chunk=chunk
+    )
     model = glm(c)
-    ids = torch.ones(c.rows, c.length, dtype=torch.long)
-    moments = Step(c).moments()
+    ids = torch.ones(c.micro_batch_size, c.sequence_length, dtype=torch.long)
+    moments = Step(c).phases()
     with PeakBytes("cpu") as memory:
         hidden = model.model(ids).last_hidden_state.flatten(0, 1)
         before = memory.now
@@ -179,11 +189,11 @@ def test_a_chunked_loss_has_the_logits_of_one_chunk(chunk):
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_a_frozen_head_keeps_the_gradient_of_its_input_from_forward_on(chunk):
-    c = Configuration(shape_of(vocab=5000), precision="fp32", rows=4, length=48, loss_chunk=chunk)
+    c = Configuration(shape_of(vocab=5000), precision="fp32", micro_batch_size=4, sequence_length=48, loss_chunk=chunk)
     hidden = torch.randn(c.tokens, c.shape.hidden, requires_grad=True)
     head, labels = torch.randn(c.shape.vocab, c.shape.hidden), torch.ones(c.tokens, dtype=torch.long)
-    moments = Step(c).moments()
-    activations = Step(dataclasses.replace(c, loss_chunk=None)).moments()[LOSS]["activations"]
+    moments = Step(c).phases()
+    activations = Step(dataclasses.replace(c, loss_chunk=None)).phases()[LOSS]["activations"]
     with PeakBytes("cpu") as memory:
         loss = chunked_cross_entropy(hidden, head, labels, chunk)
         peak, kept = memory.peak, memory.now
@@ -197,7 +207,7 @@ def test_a_frozen_head_keeps_the_gradient_of_its_input_from_forward_on(chunk):
 
 
 def test_dropout_off_keeps_no_mask(monkeypatch):
-    c = Configuration(SMALL, Lora(dropout=0.0), "bf16", rows=2, length=64)
+    c = Configuration(SMALL, Lora(dropout=0.0), "bf16", micro_batch_size=2, sequence_length=64)
     assert autograd_keeps(c) == pytest.approx(saved_bytes(c, monkeypatch), rel=0.01)
     assert autograd_keeps(c) < autograd_keeps(dataclasses.replace(c, lora=Lora()))
 
@@ -216,12 +226,26 @@ def test_kernels():
 @pytest.mark.parametrize(
     "c",
     [
-        Configuration(rows=4, length=183, padded=True),
-        Configuration(rows=4, length=768, checkpointing=True),
-        Configuration(ModelShape(layers=4), lora=None, rows=2, length=256),
-        Configuration(ModelShape(layers=4), lora=None, precision="bf16", rows=2, length=768, checkpointing=True),
-        Configuration(ModelShape(layers=4, vocab=9000), lora=None, precision="fp32", rows=2, length=96, padded=True),
-        Configuration(ModelShape(layers=4, vocab=9000), rows=4, length=512, checkpointing=True),
+        Configuration(micro_batch_size=4, sequence_length=183, padded=True),
+        Configuration(micro_batch_size=4, sequence_length=768, checkpointing=True),
+        Configuration(ModelShape(layers=4), lora=None, micro_batch_size=2, sequence_length=256),
+        Configuration(
+            ModelShape(layers=4),
+            lora=None,
+            precision="bf16",
+            micro_batch_size=2,
+            sequence_length=768,
+            checkpointing=True,
+        ),
+        Configuration(
+            ModelShape(layers=4, vocab=9000),
+            lora=None,
+            precision="fp32",
+            micro_batch_size=2,
+            sequence_length=96,
+            padded=True,
+        ),
+        Configuration(ModelShape(layers=4, vocab=9000), micro_batch_size=4, sequence_length=512, checkpointing=True),
     ],
     ids=run_id,
 )
@@ -229,7 +253,7 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
     peaks = live_peaks(c, monkeypatch)
     held = {
         name: sum(items.values()) - items["optimizer states"] - items["buffers"]
-        for name, items in Step(c).moments().items()
+        for name, items in Step(c).phases().items()
         if name != STEP
     }
     forward = held.pop(LOSS)
@@ -244,7 +268,7 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
 def job_of_the_benchmark(deepspeed):
     """What finetune_6b.json measured on one GPU: transformers' loss and mask, torchrun's only rank a group of one."""
     # 183 tokens is the longest row of that benchmark.
-    job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), ranks=1, length=183)
+    job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=1, sequence_length=183)
     return dataclasses.replace(
         job, loss_chunk=None, padding_mask=True, strategy=job.strategy if deepspeed else Strategy("ddp", 1)
     )
@@ -270,7 +294,7 @@ def test_published_buckets_cost_less_than_their_size():
     small, published = (
         predict(job_of_the_benchmark(path)) for path in (ROOT / "configs" / "ds_zero_2.json", PUBLISHED_DEEPSPEED)
     )
-    assert small.peak == LOSS_BACKWARD and published.peak == FIRST_GRADIENT
+    assert small.peak_phase == LOSS_BACKWARD and published.peak_phase == FIRST_GRADIENT
     assert published.items["communication buffers"] == 2 * 500_000_000 * 2
     assert published.items["logits and loss"] == 0
     # Measured on the H100: 1.28 GiB of tensors more.
@@ -329,7 +353,7 @@ def test_the_trainers_zero_3_has_two_communicators_and_one_process_none():
 
 def test_ddps_first_buckets_stay_until_the_second_steps_first_reduction():
     single, ddp = (
-        predict(Configuration(lora=None, shape=SMALL, strategy=strategy)).moments
+        predict(Configuration(lora=None, shape=SMALL, strategy=strategy)).phases
         for strategy in (Strategy(), Strategy("ddp", 1))
     )
     gradients = 4 * SMALL.parameters
@@ -357,11 +381,11 @@ configurations = st.builds(
     strategy=st.builds(
         Strategy,
         kind=st.sampled_from(["ddp", "zero-1", "zero-2", "zero-3"]),
-        ranks=st.integers(1, 64),
-        reduce_bucket=st.integers(1, 10**9),
+        world_size=st.integers(1, 64),
+        reduce_bucket_size=st.integers(1, 10**9),
     ),
-    rows=st.integers(1, 64),
-    length=st.integers(1, 4096),
+    micro_batch_size=st.integers(1, 64),
+    sequence_length=st.integers(1, 4096),
     padded=st.booleans(),
     checkpointing=st.booleans(),
 )
@@ -375,12 +399,14 @@ def test_expandable_segments_hold_whole_pages_and_one_hole(c):
     hole = c.tokens * c.shape.vocab * c.compute_bytes if c.compute_bytes < 4 else 0
     beside = prediction.reserved - prediction.allocated - 2 * MIB
     assert beside >= hole
-    if not c.strategy.stage:
+    if not c.strategy.zero_stage:
         assert beside - hole < 20 * MIB and (prediction.allocated + beside - hole) % (20 * MIB) == 0
 
 
 def test_deepspeeds_flat_tensors_leave_the_built_ones_behind():
-    c = Configuration(lora=None, precision="bf16", strategy=Strategy("zero-2", 2), rows=1, length=64)
+    c = Configuration(
+        lora=None, precision="bf16", strategy=Strategy("zero-2", 2), micro_batch_size=1, sequence_length=64
+    )
     prediction = predict(dataclasses.replace(c, expandable_segments=True))
     built, flat_gradients = 2 * ModelShape().parameters, 2 * ModelShape().parameters // 2
     assert 0 <= prediction.reserved - prediction.allocated - built - flat_gradients < 22 * MIB
@@ -388,10 +414,14 @@ def test_deepspeeds_flat_tensors_leave_the_built_ones_behind():
 
 def test_buckets_larger_than_the_logits_come_beside_them():
     published = Configuration(
-        precision="bf16", strategy=Strategy("zero-2", 1, reduce_bucket=500_000_000, overlap_comm=True), length=128
+        precision="bf16",
+        strategy=Strategy("zero-2", 1, reduce_bucket_size=500_000_000, overlap_comm=True),
+        sequence_length=128,
     )
-    small = dataclasses.replace(published, strategy=Strategy("zero-2", 1, reduce_bucket=4_000_000, overlap_comm=True))
-    held = predict(small).moments[LOSS_BACKWARD] - predict(small).items["allocator rounding"]
+    small = dataclasses.replace(
+        published, strategy=Strategy("zero-2", 1, reduce_bucket_size=4_000_000, overlap_comm=True)
+    )
+    held = predict(small).phases[LOSS_BACKWARD] - predict(small).items["allocator rounding"]
     assert (
         predict(published).reserved
         >= held - sum(predict(small).items[name] for name in ("CUDA context", "NCCL")) + 2 * 2 * 500_000_000
@@ -399,7 +429,7 @@ def test_buckets_larger_than_the_logits_come_beside_them():
 
 
 def test_a_card_that_only_fragmentation_overfills_is_told_so():
-    c = Configuration(rows=4, length=183, padded=True)
+    c = Configuration(micro_batch_size=4, sequence_length=183, padded=True)
     plain, expandable = (predict(dataclasses.replace(c, expandable_segments=on)).total for on in (False, True))
     between = int((plain + expandable) / 2 / 0.95)
     fit = fits(c, between)
@@ -414,27 +444,27 @@ def test_a_card_that_only_fragmentation_overfills_is_told_so():
 def test_items_add_up_and_are_those_of_the_peak():
     prediction = predict(Configuration())
     assert tuple(prediction.items) == ITEMS
-    assert prediction.total == max(prediction.moments.values()) == prediction.moments[prediction.peak]
+    assert prediction.total == max(prediction.phases.values()) == prediction.phases[prediction.peak_phase]
     assert prediction.allocated < prediction.reserved < prediction.total
 
 
 def test_gradients_of_full_training_peak_in_the_step_and_those_of_an_adapter_do_not():
-    full = predict(Configuration(lora=None, rows=1, length=64))
-    assert full.peak in (STEP, EMBEDDING)
+    full = predict(Configuration(lora=None, micro_batch_size=1, sequence_length=64))
+    assert full.peak_phase in (STEP, EMBEDDING)
     assert full.items["gradients"] == 4 * ModelShape().parameters
     assert predict(Configuration()).items["gradients"] == 0
 
 
 def test_gradients_of_earlier_micro_batches_are_there_in_forward():
     once = Configuration(lora=None, shape=SMALL)
-    moments = predict(dataclasses.replace(once, accumulation=4)).moments
-    assert moments[LOSS] - predict(once).moments[LOSS] == 4 * SMALL.parameters
+    moments = predict(dataclasses.replace(once, gradient_accumulation_steps=4)).phases
+    assert moments[LOSS] - predict(once).phases[LOSS] == 4 * SMALL.parameters
 
 
 @given(configurations, st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
 def test_more_rows_tokens_or_layers_never_need_fewer_tensors(c, more):
-    for field in ("rows", "length"):
+    for field in ("micro_batch_size", "sequence_length"):
         larger = dataclasses.replace(c, **{field: getattr(c, field) + more})
         assert predict(larger).allocated >= predict(c).allocated
     deeper = dataclasses.replace(c, shape=dataclasses.replace(c.shape, layers=c.shape.layers + more))
@@ -446,7 +476,10 @@ def test_more_rows_tokens_or_layers_never_need_fewer_tensors(c, more):
 def test_checkpointing_never_keeps_more(c):
     with_it, without = (dataclasses.replace(c, checkpointing=on) for on in (True, False))
     # Cosine and sine for all layers are one more than one layer keeps.
-    assert total(kept(with_it)) <= total(kept(without)) + 2 * c.length * c.shape.head_dim
+    assert (
+        total_bytes(saved_by_model(with_it))
+        <= total_bytes(saved_by_model(without)) + 2 * c.sequence_length * c.shape.head_dim
+    )
 
 
 @given(st.integers(1, 10**12), st.integers(1, 1024))
@@ -462,14 +495,14 @@ def test_a_higher_stage_and_more_ranks_never_hold_more_states(parameters, ranks)
 def test_no_item_is_negative(c):
     prediction = predict(c)
     assert min(prediction.items.values()) >= 0
-    assert sum(prediction.items.values()) == max(prediction.moments.values())
+    assert sum(prediction.items.values()) == max(prediction.phases.values())
 
 
 # The planner
 
 
 def test_lora_on_two_cards_of_24_needs_only_checkpointing():
-    ranked = rank_strategies(Configuration(rows=4, length=768), 2, CARD)
+    ranked = sort_strategies(Configuration(micro_batch_size=4, sequence_length=768), 2, CARD)
     best = ranked[0]
     assert best.fit and best.configuration.strategy.kind == "ddp" and best.configuration.checkpointing
     assert [bool(r.fit) for r in ranked] == sorted((bool(r.fit) for r in ranked), reverse=True)
@@ -477,13 +510,13 @@ def test_lora_on_two_cards_of_24_needs_only_checkpointing():
 
 
 def test_full_training_on_two_cards_of_24_needs_host_memory():
-    ranked = rank_strategies(Configuration(lora=None, rows=1, length=512), 2, CARD)
+    ranked = sort_strategies(Configuration(lora=None, micro_batch_size=1, sequence_length=512), 2, CARD)
     assert ranked[0].fit and ranked[0].configuration.strategy.offload_optimizer
     assert all(r.configuration.strategy.offload_optimizer for r in ranked if r.fit)
 
 
 def test_a_large_card_needs_no_remedy():
-    best = rank_strategies(Configuration(rows=1, length=128), 1, 80 * GIB)[0]
+    best = sort_strategies(Configuration(micro_batch_size=1, sequence_length=128), 1, 80 * GIB)[0]
     assert best.configuration.strategy.kind == "single" and not best.configuration.checkpointing
     assert best.traffic == 0 and "sends nothing" in best.reason
 
@@ -500,10 +533,10 @@ def test_traffic_is_that_of_the_paper():
 
 
 def test_fits_names_what_is_too_much():
-    fit = fits(Configuration(rows=16, length=2048), CARD)
+    fit = fits(Configuration(micro_batch_size=16, sequence_length=2048), CARD)
     assert not fit and fit.margin < 0 and fit.largest == "activations"
     assert "GiB missing; the largest item is activations" in str(fit)
-    assert fits(Configuration(rows=1, length=64), CARD).margin > 0
+    assert fits(Configuration(micro_batch_size=1, sequence_length=64), CARD).margin > 0
     with pytest.raises(UserError, match="0 GiB"):
         fits(Configuration(), 0)
 
@@ -521,12 +554,12 @@ def test_fits_names_what_is_too_much():
         (lambda: Lora(targets=()), "targets is empty"),
         (lambda: Lora(dropout=1.0), "dropout is 1.0"),
         (lambda: Strategy("zero-4"), "'zero-4'"),
-        (lambda: Strategy("single", 2), "ranks is 2"),
+        (lambda: Strategy("single", 2), "world_size is 2"),
         (lambda: Strategy("ddp", 2, offload_optimizer=True), "cannot offload optimizer"),
         (lambda: Strategy("zero-2", 2, offload_parameters=True), "cannot offload parameters"),
-        (lambda: Configuration(rows=True), "rows is True"),
+        (lambda: Configuration(micro_batch_size=True), "micro_batch_size is True"),
         (lambda: Configuration(precision="fp8"), "'fp8'"),
-        (lambda: Configuration(lora=None, base_bits=4), "base_bits is 4"),
+        (lambda: Configuration(lora=None, quantization_bits=4), "quantization_bits is 4"),
         (lambda: Configuration(strategy=Strategy("zero-2", 2)), "autocast"),
     ],
 )
@@ -555,19 +588,31 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, content, message):
 
 def test_a_jobs_files_are_read_as_the_job_reads_them():
     job = read_job(
-        ROOT / "tests/data/published_lora.yaml", PUBLISHED_DEEPSPEED, shape=ModelShape(), ranks=2, length=None
+        ROOT / "tests/data/published_lora.yaml",
+        PUBLISHED_DEEPSPEED,
+        shape=ModelShape(),
+        world_size=2,
+        sequence_length=None,
     )
     assert job.strategy == Strategy("zero-2", 2, overlap_comm=True)
-    assert (job.rows, job.length, job.padded, job.masked, job.precision) == (4, 769, True, False, "bf16")
-    assert job.trained == 3_784_704
+    assert (job.micro_batch_size, job.sequence_length, job.padded, job.masked, job.precision) == (
+        4,
+        769,
+        True,
+        False,
+        "bf16",
+    )
+    assert job.trainable_parameters == 3_784_704
 
 
 def test_a_jobs_files_with_auto_and_offload(tmp_path):
     zero = {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}}
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
-    job = read_job(ROOT / "configs/lora.yaml", path, shape=ModelShape(), ranks=2, length=64)
-    expected = Strategy("zero-3", 2, reduce_bucket=4096**2, overlap_comm=True, offload_optimizer=True, communicators=2)
+    job = read_job(ROOT / "configs/lora.yaml", path, shape=ModelShape(), world_size=2, sequence_length=64)
+    expected = Strategy(
+        "zero-3", 2, reduce_bucket_size=4096**2, overlap_comm=True, offload_optimizer=True, communicators=2
+    )
     assert job.strategy == expected
 
 
@@ -578,40 +623,49 @@ def test_a_deepspeed_file_that_cannot_be_predicted_is_named(tmp_path, zero, mess
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        read_job(ROOT / "configs/lora.yaml", path, shape=ModelShape(), ranks=2, length=64)
+        read_job(ROOT / "configs/lora.yaml", path, shape=ModelShape(), world_size=2, sequence_length=64)
 
 
 # The command line
 
 
 def test_the_table_shows_every_item_and_the_verdict(capsys):
-    main(["--rows", "4", "--length", "768", "--gpus", "2", "--card", "24"])
+    main(["--micro-batch-size", "4", "--sequence-length", "768", "--gpus", "2", "--gpu-memory", "24"])
     out = capsys.readouterr().out
     prediction = predict(Configuration(strategy=Strategy("ddp", 2)))
     for name, size in prediction.items.items():
         assert f"  {name:<24}{size / GIB:>8.2f}" in out
-    assert f"peak: {prediction.peak}" in out
+    assert f"peak: {prediction.peak_phase}" in out
     assert "a card of 24 GiB: does not fit" in out
 
 
 def test_the_plan_is_ranked(capsys):
-    main(["--gpus", "2", "--card", "24", "--plan"])
+    main(["--gpus", "2", "--gpu-memory", "24", "--plan"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(" 1. DDP + checkpointing: needs ")
 
 
 def test_a_jobs_files_on_the_command_line(capsys):
-    main([str(ROOT / "configs/lora.yaml"), str(ROOT / "configs/ds_zero_2.json"), "--gpus", "2", "--length", "183"])
+    main(
+        [
+            str(ROOT / "configs/lora.yaml"),
+            str(ROOT / "configs/ds_zero_2.json"),
+            "--gpus",
+            "2",
+            "--sequence-length",
+            "183",
+        ]
+    )
     assert "ZeRO-2, bf16, 4 rows x 183 tokens, 2 GPU(s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan"], "--card 24"),
+        (["--plan"], "--gpu-memory 24"),
         (["--full", "--r", "8"], "--r belongs to LoRA"),
-        ([str(ROOT / "configs/lora.yaml"), "--rows", "2"], "--rows is given beside"),
-        (["--card", "-1"], "-1 GiB"),
+        ([str(ROOT / "configs/lora.yaml"), "--micro-batch-size", "2"], "--micro-batch-size contradicts"),
+        (["--gpu-memory", "-1"], "-1 GiB"),
         (["--model", "nowhere"], "no model configuration nowhere"),
     ],
 )
@@ -622,7 +676,7 @@ def test_contradictions_on_the_command_line(arguments, message):
 
 def test_wrong_input_is_one_line_and_status_2_without_importing_torch():
     code = (
-        "import sys, helpers.memory.predict.__main__ as p; assert 'torch' not in sys.modules; p.main(['--rows', '4'])"
+        "import sys, helpers.memory.predict.__main__ as p; assert 'torch' not in sys.modules; p.main(['--gpus', '1'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "total" in done.stdout
@@ -636,15 +690,15 @@ def test_wrong_input_is_one_line_and_status_2_without_importing_torch():
 def test_the_fast_jobs_are_within_five_percent_of_what_one_h100_measured(name):
     runs = read_results(SPEED_RESULTS)["runs"]
     measured = runs["lora.yaml: loss in chunks" if name == "lora.yaml" else name]
-    prediction = predict(read_job(ROOT / "configs" / name, None, shape=ModelShape(), ranks=1, length=183))
+    prediction = predict(read_job(ROOT / "configs" / name, None, shape=ModelShape(), world_size=1, sequence_length=183))
     assert prediction.allocated / GIB == pytest.approx(measured["torch_allocated_gib"][0], rel=0.02)
     assert prediction.total / GIB == pytest.approx(nvml_used(measured), rel=0.05)
 
 
 def test_layer_inputs_in_host_memory_leave_few_behind():
-    c = Configuration(checkpointing=True, rows=1, length=2048)
+    c = Configuration(checkpointing=True, micro_batch_size=1, sequence_length=2048)
     offloaded = dataclasses.replace(c, offloaded_checkpoints=True)
     layer_input = c.tokens * c.shape.hidden * 2
     assert predict(c).allocated - predict(offloaded).allocated == (28 - 6) * layer_input
-    tiny = Configuration(shape_of(layers=3), checkpointing=True, rows=1, length=16)
+    tiny = Configuration(shape_of(layers=3), checkpointing=True, micro_batch_size=1, sequence_length=16)
     assert predict(tiny).total == predict(dataclasses.replace(tiny, offloaded_checkpoints=True)).total

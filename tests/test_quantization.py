@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.launch import run
-from helpers.memory.ledger import count
+from helpers.memory.ledger import count_bytes
 from helpers.memory.predict import Configuration
-from helpers.memory.predict.saved_tensors import pinned, total
+from helpers.memory.predict.saved_tensors import saved_by_bitsandbytes, total_bytes
 from helpers.memory.predict.states import base_bytes, matrix_bytes
-from helpers.memory.saved_tensors import SavedActivations
+from helpers.memory.saved_tensors import SavedTensors
 from helpers.parallel.network import TINY, batch, largest_difference
 from helpers.quantization.formats import error, int4_rows, int8_rows, nf4, nf4_levels
 from helpers.quantization.library import elements
@@ -94,9 +94,13 @@ def test_a_weight_takes_its_published_number_of_bits():
 def test_predicted_bytes_of_the_base_are_the_counted_ones(bits, dtype):
     model = build_quantized(TINY, bits, "cpu", dtype)
     precision = "fp32" if dtype == torch.float32 else "bf16"
-    assert count(model).categories["parameters"] == base_bytes(Configuration(TINY, precision=precision, base_bits=bits))
+    assert count_bytes(model).categories["parameters"] == base_bytes(
+        Configuration(TINY, precision=precision, quantization_bits=bits)
+    )
     model.train()(**batch(TINY, 1, 8))  # 8 bits: the first forward moves codes and scales to another owner
-    assert count(model).categories["parameters"] == base_bytes(Configuration(TINY, precision=precision, base_bits=bits))
+    assert count_bytes(model).categories["parameters"] == base_bytes(
+        Configuration(TINY, precision=precision, quantization_bits=bits)
+    )
     assert sum(elements(p) for p in model.parameters()) == TINY.parameters
 
 
@@ -104,7 +108,9 @@ def test_predicted_bytes_of_the_base_are_the_counted_ones(bits, dtype):
 def test_eight_bits_keep_inputs_that_neither_backward_nor_checkpointing_frees(checkpointing):
     from peft import LoraConfig, get_peft_model
 
-    job = Configuration(TINY, precision="fp32", rows=2, length=32, base_bits=8, checkpointing=checkpointing)
+    job = Configuration(
+        TINY, precision="fp32", micro_batch_size=2, sequence_length=32, quantization_bits=8, checkpointing=checkpointing
+    )
     lora = LoraConfig(lora_dropout=job.lora.dropout, target_modules=list(job.lora.targets), task_type="CAUSAL_LM")
     forward, backward = {}, {}
     for bits in (8, 4):
@@ -112,15 +118,15 @@ def test_eight_bits_keep_inputs_that_neither_backward_nor_checkpointing_frees(ch
         model = get_peft_model(base, lora).train()
         if checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
-        with SavedActivations(model) as kept:
-            loss = model(**batch(TINY, job.rows, job.length)).loss
+        with SavedTensors(model) as kept:
+            loss = model(**batch(TINY, job.micro_batch_size, job.sequence_length)).loss
         forward[bits] = kept.total
         loss.backward()
         backward[bits] = kept.total
         del loss
         assert kept.total == 0
-    assert forward[8] - forward[4] == total(pinned(job)) > 0
-    assert backward[8] >= total(pinned(job)) and backward[4] == 0
+    assert forward[8] - forward[4] == total_bytes(saved_by_bitsandbytes(job)) > 0
+    assert backward[8] >= total_bytes(saved_by_bitsandbytes(job)) and backward[4] == 0
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -159,9 +159,11 @@ def test_a_damaged_note_of_a_checkpoint_is_told(tmp_path):
 def test_qlora_yaml_leaves_no_decision_open_and_is_predicted_to_fit_a_card_of_8_gib():
     path = ROOT / "configs" / "qlora.yaml"
     assert read_finetune_config(path).notes == [] and read_finetune_config(path).quantization_bit == 4
-    job = read_job(path, None, shape=ModelShape(), ranks=1, length=None)
-    assert job.base_bits == 4 and predict(job).total < 7.5 * 2**30
+    job = read_job(path, None, shape=ModelShape(), world_size=1, sequence_length=None)
+    assert job.quantization_bits == 4 and predict(job).total < 7.5 * 2**30
     assert (
-        predict(read_job(ROOT / "configs" / "lora.yaml", None, shape=ModelShape(), ranks=1, length=None)).total
+        predict(
+            read_job(ROOT / "configs" / "lora.yaml", None, shape=ModelShape(), world_size=1, sequence_length=None)
+        ).total
         > 24 * 2**30
     )

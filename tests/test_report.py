@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES, ITEMS
 from helpers.memory.measured import RankMemory
-from helpers.memory.report import SOURCES, Difference, RankReport, table
+from helpers.memory.report import SOURCES, Difference, RankReport, memory_table
 from helpers.memory.units import GIB, KIB, MIB, Unit, unit_for
 
 ON_CPU = RankMemory(None, None, None, 3 * GIB)
@@ -50,7 +50,7 @@ def test_without_a_gpu_nothing_is_made_up():
     assert set(on_cpu.left_over.values()) == {None}
     assert [on_cpu.totals[source] for source in SOURCES[2:]] == [None] * 3
     assert [on_cpu.bars[source] for source in SOURCES[2:]] == [None] * 3
-    rows = {cells(line)[0]: cells(line)[1:] for line in str(table([on_cpu])).splitlines()}
+    rows = {cells(line)[0]: cells(line)[1:] for line in str(memory_table([on_cpu])).splitlines()}
     assert rows["allocator cache"] == ["not available"]
     assert rows["total"] == ["15.50", "13.00", *["not available"] * 3]
 
@@ -89,7 +89,7 @@ def test_any_report_adds_up_can_be_saved_and_shown(predicted, counted, torchs, n
         assert parts is None if total is None else sum(parts.values()) == total and min(parts.values(), default=0) >= 0
     record = json.loads(json.dumps(asdict(made)))
     assert RankReport(**record | {"measured": RankMemory(**record["measured"])}) == made
-    shown = table([made])
+    shown = memory_table([made])
     assert len({len(row) for row in (shown.header, *shown.rows)}) == 1
     lengths = [line.count("|") for line in shown._repr_markdown_().splitlines()]
     assert set(lengths) == {len(shown.header) + 1} and len(lengths) == len(shown.rows) + 2
@@ -100,14 +100,14 @@ def test_a_negative_rest_is_shown_as_it_is_and_never_drawn():
     assert made.left_over["not counted: temporaries"] == -GIB - 1000
     assert made.bars["allocated"] == {"not told apart": 12 * GIB}
     assert made.bars["reserved"] == {"not told apart": 12 * GIB, "allocator cache": 5 * GIB}
-    assert "-1.00" in str(table([made]))
+    assert "-1.00" in str(memory_table([made]))
 
 
 # --- the table
 
 
 def test_the_table_has_a_row_per_item_and_a_column_per_source():
-    lines = str(table([report()])).splitlines()
+    lines = str(memory_table([report()])).splitlines()
     assert cells(lines[0]) == ["GiB", "predicted", "counted", "allocated", "reserved", "NVML", "left over"]
     rows = {cells(line)[0]: cells(line)[1:] for line in lines[1:]}
     assert rows == {
@@ -129,14 +129,14 @@ def test_the_table_has_a_row_per_item_and_a_column_per_source():
 
 
 def test_every_rank_has_its_rows_in_the_same_unit():
-    text = str(table([report(), report(rank=1, nvml=20 * GIB)]))
+    text = str(memory_table([report(), report(rank=1, nvml=20 * GIB)]))
     assert text.count("GiB") == 1 and "MiB" not in text
     assert [line for line in text.splitlines() if line.startswith("rank")] == ["rank 0", "rank 1"]
     assert [cells(line)[-1] for line in text.splitlines() if line.startswith("total")] == ["19.00", "20.00"]
 
 
 def test_a_notebook_shows_markdown():
-    first, second, *_, last = table([report()])._repr_markdown_().splitlines()
+    first, second, *_, last = memory_table([report()])._repr_markdown_().splitlines()
     assert first == "| GiB | predicted | counted | allocated | reserved | NVML | left over |"
     assert second == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     assert last == "| predicted against NVML | -18.4 % |  |  |  |  |  |"
@@ -186,4 +186,4 @@ def test_bad_input_is_one_clear_line(change, says):
 
 def test_a_table_of_nothing_is_refused():
     with pytest.raises(UserError, match="no report to show"):
-        table([])
+        memory_table([])

@@ -415,8 +415,8 @@ def test_the_networks_loss_ignores_and_normalises_as_transformers_does(kept):
 
 def traffic_and_memory(layers, whole=False, **options):
     from helpers.launch import device
-    from helpers.memory.ledger import count
-    from helpers.memory.saved_tensors import SavedActivations
+    from helpers.memory.ledger import count_bytes
+    from helpers.memory.saved_tensors import SavedTensors
     from helpers.parallel.tensor import parallelize
     from helpers.parallel.traffic import count_traffic
 
@@ -426,13 +426,13 @@ def traffic_and_memory(layers, whole=False, **options):
         parallelize(model, **options)
     optimizer = torch.optim.AdamW(model.parameters())
     with count_traffic() as traffic:
-        with SavedActivations(model) as saved:
+        with SavedTensors(model) as saved:
             loss = model(**batch(shape, ROWS, LENGTH, 0, device())).loss
         kept = dict(saved.by_module)
         loss.backward()
     with torch.no_grad():
         optimizer.step()
-    held = count(model, optimizer).categories
+    held = count_bytes(model, optimizer).categories
     return traffic.by_operation(), traffic.sent, kept["model.layers.0"], held, saved.total
 
 

@@ -179,7 +179,7 @@ def test_traffic_is_the_formulas(stage, units):
 def held_bytes(stage, prepare=plain, group_of=None):
     """Bytes of parameters, gradients and optimizer states after backward, with 16-bit weights, and the parameters."""
     from helpers.launch import device
-    from helpers.memory.ledger import count
+    from helpers.memory.ledger import count_bytes
 
     model = build(TINY, device(), torch.bfloat16)
     prepare(model)
@@ -188,7 +188,7 @@ def held_bytes(stage, prepare=plain, group_of=None):
     optimizer = zero(stage, model)
     for step in range(2):
         model(**batch(TINY, 2, LENGTH, step, device())).loss.backward()
-        held = count(model, optimizer).categories
+        held = count_bytes(model, optimizer).categories
         optimizer.step()
         optimizer.zero_grad()
     return dict(held), trained, total
@@ -221,7 +221,7 @@ def test_backward_holds_few_buckets(stage):
     def most():
         """The most bytes of gathered parameters and unreduced gradients when a gradient has come; buckets' sizes."""
         from helpers.launch import device
-        from helpers.memory.ledger import count
+        from helpers.memory.ledger import count_bytes
 
         model = build(TINY, device())
         optimizer = zero(stage, model, bucket_bytes=300 * KIB)
@@ -229,7 +229,7 @@ def test_backward_holds_few_buckets(stage):
         for bucket in optimizer.buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(
-                    lambda _: seen.append(count(model, optimizer).categories["communication buffers"])
+                    lambda _: seen.append(count_bytes(model, optimizer).categories["communication buffers"])
                 )
         for step in range(2):
             model(**batch(TINY, 2, LENGTH, step, device())).loss.backward()

@@ -118,7 +118,9 @@ def _decide_checkpointing(
     wanted, why = False, "no GPU here whose memory is known"
     sizes = [gpu.total_bytes for gpu in machine.gpus if gpu.total_bytes is not None]
     if sizes:
-        job = configuration_of(config, deepspeed, shape=read_shape(model), ranks=ranks.world_size, length=longest)
+        job = configuration_of(
+            config, deepspeed, shape=read_shape(model), world_size=ranks.world_size, sequence_length=longest
+        )
         # FlashAttention, which does without a mask, runs where bf16 does: from Ampere on.
         job = dataclasses.replace(job, padding_mask=job.padding_mask or mixed_precision(machine) != "bf16")
         fit = fits(job, min(sizes))

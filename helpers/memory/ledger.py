@@ -1,8 +1,8 @@
 """The ledger: exact bytes of a training process by category and rank, every tensor storage once.
 
-    with SavedActivations(model) as activations:
+    with SavedTensors(model) as activations:
         loss = model(**batch).loss
-    print(count(model, optimizer, activations).summary())
+    print(count_bytes(model, optimizer, activations).summary())
 
 It reads what exists and allocates nothing. Temporaries inside an operation have no owner and are not in it.
 """
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES
-from helpers.memory.saved_tensors import SavedActivations
+from helpers.memory.saved_tensors import SavedTensors
 from helpers.memory.storages import storages, tensors_in
 from helpers.memory.units import unit_for
 
@@ -91,7 +91,7 @@ class Ledger:
         return "\n".join(lines)
 
 
-def count(model: nn.Module, optimizer: Any = None, activations: SavedActivations | None = None) -> Ledger:
+def count_bytes(model: nn.Module, optimizer: Any = None, activations: SavedTensors | None = None) -> Ledger:
     """The bytes that ``model``, ``optimizer`` and ``activations`` hold on this rank now.
 
     ``model``: a module, PEFT's, DDP's or FSDP2's; or a DeepSpeed engine, which knows its optimizer by itself. The
@@ -135,7 +135,7 @@ def count(model: nn.Module, optimizer: Any = None, activations: SavedActivations
     return Ledger(dist.get_rank() if _distributed() else 0, census.devices())
 
 
-def gather(ledger: Ledger) -> list[Ledger]:
+def gather_ledgers(ledger: Ledger) -> list[Ledger]:
     """The ledgers of all ranks, on every rank, in order of ranks; just the one where nothing is distributed."""
     if not _distributed():
         return [ledger]

@@ -39,7 +39,7 @@ class Device:
 class Memory:
     """One reading in bytes. ``reserved`` (driver and firmware) is not part of ``used``.
 
-    A driver before 510 does not tell the two apart: there ``reserved`` is None, and ``used`` includes it.
+    A driver before 510 does not tell the two without_reserved: there ``reserved`` is None, and ``used`` includes it.
     """
 
     total: int
@@ -106,7 +106,7 @@ class Nvml:
                 return Memory(info.total, info.used, None)
         except library.NVMLError_NotSupported:
             return None
-        return apart(info.total, info.used, info.free, info.reserved)
+        return without_reserved(info.total, info.used, info.free, info.reserved)
 
     def used_bytes(self, index: int) -> int | None:
         """Bytes in use on ``torch.device("cuda", index)`` by all processes; None where NVML has no figure."""
@@ -188,7 +188,7 @@ def select_uuids(selection: str | None, physical: Mapping[str, Sequence[str]]) -
     return gpus or chosen[:1]
 
 
-def apart(total: int, used: int, free: int, reserved: int) -> Memory:
+def without_reserved(total: int, used: int, free: int, reserved: int) -> Memory:
     """A version-2 reading with ``reserved`` outside ``used``.
 
     NVIDIA's documentation says of some driver versions that ``used`` includes ``reserved`` and of others that it does
@@ -283,7 +283,7 @@ def _why_no_curve(readings: Mapping[Device, Memory | None]) -> str | None:
     return f"NVML: memory not available on {', '.join(silent)}" if silent else None
 
 
-def table(nvml: Nvml) -> str:
+def gpu_table(nvml: Nvml) -> str:
     """The visible GPUs with their memory in GiB, one line each, or the one line that says why there is none."""
     readings = {device: nvml.memory(device) for device in nvml.visible()}
     if not readings:
@@ -309,4 +309,4 @@ def _gib(amount: int | None) -> str:
 
 
 if __name__ == "__main__":
-    exit_with_one_line(lambda: print(table(open_nvml())))
+    exit_with_one_line(lambda: print(gpu_table(open_nvml())))

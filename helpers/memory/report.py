@@ -1,7 +1,7 @@
 """The course's memory report: predicted, counted and measured bytes side by side, and names for what is left over.
 
     reports = [RankReport(rank, predicted, ledger.on("cuda"), memory) for rank, memory in enumerate(measured.ranks)]
-    table(reports)
+    memory_table(reports)
 
 The inputs are plain mappings of bytes. A number that nobody measured reads "not available"; none is made up.
 """
@@ -141,7 +141,7 @@ class Table:
         return "\n".join("| " + " | ".join(row) + " |" for row in (self.header, alignment, *self.rows))
 
 
-def table(reports: Sequence[RankReport]) -> Table:
+def memory_table(reports: Sequence[RankReport]) -> Table:
     """One row per category, left-over and total, one column per source, rank under rank; one unit throughout.
 
     Raises :class:`UserError` where there is no report.

@@ -36,10 +36,10 @@ class _Packed:
         self.kept = kept
 
 
-class SavedActivations:
+class SavedTensors:
     """Records what autograd keeps for backward while a block runs; each storage counts once.
 
-        with SavedActivations(model) as activations:
+        with SavedTensors(model) as activations:
             loss = model(**batch).loss
         activations.total, activations.by_module
 
@@ -67,7 +67,7 @@ class SavedActivations:
         self._inputs: dict[tuple[torch.device, int], str] = {}
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> "SavedActivations":
+    def __enter__(self) -> "SavedTensors":
         self._own = {
             storage[:2]: weakref.ref(tensor)
             for tensor in (*self._model.parameters(), *self._model.buffers())

@@ -73,10 +73,10 @@ class Timeline:
         return "\n".join(lines + ([self.note] if self.note else []))
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON below 200 KB: every curve thinned to its share of the points, peaks kept (see :func:`thin`)."""
+        """Write as JSON below 200 KB: every curve downsampled to its share of the points, all peaks kept."""
         gpus = []
         for gpu in self.gpus:
-            seconds, used = thin(gpu.seconds, gpu.used, SAVED_POINTS // len(self.gpus))
+            seconds, used = downsample(gpu.seconds, gpu.used, SAVED_POINTS // len(self.gpus))
             gpus.append(asdict(gpu) | {"seconds": [round(second, 3) for second in seconds], "used": used})
         record = {"start": self.start, "duration": self.duration, "gpus": gpus, "note": self.note}
         with atomic_write(path) as temporary:
@@ -113,10 +113,10 @@ class CurveRecorder:
         self.seconds.append(second)
         self.used.append(used)
         if len(self.used) > self._limit:
-            self.seconds, self.used = thin(self.seconds, self.used, self._limit // 2)
+            self.seconds, self.used = downsample(self.seconds, self.used, self._limit // 2)
 
 
-def thin(seconds: list[float], used: list[int], limit: int) -> tuple[list[float], list[int]]:
+def downsample(seconds: list[float], used: list[int], limit: int) -> tuple[list[float], list[int]]:
     """At most ``limit`` (>= 4) of the given samples, chosen so that the drawn curve stays the same.
 
     Time is cut into ``limit // 4`` equal intervals and of each the first, last, lowest and highest sample are kept

@@ -37,7 +37,9 @@ def shape_for(machine: Machine, world_size: int, micro_batch_size: int, sequence
     Returns:
         ``GLM_1_5B`` if it fits, else ``TINY``.
     """
-    job = Configuration(GLM_1_5B, lora=None, precision="fp32", rows=micro_batch_size, length=sequence_length)
+    job = Configuration(
+        GLM_1_5B, lora=None, precision="fp32", micro_batch_size=micro_batch_size, sequence_length=sequence_length
+    )
     gpus = machine.gpus[:world_size]
     if len(gpus) == world_size and all(gpu.total_bytes and fits(job, gpu.total_bytes) for gpu in gpus):
         return GLM_1_5B

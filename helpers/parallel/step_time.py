@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from helpers.errors import UserError
 from helpers.memory.predict import Configuration, ModelShape
-from helpers.memory.predict.saved_tensors import layer, total
+from helpers.memory.predict.saved_tensors import saved_by_layer, total_bytes
 from helpers.parallel.mesh import Layout
 from helpers.parallel.pipeline import partition_layers
 from helpers.parallel.pipeline.stages import flops_per_token
@@ -241,8 +241,10 @@ def _activation_bytes(job: TrainingJob, layers: int, micro_batches: int, tensor:
     Sequence parallelism is assumed, so that all of them are divided by ``tensor``. With checkpointing each layer keeps
     its input, and one layer at a time all the rest.
     """
-    configuration = Configuration(job.shape, lora=None, rows=job.micro_batch_size, length=job.sequence_length)
-    per_layer = total(layer(configuration)) / tensor
+    configuration = Configuration(
+        job.shape, lora=None, micro_batch_size=job.micro_batch_size, sequence_length=job.sequence_length
+    )
+    per_layer = total_bytes(saved_by_layer(configuration)) / tensor
     if not job.checkpointing:
         return micro_batches * layers * per_layer
     tokens = job.micro_batch_size * job.sequence_length

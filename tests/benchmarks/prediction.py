@@ -45,55 +45,63 @@ WIDE = ModelShape(layers=4)
 SMALL_BUCKET = 4_000_000
 
 
-def configurations(ranks: int) -> dict[str, Configuration]:
+def configurations(world_size: int) -> dict[str, Configuration]:
     """What is measured, by name; on one GPU DDP and ZeRO run with one rank."""
 
     def medium(
         lora: bool = False,
         kind: str = "single",
-        rows: int = 4,
-        length: int = 512,
+        micro_batch_size: int = 4,
+        sequence_length: int = 512,
         shape: ModelShape = MEDIUM,
         **changes: Any,
     ) -> Configuration:
-        strategy = {key: changes.pop(key) for key in ("reduce_bucket", "overlap_comm") if key in changes}
+        strategy = {key: changes.pop(key) for key in ("reduce_bucket_size", "overlap_comm") if key in changes}
         precision = changes.pop("precision", "bf16" if kind.startswith("zero") else "autocast")
         return Configuration(
             shape=shape,
             lora=Lora() if lora else None,
             precision=precision,
-            strategy=Strategy(kind, 1 if kind == "single" else ranks, **strategy),
-            rows=rows,
-            length=length,
+            strategy=Strategy(kind, 1 if kind == "single" else world_size, **strategy),
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
             **changes,
         )
 
-    small, large = {"reduce_bucket": SMALL_BUCKET}, {"overlap_comm": True}
+    small, large = {"reduce_bucket_size": SMALL_BUCKET}, {"overlap_comm": True}
     return {
         "full, fp32": medium(precision="fp32"),
         "full, autocast": medium(),
         "full, autocast, checkpointing": medium(checkpointing=True),
-        "full, autocast, one long row": medium(rows=1, length=4096),
+        "full, autocast, one long row": medium(micro_batch_size=1, sequence_length=4096),
         "full, 16-bit weights": medium(precision="bf16"),
-        "full, autocast, DDP": medium(kind="ddp", rows=8, length=256),
+        "full, autocast, DDP": medium(kind="ddp", micro_batch_size=8, sequence_length=256),
         "full, ZeRO-1, small buckets": medium(kind="zero-1", **small),
         "full, ZeRO-2, small buckets": medium(kind="zero-2", **small),
         "full, ZeRO-2, published buckets": medium(kind="zero-2", **large),
         "full, ZeRO-3": medium(kind="zero-3", **small),
-        "full, ZeRO-3, checkpointing": medium(kind="zero-3", rows=8, length=1024, checkpointing=True, **small),
+        "full, ZeRO-3, checkpointing": medium(
+            kind="zero-3", micro_batch_size=8, sequence_length=1024, checkpointing=True, **small
+        ),
         "LoRA, autocast": medium(lora=True),
-        "LoRA, autocast, rows differ": medium(lora=True, rows=16, length=384, padded=True),
-        "LoRA, autocast, checkpointing": medium(lora=True, rows=8, length=1024, checkpointing=True),
+        "LoRA, autocast, rows differ": medium(lora=True, micro_batch_size=16, sequence_length=384, padded=True),
+        "LoRA, autocast, checkpointing": medium(
+            lora=True, micro_batch_size=8, sequence_length=1024, checkpointing=True
+        ),
         "LoRA, ZeRO-2, published buckets": medium(lora=True, kind="zero-2", **large),
         "LoRA, ZeRO-3": medium(lora=True, kind="zero-3", **small),
-        "LoRA, 16-bit weights, one long row": medium(lora=True, precision="bf16", rows=1, length=4096),
-        "wide, full, ZeRO-2, checkpointing": medium(
-            shape=WIDE, kind="zero-2", rows=2, length=1024, checkpointing=True, **small
+        "LoRA, 16-bit weights, one long row": medium(
+            lora=True, precision="bf16", micro_batch_size=1, sequence_length=4096
         ),
-        "6B LoRA, DDP, rows differ": Configuration(strategy=Strategy("ddp", ranks), rows=4, length=183, padded=True),
-        "6B LoRA, DDP, checkpointing": Configuration(strategy=Strategy("ddp", ranks), checkpointing=True),
+        "wide, full, ZeRO-2, checkpointing": medium(
+            shape=WIDE, kind="zero-2", micro_batch_size=2, sequence_length=1024, checkpointing=True, **small
+        ),
+        "6B LoRA, DDP, rows differ": Configuration(
+            strategy=Strategy("ddp", world_size), micro_batch_size=4, sequence_length=183, padded=True
+        ),
+        "6B LoRA, DDP, checkpointing": Configuration(strategy=Strategy("ddp", world_size), checkpointing=True),
         "6B LoRA, ZeRO-2, published buckets": Configuration(
-            precision="bf16", strategy=Strategy("zero-2", ranks, overlap_comm=True), length=512
+            precision="bf16", strategy=Strategy("zero-2", world_size, overlap_comm=True), sequence_length=512
         ),
     }
 
@@ -103,7 +111,7 @@ def build(configuration: Configuration, device: torch.device) -> torch.nn.Module
     from helpers.memory.predict.build import base_model, with_adapter  # with transformers and peft: in the ranks
 
     model = base_model(configuration, device)
-    if configuration.strategy.stage == 3:
+    if configuration.strategy.zero_stage == 3:
         # Partitioned before it gets its adapter, as by from_pretrained: the adapter then stays in fp32.
         import deepspeed  # looks for its accelerator when it is imported
 
@@ -115,11 +123,11 @@ def batch(configuration: Configuration, step: int, device: torch.device) -> dict
     """Random tokens; where rows differ, each is shorter than the one before, padded on the left."""
     c = configuration
     if not c.padded:
-        ids = torch.randint(1, c.shape.vocab, (c.rows, c.length), device=device)
+        ids = torch.randint(1, c.shape.vocab, (c.micro_batch_size, c.sequence_length), device=device)
         return {"input_ids": ids, "labels": ids}
-    longest = max(2, round(c.length * VARYING[step % len(VARYING)]))
-    ids = torch.randint(1, c.shape.vocab, (c.rows, longest), device=device)
-    padding = torch.arange(c.rows, device=device)[:, None] * (longest // (2 * c.rows))
+    longest = max(2, round(c.sequence_length * VARYING[step % len(VARYING)]))
+    ids = torch.randint(1, c.shape.vocab, (c.micro_batch_size, longest), device=device)
+    padding = torch.arange(c.micro_batch_size, device=device)[:, None] * (longest // (2 * c.micro_batch_size))
     mask = torch.arange(longest, device=device)[None, :] >= padding
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
 
@@ -133,14 +141,14 @@ def train(configuration: Configuration) -> dict[str, Any]:
     if dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(0)
-    if c.strategy.stage:
+    if c.strategy.zero_stage:
         prepare_deepspeed()
     model = build(c, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3 leaves a part of each
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     engine = None
-    if c.strategy.stage:
+    if c.strategy.zero_stage:
         engine = model = _deepspeed(c, model, optimizer)
     elif c.strategy.kind == "ddp":
         ids = [device] if device.type == "cuda" else None
@@ -169,15 +177,15 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
     """The DeepSpeed file of a configuration."""
     strategy = c.strategy
     return {
-        "train_micro_batch_size_per_gpu": c.rows,
+        "train_micro_batch_size_per_gpu": c.micro_batch_size,
         "bf16": {"enabled": c.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": strategy.stage,
-            "reduce_bucket_size": strategy.reduce_bucket,
+            "stage": strategy.zero_stage,
+            "reduce_bucket_size": strategy.reduce_bucket_size,
             "overlap_comm": strategy.overlap_comm,
-            "stage3_max_live_parameters": strategy.max_live,
-            "sub_group_size": strategy.sub_group,
+            "stage3_max_live_parameters": strategy.max_live_parameters,
+            "sub_group_size": strategy.sub_group_size,
         },
     }
 
@@ -201,7 +209,10 @@ def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.
 def record(configuration: Configuration, measured: list[dict[str, int | None]], outcome: dict[str, Any]) -> dict:
     """One configuration's entry: its prediction, each rank's measured bytes, the errors in percent."""
     prediction = predict(configuration)
-    assert outcome["trained_parameters"] == configuration.trained, (outcome, configuration.trained)
+    assert outcome["trained_parameters"] == configuration.trainable_parameters, (
+        outcome,
+        configuration.trainable_parameters,
+    )
 
     def error(predicted: int, name: str) -> float | None:
         peaks = [rank[name] for rank in measured if rank[name] is not None]
@@ -209,9 +220,9 @@ def record(configuration: Configuration, measured: list[dict[str, int | None]], 
 
     return {
         "configuration": dataclasses.asdict(configuration),
-        "peak": prediction.peak,
+        "peak": prediction.peak_phase,
         "predicted": dict(prediction.items),
-        "predicted_moments": dict(prediction.moments),
+        "predicted_moments": dict(prediction.phases),
         "predicted_allocated": prediction.allocated,
         "predicted_reserved": prediction.reserved,
         "predicted_total": prediction.total,
@@ -231,7 +242,9 @@ def predicted_again(content: dict[str, Any]) -> dict[str, Any]:
     def again(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
         if "failed" in entry:
             return entry
-        outcome = {key: entry[key] for key in ("losses", "expandable")} | {"trained_parameters": configuration.trained}
+        outcome = {key: entry[key] for key in ("losses", "expandable")} | {
+            "trained_parameters": configuration.trainable_parameters
+        }
         return entry | record(configuration, entry["measured"], outcome)
 
     entries = {}
@@ -262,7 +275,7 @@ def measure(configuration: Configuration) -> dict[str, Any]:
     for _ in range(RUNS_UNDER_DDP if strategy.kind == "ddp" else 1):
         try:
             with allocator(configuration.expandable_segments):
-                results.append(run(train, strategy.ranks, configuration=configuration, timeout=TIMEOUT_SECONDS))
+                results.append(run(train, strategy.world_size, configuration=configuration, timeout=TIMEOUT_SECONDS))
         except RankError as error:
             return {"failed": str(error)}
     runs = [

@@ -1,8 +1,8 @@
-"""What a training job will need of each GPU, before anything is loaded.
+"""Predict what a training job needs of each GPU, before anything is loaded.
 
-python -m helpers.memory.predict --rows 4 --length 768 --checkpointing
-python -m helpers.memory.predict configs/lora.yaml configs/ds_zero_2.json --gpus 2 --card 24
-python -m helpers.memory.predict --full --gpus 2 --card 24 --plan
+python -m helpers.memory.predict --micro-batch-size 4 --sequence-length 768 --checkpointing
+python -m helpers.memory.predict configs/lora.yaml configs/ds_zero_2.json --gpus 2 --gpu-memory 24
+python -m helpers.memory.predict --full --gpus 2 --gpu-memory 24 --plan
 """
 
 import argparse
@@ -20,11 +20,11 @@ from helpers.memory.predict.configuration import (
     Strategy,
     read_shape,
 )
-from helpers.memory.predict.planner import Ranked, fits, label, rank_strategies
+from helpers.memory.predict.planner import Candidate, fits, label, sort_strategies
 from helpers.memory.predict.prediction import Prediction, predict
 from helpers.memory.units import GIB
 
-# What a job's files decide; saying it again beside them would be silently wrong one way or the other.
+# A job's own files decide these: an option that contradicts them would silently lose.
 DECIDED_BY_FILES = (
     "full",
     "r",
@@ -32,10 +32,10 @@ DECIDED_BY_FILES = (
     "dropout",
     "precision",
     "strategy",
-    "rows",
+    "micro_batch_size",
     "padded",
     "checkpointing",
-    "bits",
+    "quantization_bits",
 )
 
 
@@ -49,9 +49,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("deepspeed", type=Path, nargs="?", help="and its DeepSpeed JSON")
     parser.add_argument("--model", type=Path, help="config.json or its folder; without it, ChatGLM3-6B")
     parser.add_argument("--gpus", type=positive_int, default=1, help="number of GPUs")
-    parser.add_argument("--length", type=positive_int, help="tokens a row (768; with files, the longest they allow)")
-    parser.add_argument("--card", type=float, metavar="GIB", help="memory of a card: say whether the job fits it")
-    parser.add_argument("--plan", action="store_true", help="with --card: rank the strategies for this job")
+    parser.add_argument(
+        "--sequence-length", type=positive_int, help="tokens per sequence (768; with files, the longest they allow)"
+    )
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory per GPU: print whether the job fits")
+    parser.add_argument("--plan", action="store_true", help="with --gpu-memory: sort the strategies for this job")
     parser.add_argument(
         "--expandable-segments", action="store_true", help="torch's allocator with expandable_segments:True"
     )
@@ -61,11 +63,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, help="on the adapter's inputs (0.1)")
     parser.add_argument("--precision", choices=PRECISIONS, help="(autocast; bf16 under DeepSpeed)")
     parser.add_argument("--strategy", choices=KINDS, help="(single; ddp with several GPUs)")
-    parser.add_argument("--rows", type=positive_int, help="rows that run at once on a GPU (4)")
-    parser.add_argument("--padded", action="store_true", default=None, help="rows differ in length")
-    parser.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again")
-    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the frozen matrices")
+    parser.add_argument("--micro-batch-size", type=positive_int, help="sequences that run at once on a GPU (4)")
+    parser.add_argument("--padded", action="store_true", default=None, help="sequences differ in length")
+    parser.add_argument("--checkpointing", action="store_true", default=None, help="recompute activations in backward")
+    parser.add_argument("--quantization-bits", type=int, choices=(8, 4), help="quantise the frozen matrices")
     return parser.parse_args(argv)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _configuration(arguments: argparse.Namespace) -> Configuration:
@@ -73,17 +79,21 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
     if arguments.config:
         for name in DECIDED_BY_FILES:
             if getattr(arguments, name) is not None:
-                raise UserError(f"--{name} is given beside {arguments.config}, which decides it; drop one of them")
+                raise UserError(f"{_option(name)} contradicts {arguments.config}, which decides it; drop one of them")
         from helpers.memory.predict.jobs import read_job  # imports transformers, which takes seconds
 
         job = read_job(
-            arguments.config, arguments.deepspeed, shape=shape, ranks=arguments.gpus, length=arguments.length
+            arguments.config,
+            arguments.deepspeed,
+            shape=shape,
+            world_size=arguments.gpus,
+            sequence_length=arguments.sequence_length,
         )
         return replace(job, expandable_segments=arguments.expandable_segments)
     if arguments.full:
-        for name in ("r", "targets", "dropout", "bits"):
+        for name in ("r", "targets", "dropout", "quantization_bits"):
             if getattr(arguments, name) is not None:
-                raise UserError(f"--{name} belongs to LoRA, but --full trains without it; drop one of them")
+                raise UserError(f"{_option(name)} belongs to LoRA, but --full trains without it; drop one of them")
     kind = arguments.strategy or ("single" if arguments.gpus == 1 else "ddp")
     communicators = constants.TRAINER_ZERO_3_COMMUNICATORS if kind == "zero-3" else 1
     strategy = Strategy(kind, arguments.gpus, communicators=communicators)
@@ -92,35 +102,37 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
     return Configuration(
         shape=shape,
         lora=None if arguments.full else Lora(arguments.r or lora.r, tuple(arguments.targets or lora.targets), dropout),
-        precision=arguments.precision or ("bf16" if strategy.stage else "autocast"),
+        precision=arguments.precision or ("bf16" if strategy.zero_stage else "autocast"),
         strategy=strategy,
-        rows=arguments.rows or 4,
-        length=arguments.length or 768,
+        micro_batch_size=arguments.micro_batch_size or 4,
+        sequence_length=arguments.sequence_length or 768,
         padded=bool(arguments.padded),
         checkpointing=bool(arguments.checkpointing),
-        base_bits=arguments.bits or 16,
+        quantization_bits=arguments.quantization_bits or 16,
         expandable_segments=arguments.expandable_segments,
     )
 
 
-def table(configuration: Configuration, prediction: Prediction) -> str:
+def prediction_table(configuration: Configuration, prediction: Prediction) -> str:
     """The items at the peak, and what each moment needs, in GiB."""
     c = configuration
     trains = "all parameters" if c.lora is None else f"LoRA, r = {c.lora.r} on {', '.join(c.lora.targets)}"
     lines = [
-        f"{trains} ({c.trained:,} of {c.shape.parameters:,}), {label(c)}, {c.precision}, "
-        f"{c.rows} rows x {c.length} tokens, {c.strategy.ranks} GPU(s)",
-        f"peak: {prediction.peak}, GiB per GPU",
+        f"{trains} ({c.trainable_parameters:,} of {c.shape.parameters:,}), {label(c)}, {c.precision}, "
+        f"{c.micro_batch_size} rows x {c.sequence_length} tokens, {c.strategy.world_size} GPU(s)",
+        f"peak: {prediction.peak_phase}, GiB per GPU",
     ]
     lines += [f"  {name:<24}{size / GIB:>8.2f}" for name, size in prediction.items.items()]
     lines += [f"  {'total':<24}{prediction.total / GIB:>8.2f}", "moments, GiB per GPU"]
-    lines += [f"  {name:<32}{size / GIB:>8.2f}" for name, size in prediction.moments.items()]
+    lines += [f"  {name:<32}{size / GIB:>8.2f}" for name, size in prediction.phases.items()]
     return "\n".join(lines)
 
 
-def plan(ranked: list[Ranked]) -> str:
+def strategy_list(candidates: list[Candidate]) -> str:
     """The ranked strategies, one line each."""
-    return "\n".join(f"{place:>2}. {label(r.configuration)}: {r.reason}" for place, r in enumerate(ranked, start=1))
+    return "\n".join(
+        f"{number:>2}. {label(r.configuration)}: {r.reason}" for number, r in enumerate(candidates, start=1)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,13 +140,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _arguments(argv)
     configuration = _configuration(arguments)
     if arguments.plan:
-        if arguments.card is None:
-            raise UserError("--plan needs the cards' memory; add --card 24 for cards of 24 GiB")
-        print(plan(rank_strategies(configuration, arguments.gpus, int(arguments.card * GIB))))
+        if arguments.gpu_memory is None:
+            raise UserError("--plan needs the memory per GPU; add --gpu-memory 24 for GPUs of 24 GiB")
+        print(strategy_list(sort_strategies(configuration, arguments.gpus, int(arguments.gpu_memory * GIB))))
         return
-    print(table(configuration, predict(configuration)))
-    if arguments.card is not None:
-        print(f"a card of {arguments.card:g} GiB: {fits(configuration, int(arguments.card * GIB))}")
+    print(prediction_table(configuration, predict(configuration)))
+    if arguments.gpu_memory is not None:
+        print(f"a card of {arguments.gpu_memory:g} GiB: {fits(configuration, int(arguments.gpu_memory * GIB))}")
 
 
 if __name__ == "__main__":

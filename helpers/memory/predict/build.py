@@ -26,7 +26,7 @@ def base_model(configuration: Configuration, device: torch.device | str) -> nn.M
         use_cache=False,
     )
     with torch.device(device):
-        model = GlmForCausalLM._from_config(config, dtype=torch.float32 if c.stream_bytes == 4 else torch.bfloat16)
+        model = GlmForCausalLM._from_config(config, dtype=torch.float32 if c.residual_bytes == 4 else torch.bfloat16)
     if c.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -134,27 +134,31 @@ class Strategy:
     """
 
     kind: str = "single"
-    ranks: int = 1
-    reduce_bucket: int = 500_000_000
+    world_size: int = 1
+    reduce_bucket_size: int = 500_000_000
     overlap_comm: bool = False
-    max_live: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
+    max_live_parameters: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_parameters: bool = False
     communicators: int = 1
 
     def __post_init__(self) -> None:
         check_choice(self, "kind", KINDS)
-        check_positive(self, "ranks", "reduce_bucket", "max_live", "sub_group", "communicators")
-        if self.kind == "single" and self.ranks > 1:
-            raise UserError(f"Strategy: kind is single but ranks is {self.ranks}; choose ddp or one of zero-1, -2, -3")
-        if self.offload_optimizer and not self.stage:
+        check_positive(
+            self, "world_size", "reduce_bucket_size", "max_live_parameters", "sub_group_size", "communicators"
+        )
+        if self.kind == "single" and self.world_size > 1:
+            raise UserError(
+                f"Strategy: kind is single but world_size is {self.world_size}; choose ddp or one of zero-1, -2, -3"
+            )
+        if self.offload_optimizer and not self.zero_stage:
             raise UserError(f"Strategy: {self.kind} cannot offload optimizer states; choose zero-1, zero-2 or zero-3")
-        if self.offload_parameters and self.stage != 3:
+        if self.offload_parameters and self.zero_stage != 3:
             raise UserError(f"Strategy: {self.kind} cannot offload parameters; choose zero-3")
 
     @property
-    def stage(self) -> int:
+    def zero_stage(self) -> int:
         """The ZeRO stage; 0 without DeepSpeed."""
         return int(self.kind[-1]) if self.kind.startswith("zero") else 0
 
@@ -163,49 +167,64 @@ class Strategy:
 class Configuration:
     """A training job, as one GPU sees it.
 
-    ``lora`` None trains every parameter. ``precision``: "fp32"; "autocast", which is the HF Trainer's bf16=True
-    (fp32 weights where all are trained, bf16 weights and an fp32 adapter under LoRA); "bf16", 16-bit weights and no
-    autocast, which is what DeepSpeed's bf16 does. ``base_bits`` 8 or 4 quantises the layers' matrices under LoRA.
-    ``rows`` x ``length`` tokens run at once; ``padded`` says that rows differ in length, and ``padding_mask`` that
-    attention then gets a mask of the padding, as it does in the Trainer (padding on the right needs none).
-    ``accumulation`` is the number of micro-batches to a step. ``expandable_segments`` is torch's allocator with
-    PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9 PYTORCH_CUDA_ALLOC_CONF). ``loss_chunk`` is the number
-    of tokens whose logits exist at a time (helpers.activations.chunked_loss); None is the plain loss, which makes all
-    of them.
-    ``offloaded_checkpoints``: with ``checkpointing``, the layers' inputs are in host memory.
+    Attributes:
+        shape: The network.
+        lora: The adapter; None trains every parameter.
+        precision: "fp32"; "autocast", the HF Trainer's bf16=True (fp32 weights if all of them are trained, bf16 weights
+            with an fp32 adapter under LoRA); or "bf16", 16-bit weights without autocast, DeepSpeed's bf16.
+        strategy: How the ranks share the work.
+        micro_batch_size: Sequences that run at once on a GPU.
+        sequence_length: Tokens per sequence, padding included.
+        padded: Whether the sequences of a batch differ in length.
+        padding_mask: Whether attention then gets a mask of the padding, as it does in the Trainer (sequences padded on
+            the right can do without).
+        checkpointing: Whether backward recomputes every layer from its input.
+        quantization_bits: 8 or 4 quantises the layers' matrices under LoRA; 16 leaves them as they are.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        expandable_segments: Whether torch's allocator runs with PYTORCH_ALLOC_CONF=expandable_segments:True
+            (PYTORCH_CUDA_ALLOC_CONF before torch 2.9).
+        loss_chunk: Number of tokens whose logits exist at a time (helpers.activations.chunked_loss); None for the plain
+            loss, which materialises all of them.
+        offloaded_checkpoints: With ``checkpointing``, whether the layers' inputs are in host memory.
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
     lora: Lora | None = field(default_factory=Lora)
     precision: str = "autocast"
     strategy: Strategy = field(default_factory=Strategy)
-    rows: int = 4
-    length: int = 768
+    micro_batch_size: int = 4
+    sequence_length: int = 768
     padded: bool = False
     padding_mask: bool = True
     checkpointing: bool = False
-    base_bits: int = 16
-    accumulation: int = 1
+    quantization_bits: int = 16
+    gradient_accumulation_steps: int = 1
     expandable_segments: bool = False
     loss_chunk: int | None = None
     offloaded_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, "precision", PRECISIONS)
-        check_choice(self, "base_bits", (16, 8, 4))
-        check_positive(self, "rows", "length", "accumulation", *(["loss_chunk"] if self.loss_chunk is not None else []))
-        if self.base_bits != 16 and (self.lora is None or self.strategy.stage == 3):
+        check_choice(self, "quantization_bits", (16, 8, 4))
+        check_positive(
+            self,
+            "micro_batch_size",
+            "sequence_length",
+            "gradient_accumulation_steps",
+            *(["loss_chunk"] if self.loss_chunk is not None else []),
+        )
+        if self.quantization_bits != 16 and (self.lora is None or self.strategy.zero_stage == 3):
             raise UserError(
-                f"Configuration: base_bits is {self.base_bits}; such weights are frozen and not partitioned: train "
-                "LoRA, with another strategy than zero-3"
+                f"Configuration: quantization_bits is {self.quantization_bits}; such weights are frozen and not "
+                "partitioned: train LoRA, with another strategy than zero-3"
             )
-        if self.precision == "autocast" and self.strategy.stage:
+        if self.precision == "autocast" and self.strategy.zero_stage:
             raise UserError("Configuration: precision is autocast, which DeepSpeed does not use; choose bf16 or fp32")
 
     @property
     def tokens(self) -> int:
         """Tokens that run at once, padding included."""
-        return self.rows * self.length
+        return self.micro_batch_size * self.sequence_length
 
     @property
     def masked(self) -> bool:
@@ -213,17 +232,17 @@ class Configuration:
         return self.padded and self.padding_mask
 
     @property
-    def trained(self) -> int:
+    def trainable_parameters(self) -> int:
         """Number of trained parameters."""
         return self.lora.parameters(self.shape) if self.lora else self.shape.parameters
 
     @property
-    def frozen(self) -> int:
+    def frozen_parameters(self) -> int:
         """Number of frozen parameters."""
         return self.shape.parameters if self.lora else 0
 
     @property
-    def stream_bytes(self) -> int:
+    def residual_bytes(self) -> int:
         """Bytes of an element of the weights and of the residual stream, which has the embedding's type."""
         return 4 if self.precision == "fp32" or (self.precision == "autocast" and self.lora is None) else 2
 
@@ -233,15 +252,15 @@ class Configuration:
         return 4 if self.precision == "fp32" else 2
 
     @property
-    def trained_bytes(self) -> int:
+    def trainable_bytes(self) -> int:
         """Bytes of a trained parameter.
 
         PEFT makes an adapter in fp32. DeepSpeed casts it with the whole module, but not under ZeRO-3, where the module
         was partitioned while it was read (``_cast_module_mixed_precision`` in deepspeed/runtime/engine.py).
         """
-        if self.lora and self.strategy.stage in (0, 3):
+        if self.lora and self.strategy.zero_stage in (0, 3):
             return 4
-        return self.stream_bytes
+        return self.residual_bytes
 
 
 def read_shape(path: Path) -> ModelShape:

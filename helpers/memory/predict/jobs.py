@@ -15,16 +15,29 @@ DEFAULT_ROWS, DEFAULT_RANK, DEFAULT_DROPOUT = 8, 8, 0.0
 
 
 def read_job(
-    config_file: Path, deepspeed_file: Path | None, *, shape: ModelShape, ranks: int, length: int | None
+    config_file: Path, deepspeed_file: Path | None, *, shape: ModelShape, world_size: int, sequence_length: int | None
 ) -> Configuration:
-    """The job that ``python -m helpers.finetune.train`` would start with these files on ``ranks`` GPUs with bf16.
+    """Describe the job that ``python -m helpers.finetune.train`` would start with these files on GPUs with bf16.
 
-    ``length`` is the longest row in tokens, and of no matter to packs; None takes the longest that the file allows.
-    Raises UserError.
+    Args:
+        config_file: A ``lora.yaml``.
+        deepspeed_file: The DeepSpeed JSON; None trains without DeepSpeed.
+        shape: The network that the job fine-tunes.
+        world_size: Number of GPUs.
+        sequence_length: Tokens of the longest row; None takes the longest that ``config_file`` allows. Packs have a
+            length of their own and ignore it.
+
+    Returns:
+        The configuration to predict for.
+
+    Raises:
+        UserError: A file is missing, contradicts itself or asks for something that no prediction covers.
     """
     job = read_finetune_config(config_file)
     deepspeed = read_deepspeed_config(deepspeed_file) if deepspeed_file else None
-    return configuration_of(job, deepspeed, shape=shape, ranks=ranks, length=length, source=str(deepspeed_file))
+    return configuration_of(
+        job, deepspeed, shape=shape, world_size=world_size, sequence_length=sequence_length, source=str(deepspeed_file)
+    )
 
 
 def configuration_of(
@@ -32,8 +45,8 @@ def configuration_of(
     deepspeed: dict[str, Any] | None,
     *,
     shape: ModelShape,
-    ranks: int,
-    length: int | None,
+    world_size: int,
+    sequence_length: int | None,
     source: str = "the DeepSpeed file",
 ) -> Configuration:
     """The same for files that were read already; ``source`` names the DeepSpeed file in messages.
@@ -42,7 +55,7 @@ def configuration_of(
     """
     kind = choose_precision(job.training, deepspeed, "bf16")
     training = job.training
-    strategy = _strategy(deepspeed, ranks, shape, source) if deepspeed is not None else _without(ranks)
+    strategy = _strategy(deepspeed, world_size, shape, source) if deepspeed is not None else _without(world_size)
     targets = job.lora["target_modules"]
     return Configuration(
         shape=shape,
@@ -51,27 +64,27 @@ def configuration_of(
             targets=tuple(shape.linears) if targets == "all-linear" else tuple(targets),
             dropout=job.lora.get("lora_dropout", DEFAULT_DROPOUT),
         ),
-        precision="fp32" if kind == "no" else "bf16" if strategy.stage else "autocast",
+        precision="fp32" if kind == "no" else "bf16" if strategy.zero_stage else "autocast",
         strategy=strategy,
-        rows=training.get("per_device_train_batch_size", DEFAULT_ROWS),
+        micro_batch_size=training.get("per_device_train_batch_size", DEFAULT_ROWS),
         # A row is cut to the sum of both limits and one (helpers.finetune.dataset).
-        length=job.speed.packing or length or job.max_input_length + job.max_output_length + 1,
+        sequence_length=job.speed.packing or sequence_length or job.max_input_length + job.max_output_length + 1,
         padded=job.speed.packing is None,
         padding_mask=job.speed.padding_mask,
         checkpointing=job.checkpointing is True,
-        base_bits=job.quantization_bit or 16,
-        accumulation=training.get("gradient_accumulation_steps", 1),
+        quantization_bits=job.quantization_bit or 16,
+        gradient_accumulation_steps=training.get("gradient_accumulation_steps", 1),
         expandable_segments=job.speed.expandable_segments,
         loss_chunk=job.speed.loss_chunk,
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
     )
 
 
-def _without(ranks: int) -> Strategy:
-    return Strategy("ddp", ranks) if ranks > 1 else Strategy()
+def _without(world_size: int) -> Strategy:
+    return Strategy("ddp", world_size) if world_size > 1 else Strategy()
 
 
-def _strategy(deepspeed: dict[str, Any], ranks: int, shape: ModelShape, source: str) -> Strategy:
+def _strategy(deepspeed: dict[str, Any], world_size: int, shape: ModelShape, source: str) -> Strategy:
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
@@ -89,12 +102,14 @@ def _strategy(deepspeed: dict[str, Any], ranks: int, shape: ModelShape, source: 
     overlap = zero.get("overlap_comm")
     return Strategy(
         f"zero-{stage}",
-        ranks,
+        world_size,
         # transformers/integrations/deepspeed.py fills "auto" with hidden_size squared.
-        reduce_bucket=elements("reduce_bucket_size", defaults.reduce_bucket, shape.hidden**2),
+        reduce_bucket_size=elements("reduce_bucket_size", defaults.reduce_bucket_size, shape.hidden**2),
         overlap_comm=stage == 3 if overlap is None else bool(overlap),
-        max_live=elements("stage3_max_live_parameters", defaults.max_live, defaults.max_live),
-        sub_group=elements("sub_group_size", defaults.sub_group, defaults.sub_group),
+        max_live_parameters=elements(
+            "stage3_max_live_parameters", defaults.max_live_parameters, defaults.max_live_parameters
+        ),
+        sub_group_size=elements("sub_group_size", defaults.sub_group_size, defaults.sub_group_size),
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
         communicators=constants.TRAINER_ZERO_3_COMMUNICATORS if stage == 3 else 1,

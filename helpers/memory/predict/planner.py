@@ -42,8 +42,8 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """One answer of :func:`rank_strategies`. ``traffic`` is bytes that a GPU sends in an optimizer step."""
+class Candidate:
+    """One answer of :func:`sort_strategies`. ``traffic`` is bytes that a GPU sends in an optimizer step."""
 
     configuration: Configuration
     prediction: Prediction
@@ -52,16 +52,16 @@ class Ranked:
     reason: str
 
 
-def fits(configuration: Configuration, card_bytes: int) -> Fit:
-    """Whether the configuration fits a card of ``card_bytes``, of which 5 % stay in reserve (constants.py).
+def fits(configuration: Configuration, gpu_bytes: int) -> Fit:
+    """Whether the configuration fits a card of ``gpu_bytes``, of which 5 % stay in reserve (constants.py).
 
     Raises UserError for a card without memory.
     """
-    if card_bytes <= 0:
-        raise UserError(f"a card of {card_bytes / GIB:g} GiB holds nothing; give its memory in GiB, for example 24")
+    if gpu_bytes <= 0:
+        raise UserError(f"a card of {gpu_bytes / GIB:g} GiB holds nothing; give its memory in GiB, for example 24")
     prediction = predict(configuration)
     largest = max(prediction.items, key=lambda name: prediction.items[name])
-    usable = int(card_bytes * (1 - constants.SAFETY_MARGIN_SHARE))
+    usable = int(gpu_bytes * (1 - constants.SAFETY_MARGIN_SHARE))
     remedy = ""
     if prediction.total > usable and not configuration.expandable_segments:
         without_holes = predict(replace(configuration, expandable_segments=True)).total
@@ -79,58 +79,70 @@ def traffic(configuration: Configuration) -> int:
     micro-batch, and reduce-scatters the gradients of the trained ones: 3Ψ in full training.
     """
     c = configuration
-    trained = c.trained * c.trained_bytes
-    if c.strategy.stage == 3:
-        volume = c.accumulation * (2 * c.frozen * c.stream_bytes + 3 * trained)
+    trained = c.trainable_parameters * c.trainable_bytes
+    if c.strategy.zero_stage == 3:
+        volume = c.gradient_accumulation_steps * (2 * c.frozen_parameters * c.residual_bytes + 3 * trained)
     else:
         volume = 2 * trained
-    return volume * (c.strategy.ranks - 1) // c.strategy.ranks
+    return volume * (c.strategy.world_size - 1) // c.strategy.world_size
 
 
-def rank_strategies(wanted: Configuration, ranks: int, card_bytes: int) -> list[Ranked]:
-    """Ways to run ``wanted`` on ``ranks`` cards, best first; its own strategy and checkpointing are not looked at.
+def sort_strategies(configuration: Configuration, world_size: int, gpu_bytes: int) -> list[Candidate]:
+    """Sort the ways to run a job on ``world_size`` GPUs, best first.
 
-    What fits goes first. Among those the order is that of the time they cost, as measured on H100s with the 6B model
-    (tokens/s per GPU): DDP 13,474; ZeRO-2 12,769; DDP with checkpointing 9,251; ZeRO-3 with it 2,113; ZeRO-3 with the
-    optimizer of all parameters in host memory 309. Raises UserError for no card, or one without memory.
+    Configurations that fit come first, the cheapest in time before the others. The order of cost is the one measured on
+    H100s with the 6B model (tokens/s per GPU): DDP 13,474; ZeRO-2 12,769; DDP with checkpointing 9,251; ZeRO-3 with
+    checkpointing 2,113; ZeRO-3 with the optimizer of all parameters in host memory 309. Configurations that do not fit
+    follow, those that miss least first.
+
+    Args:
+        configuration: The job. Its own strategy and checkpointing are ignored.
+        world_size: Number of GPUs.
+        gpu_bytes: Memory of each GPU, in bytes.
+
+    Returns:
+        One candidate per strategy, with and without checkpointing.
+
+    Raises:
+        UserError: There is no GPU, or the GPUs have no memory.
     """
-    if ranks < 1:
-        raise UserError(f"{ranks} GPUs cannot train; give 1 or more")
+    if world_size < 1:
+        raise UserError(f"{world_size} GPUs cannot train; give 1 or more")
     ranked = []
-    for candidate in _candidates(wanted, ranks):
-        prediction, fit = predict(candidate), fits(candidate, card_bytes)
-        ranked.append(Ranked(candidate, prediction, fit, traffic(candidate), _reason(candidate, fit)))
+    for candidate in _candidates(configuration, world_size):
+        prediction, fit = predict(candidate), fits(candidate, gpu_bytes)
+        ranked.append(Candidate(candidate, prediction, fit, traffic(candidate), _reason(candidate, fit)))
     # What does not fit goes by how much is missing.
     return sorted(ranked, key=lambda r: (False, *_cost(r.configuration)) if r.fit else (True, -r.fit.margin))
 
 
-def _candidates(wanted: Configuration, ranks: int) -> Iterator[Configuration]:
+def _candidates(configuration: Configuration, world_size: int) -> Iterator[Configuration]:
     for checkpointing in (False, True):
-        for strategy in _strategies(ranks):
+        for strategy in _strategies(world_size):
             # DeepSpeed runs no autocast: what the Trainer's bf16=True means there is 16-bit weights.
-            precision = wanted.precision
+            precision = configuration.precision
             if precision != "fp32":
-                precision = "bf16" if strategy.stage else "autocast"
-            if wanted.base_bits < 16 and strategy.stage == 3:
+                precision = "bf16" if strategy.zero_stage else "autocast"
+            if configuration.quantization_bits < 16 and strategy.zero_stage == 3:
                 continue
-            yield replace(wanted, strategy=strategy, precision=precision, checkpointing=checkpointing)
+            yield replace(configuration, strategy=strategy, precision=precision, checkpointing=checkpointing)
 
 
-def _strategies(ranks: int) -> Iterator[Strategy]:
+def _strategies(world_size: int) -> Iterator[Strategy]:
     sharded = Strategy(
         "zero-3",
-        ranks,
-        reduce_bucket=SMALL_BUCKET,
-        max_live=LIVE_PARAMETERS,
+        world_size,
+        reduce_bucket_size=SMALL_BUCKET,
+        max_live_parameters=LIVE_PARAMETERS,
         communicators=constants.TRAINER_ZERO_3_COMMUNICATORS,
     )
-    if ranks == 1:
+    if world_size == 1:
         yield Strategy("single")
     else:
-        yield Strategy("ddp", ranks)
-        yield Strategy("zero-2", ranks, reduce_bucket=SMALL_BUCKET, overlap_comm=True)
+        yield Strategy("ddp", world_size)
+        yield Strategy("zero-2", world_size, reduce_bucket_size=SMALL_BUCKET, overlap_comm=True)
         yield sharded
-    yield Strategy("zero-2", ranks, reduce_bucket=SMALL_BUCKET, overlap_comm=True, offload_optimizer=True)
+    yield Strategy("zero-2", world_size, reduce_bucket_size=SMALL_BUCKET, overlap_comm=True, offload_optimizer=True)
     yield replace(sharded, offload_optimizer=True)
     yield replace(sharded, offload_optimizer=True, offload_parameters=True)
 
@@ -139,7 +151,7 @@ def _cost(c: Configuration) -> tuple[int, int, int, int]:
     """Slower is larger: host memory, then gathering parameters, then computing forward twice, then ZeRO's stage."""
     strategy = c.strategy
     offload = int(strategy.offload_optimizer) + int(strategy.offload_parameters)
-    return offload, int(strategy.stage == 3), int(c.checkpointing), strategy.stage
+    return offload, int(strategy.zero_stage == 3), int(c.checkpointing), strategy.zero_stage
 
 
 def label(configuration: Configuration) -> str:
@@ -161,7 +173,7 @@ def _reason(c: Configuration, fit: Fit) -> str:
         sends = "sends nothing"
     else:
         amount = f"{sent / GIB:.2f} GiB" if sent >= 0.1 * GIB else f"{sent / MIB:.1f} MiB"
-        multiple = "2Ψ" if c.strategy.stage != 3 else "3Ψ" if c.lora is None else "2Ψ of all parameters"
+        multiple = "2Ψ" if c.strategy.zero_stage != 3 else "3Ψ" if c.lora is None else "2Ψ of all parameters"
         sends = f"sends {amount} a step ({multiple})"
     costs = []
     if c.checkpointing:

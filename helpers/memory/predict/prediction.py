@@ -8,7 +8,7 @@ from types import MappingProxyType
 from helpers.memory.categories import ITEMS
 from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import Configuration
-from helpers.memory.predict.saved_tensors import FP32, kept, layer, total
+from helpers.memory.predict.saved_tensors import FP32, saved_by_layer, saved_by_model, total_bytes
 from helpers.memory.predict.states import states
 from helpers.memory.predict.step import LOSS_BACKWARD, Step
 
@@ -18,7 +18,7 @@ TENSORS = ITEMS[:7]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one GPU. ``items`` is what is there at the ``peak`` moment; ``moments`` the total of each moment.
+    """Bytes on one GPU. ``items`` is what is there at the ``peak_phase``; ``phases`` the total of each phase.
 
     "parameters" includes the 16-bit copies of weights that autocast makes; "buffers" is cuBLAS's workspaces and the
     rotary frequencies. "allocator rounding" is all that torch's allocator holds beside the tensors; with its default
@@ -26,8 +26,8 @@ class Prediction:
     """
 
     items: Mapping[str, int]
-    peak: str
-    moments: Mapping[str, int]
+    peak_phase: str
+    phases: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -47,14 +47,14 @@ class Prediction:
 
 def predict(configuration: Configuration) -> Prediction:
     """What the configuration needs on each GPU, from the second step on (the first has no optimizer states yet)."""
-    tensors = Step(configuration).moments()
+    tensors = Step(configuration).phases()
     sizes = {name: sum(held.values()) for name, held in tensors.items()}
-    peak = max(sizes, key=lambda name: sizes[name])
+    peak_phase = max(sizes, key=lambda name: sizes[name])
     outside = Counter(_outside_torch(configuration) | {"allocator rounding": _rounding(configuration, sizes)})
-    held = tensors[peak] + outside
+    held = tensors[peak_phase] + outside
     totals = {name: size + sum(outside.values()) for name, size in sizes.items()}
     items = MappingProxyType({name: held[name] for name in ITEMS})
-    return Prediction(items, peak, MappingProxyType(totals))
+    return Prediction(items, peak_phase, MappingProxyType(totals))
 
 
 def _outside_torch(c: Configuration) -> dict[str, int]:
@@ -62,7 +62,7 @@ def _outside_torch(c: Configuration) -> dict[str, int]:
     strategy = c.strategy
     if strategy.kind == "single":
         nccl = 0
-    elif strategy.ranks > 1:
+    elif strategy.world_size > 1:
         nccl = strategy.communicators * constants.NCCL_SEVERAL_RANKS
     else:
         nccl = constants.NCCL_ONE_RANK + (strategy.communicators - 1) * constants.NCCL_ONE_RANK_FURTHER
@@ -99,9 +99,9 @@ def _fragmented(c: Configuration) -> int:
     Rows of one length: each kept tensor's share of its segment, and the block of the 16-bit logits. Rows of different
     lengths: the measured share of the activations, which includes both.
     """
-    saved = [*kept(c), *(layer(c) if c.checkpointing else [])]
+    saved = [*saved_by_model(c), *(saved_by_layer(c) if c.checkpointing else [])]
     if c.padded:
-        return int(constants.FRAGMENTED_SHARE_OF_ACTIVATIONS * total(saved))
+        return int(constants.FRAGMENTED_SHARE_OF_ACTIVATIONS * total_bytes(saved))
     return _logits_block(c) + sum(
         max(0, tensor.count) * (_segment_share(tensor.size) - tensor.size) for tensor in saved
     )
@@ -115,17 +115,17 @@ def _left_by_flattening(c: Configuration) -> int:
     of this rank once more. That these are the two is inferred: ZeRO-1 and -2 held 4.00 bytes for each parameter
     beside their tensors (notebooks/results/prediction.json), with buckets of 1 GB 6.00.
     """
-    if not c.strategy.stage:
+    if not c.strategy.zero_stage:
         return 0
     held = states(c)
-    part = -(-c.trained // (c.strategy.ranks if c.strategy.stage == 3 else 1))
-    return part * c.trained_bytes + max(held.gradients, held.resident.get("gradients", 0))
+    part = -(-c.trainable_parameters // (c.strategy.world_size if c.strategy.zero_stage == 3 else 1))
+    return part * c.trainable_bytes + max(held.gradients, held.resident.get("gradients", 0))
 
 
 def _beside_buckets(c: Configuration, sizes: Mapping[str, int]) -> int:
     """What backward of the loss held when DeepSpeed's buckets come, each larger than any fp32 copy of the logits."""
     buckets = states(c).buckets
-    if c.padded or not buckets or c.strategy.reduce_bucket * c.trained_bytes <= c.tokens * c.shape.vocab * FP32:
+    if c.padded or not buckets or c.strategy.reduce_bucket_size * c.trainable_bytes <= c.tokens * c.shape.vocab * FP32:
         return 0
     return max(0, sizes[LOSS_BACKWARD] + buckets - max(sizes.values()))
 

@@ -41,20 +41,25 @@ class States:
     replaced: int = 0
 
 
-def published_states(parameters: int, stage: int, ranks: int, *, tensor: int = 1, pipeline: int = 1) -> int:
+def published_states(parameters: int, zero_stage: int, world_size: int, *, tensor: int = 1, pipeline: int = 1) -> int:
     """Bytes of model states per GPU with 16-bit weights and Adam in fp32 (Rajbhandari 2019, figure 1).
 
     16Ψ; ZeRO-1 4Ψ + 12Ψ/N; ZeRO-2 2Ψ + 14Ψ/N; ZeRO-3 16Ψ/N. Tensor and pipeline parallelism divide Ψ before that:
     each of their ranks owns parameters/(tensor x pipeline). Raises UserError for a stage that does not exist.
     """
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"ZeRO stage {stage} does not exist; choose 0 (none), 1, 2 or 3")
-    for name, value in (("parameters", parameters), ("ranks", ranks), ("tensor", tensor), ("pipeline", pipeline)):
+    if zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"ZeRO stage {zero_stage} does not exist; choose 0 (none), 1, 2 or 3")
+    for name, value in (
+        ("parameters", parameters),
+        ("world_size", world_size),
+        ("tensor", tensor),
+        ("pipeline", pipeline),
+    ):
         if value < 1:
             raise UserError(f"published_states: {name} is {value}; give a whole number above 0")
     own = -(-parameters // (tensor * pipeline))
-    whole, shared = {0: (16, 0), 1: (4, 12), 2: (2, 14), 3: (0, 16)}[stage]
-    return whole * own + -(-shared * own // ranks)
+    whole, shared = {0: (16, 0), 1: (4, 12), 2: (2, 14), 3: (0, 16)}[zero_stage]
+    return whole * own + -(-shared * own // world_size)
 
 
 def matrix_bytes(rows: int, columns: int, bits: int) -> int:
@@ -75,16 +80,18 @@ def base_bytes(configuration: Configuration) -> int:
     the type of the residual stream.
     """
     c = configuration
-    if c.base_bits == 16:
-        return c.frozen * c.stream_bytes
-    quantised = sum(matrix_bytes(rows, columns, c.base_bits) for rows, columns in c.shape.linears.values())
-    return c.shape.layers * quantised + (c.frozen - c.shape.layers * c.shape.layer_matrices) * c.stream_bytes
+    if c.quantization_bits == 16:
+        return c.frozen_parameters * c.residual_bytes
+    quantised = sum(matrix_bytes(rows, columns, c.quantization_bits) for rows, columns in c.shape.linears.values())
+    return (
+        c.shape.layers * quantised + (c.frozen_parameters - c.shape.layers * c.shape.layer_matrices) * c.residual_bytes
+    )
 
 
 def states(configuration: Configuration) -> States:
     """What this configuration's strategy allocates for model states."""
     c = configuration
-    stage = c.strategy.stage
+    stage = c.strategy.zero_stage
     if stage == 0:
         return _replicated(c)
     return _zero_3(c) if stage == 3 else _zero_1_2(c)
@@ -100,7 +107,7 @@ def _replicated(c: Configuration) -> States:
     takes, so this is the larger of both. An H100 held one copy of the gradients more in full training
     (notebooks/results/prediction.json); over gloo there is none, and that the stash is the reason is inferred.
     """
-    trained = c.trained * c.trained_bytes
+    trained = c.trainable_parameters * c.trainable_bytes
     buckets = trained if c.strategy.kind == "ddp" else 0
     resident = {
         "parameters": base_bytes(c) + trained,
@@ -118,16 +125,16 @@ def _zero_1_2(c: Configuration) -> States:
     bucket, two with overlap_comm, at the first gradient. Step: the part once more, flat, and once in fp32. With the
     optimizer in host memory stage 2's gradients go there from the bucket.
     """
-    trained, ranks, strategy = c.trained, c.strategy.ranks, c.strategy
-    size = c.trained_bytes
-    part = -(-trained // ranks)
+    trained, world_size, strategy = c.trainable_parameters, c.strategy.world_size, c.strategy
+    size = c.trainable_bytes
+    part = -(-trained // world_size)
     on_gpu = not strategy.offload_optimizer
     resident = {
         "parameters": base_bytes(c) + trained * size,
         "optimizer states": (1 + ADAM) * FP32 * part if on_gpu else 0,
     }
-    gradients = trained if strategy.stage == 1 else part if on_gpu else 0
-    buckets = reduce_buffer_bytes(strategy.reduce_bucket, strategy.overlap_comm, size)
+    gradients = trained if strategy.zero_stage == 1 else part if on_gpu else 0
+    buckets = reduce_buffer_bytes(strategy.reduce_bucket_size, strategy.overlap_comm, size)
     return States(
         MappingProxyType(resident), gradients * size, step=(size + FP32) * part if on_gpu else 0, buckets=buckets
     )
@@ -141,18 +148,18 @@ def _zero_3(c: Configuration) -> States:
     nothing is gathered. The step flattens the gradients of one sub-group at a time and, where they are in 16 bit, makes
     fp32 ones of that (``_prepare_fp32_grad_for_sub_group``).
     """
-    ranks, strategy = c.strategy.ranks, c.strategy
-    part = -(-c.trained // ranks)
-    frozen = -(-base_bytes(c) // ranks)
+    world_size, strategy = c.strategy.world_size, c.strategy
+    part = -(-c.trainable_parameters // world_size)
+    frozen = -(-base_bytes(c) // world_size)
     on_gpu = not strategy.offload_optimizer
     resident = {
-        "parameters": 0 if strategy.offload_parameters else frozen + part * c.trained_bytes,
-        "gradients": part * c.stream_bytes if on_gpu else 0,
+        "parameters": 0 if strategy.offload_parameters else frozen + part * c.trainable_bytes,
+        "gradients": part * c.residual_bytes if on_gpu else 0,
         "optimizer states": (1 + ADAM) * FP32 * part if on_gpu else 0,
-        "communication buffers": strategy.reduce_bucket * c.stream_bytes,
+        "communication buffers": strategy.reduce_bucket_size * c.residual_bytes,
     }
-    gathers = ranks > 1 or strategy.offload_parameters
-    live = min(strategy.max_live, c.frozen + c.trained) * c.stream_bytes if gathers else 0
-    flat = c.stream_bytes if c.stream_bytes < FP32 else 0
-    step = (flat + FP32) * min(strategy.sub_group, part) if on_gpu else 0
-    return States(MappingProxyType(resident), gradients=0, step=step, gathered=live)
+    gathers = world_size > 1 or strategy.offload_parameters
+    live = min(strategy.max_live_parameters, c.frozen_parameters + c.trainable_parameters) if gathers else 0
+    flat = c.residual_bytes if c.residual_bytes < FP32 else 0
+    step = (flat + FP32) * min(strategy.sub_group_size, part) if on_gpu else 0
+    return States(MappingProxyType(resident), gradients=0, step=step, gathered=live * c.residual_bytes)

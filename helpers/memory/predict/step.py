@@ -12,13 +12,14 @@ from helpers.memory.predict.configuration import Configuration
 from helpers.memory.predict.saved_tensors import (
     ATTENTION_INPUTS,
     FP32,
+    SavedTensor,
     casts_weights,
-    checkpoints,
-    kept,
-    kept_until_attention_adapters,
-    layer,
-    pinned,
-    total,
+    saved_by_bitsandbytes,
+    saved_by_layer,
+    saved_by_model,
+    saved_checkpoints,
+    saved_until_attention_adapters,
+    total_bytes,
 )
 from helpers.memory.predict.states import states
 
@@ -38,19 +39,19 @@ class Step:
     def __init__(self, configuration: Configuration) -> None:
         c = self._c = configuration
         self._states = states(c)
-        self._kept = kept(c)
-        self._layer = layer(c)
+        self._kept = saved_by_model(c)
+        self._layer = saved_by_layer(c)
         # cuBLAS's workspaces and the rotary frequencies, two copies of head_dim / 4.
         buffers = constants.CUBLAS_THREADS * constants.CUBLAS_WORKSPACE + 2 * FP32 * (c.shape.head_dim // 4)
         self._resident = Counter({**self._states.resident, "buffers": buffers})
         # From forward to the end of backward: what ZeRO-3 gathers, and the gradients of earlier micro-batches.
         self._passing = self._resident + Counter({"communication buffers": self._states.gathered})
-        if c.accumulation > 1:
+        if c.gradient_accumulation_steps > 1:
             self._passing += Counter({"gradients": self._states.gradients})
         self._buckets = Counter({"communication buffers": self._states.buckets})
         self._replaced = Counter({"communication buffers": self._states.replaced})
 
-    def moments(self) -> dict[str, Counter[str]]:
+    def phases(self) -> dict[str, Counter[str]]:
         """Bytes of tensors by item, for each moment."""
         found = {
             LOSS: self._loss() + self._replaced,
@@ -66,9 +67,7 @@ class Step:
         return found | {STEP: self._optimizer()}
 
     def _forward(self) -> Counter[str]:
-        return self._passing + Counter(
-            {"activations": total(self._kept), "parameters": total(self._kept, weights=True)}
-        )
+        return self._passing + _by_item(self._kept)
 
     def _behind_output(self) -> Counter[str]:
         """What is left when backward reaches the last layer; with checkpointing the last norm's input is gone.
@@ -77,7 +76,9 @@ class Step:
         """
         if not self._c.checkpointing:
             return self._forward()
-        return self._passing + Counter({"activations": total(checkpoints(self._c)) + total(pinned(self._c))})
+        return self._passing + Counter(
+            {"activations": total_bytes(saved_checkpoints(self._c)) + total_bytes(saved_by_bitsandbytes(self._c))}
+        )
 
     def _loss(self) -> Counter[str]:
         """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
@@ -117,7 +118,7 @@ class Step:
     def _output_backward(self) -> Counter[str]:
         """The output layer's gradient as it is made: autocast computes it in 16 bit, then casts."""
         c = self._c
-        size = 0 if c.lora else c.trained_bytes + (c.compute_bytes if casts_weights(c) else 0)
+        size = 0 if c.lora else c.trainable_bytes + (c.compute_bytes if casts_weights(c) else 0)
         logits = self._logits() * c.compute_bytes
         return self._forward() + Counter({"logits and loss": logits, "gradients": c.shape.embedding * size})
 
@@ -136,10 +137,10 @@ class Step:
     def _first_gradient(self) -> Counter[str]:
         """In the last layer's attention, when DeepSpeed makes its buckets: the layer's MLP is freed by then."""
         c, shape = self._c, self._c.shape
-        left = total(kept_until_attention_adapters(c)) - (0 if c.checkpointing else total(self._layer))
+        left = total_bytes(saved_until_attention_adapters(c)) - (0 if c.checkpointing else total_bytes(self._layer))
         # Gradients of q, k and v, of their input, and of the residual stream.
         widths = (shape.query + 2 * shape.key_value + shape.hidden) * c.compute_bytes
-        in_flight = c.tokens * (widths + shape.hidden * c.stream_bytes)
+        in_flight = c.tokens * (widths + shape.hidden * c.residual_bytes)
         held = self._behind_output() + self._buckets
         held["activations"] += left + in_flight
         return held
@@ -147,23 +148,23 @@ class Step:
     def _first_layer(self) -> Counter[str]:
         """The layer that backward reaches last: nearly all gradients, only this layer's activations."""
         c = self._c
-        done = c.trained
+        done = c.trainable_parameters
         if c.lora is None:  # all but this layer's, down_proj's apart, and the embedding's
             done -= c.shape.layer_parameters - c.shape.hidden * c.shape.intermediate
             done -= 0 if c.shape.tied else c.shape.embedding
         held = self._passing + self._buckets + self._gradients(done)
-        held["activations"] += self._layer_backward() + total(pinned(c))
+        held["activations"] += self._layer_backward() + total_bytes(saved_by_bitsandbytes(c))
         if c.checkpointing:
-            layer_input, rotary = checkpoints(c)
+            layer_input, rotary = saved_checkpoints(c)
             held["activations"] += layer_input.size + rotary.total
             return held + self._recomputed()
-        return held + Counter({"activations": total(self._layer), "parameters": total(self._layer, weights=True)})
+        return held + _by_item(self._layer)
 
     def _embedding(self) -> Counter[str]:
         """The last gradient: those of all parameters, and that of the residual stream."""
         c = self._c
-        stream = Counter({"activations": c.tokens * c.shape.hidden * c.stream_bytes})
-        return self._passing + self._buckets + stream + self._gradients(c.trained)
+        stream = Counter({"activations": c.tokens * c.shape.hidden * c.residual_bytes})
+        return self._passing + self._buckets + stream + self._gradients(c.trainable_parameters)
 
     def _optimizer(self) -> Counter[str]:
         """Fused Adam works in place; DeepSpeed makes fp32 gradients for it."""
@@ -179,17 +180,17 @@ class Step:
         if not c.checkpointing:
             return Counter()
         # Where the residual stream is in fp32, the first norm keeps the checkpoint itself.
-        shared = c.tokens * c.shape.hidden * FP32 if c.stream_bytes == FP32 else 0
-        return Counter({"activations": total(self._layer) - shared, "parameters": total(self._layer, weights=True)})
+        shared = c.tokens * c.shape.hidden * FP32 if c.residual_bytes == FP32 else 0
+        return _by_item(self._layer) - Counter({"activations": shared})
 
     def _gradients(self, done: int) -> Counter[str]:
         """Gradients of the ``done`` parameters that backward has passed, at most what the strategy keeps of them."""
         c, whole = self._c, self._states.gradients
-        if c.accumulation > 1:  # they are there already
+        if c.gradient_accumulation_steps > 1:  # they are there already
             return Counter()
         # DeepSpeed's stage 2 makes room for its whole part at the first reduction.
-        at_once = c.strategy.stage == 2 and done > 0
-        return Counter({"gradients": whole if at_once else min(whole, done * c.trained_bytes)})
+        at_once = c.strategy.zero_stage == 2 and done > 0
+        return Counter({"gradients": whole if at_once else min(whole, done * c.trainable_bytes)})
 
     def _layer_backward(self) -> int:
         """Gradients in flight within a layer, beside what it kept: the larger of its MLP's and its norm's.
@@ -199,8 +200,13 @@ class Step:
         """
         c = self._c
         narrow = c.tokens * c.shape.intermediate * c.compute_bytes
-        mlp = (2 if c.lora is None or c.strategy.stage == 3 else 3) * narrow
+        mlp = (2 if c.lora is None or c.strategy.zero_stage == 3 else 3) * narrow
         norm = 5 * c.tokens * c.shape.hidden * FP32
         # bitsandbytes makes a quantised matrix whole in 16 bit for the product.
-        dequantised = 2 * c.shape.hidden * c.shape.intermediate * c.compute_bytes if c.base_bits < 16 else 0
-        return max(mlp, norm) + c.tokens * c.shape.hidden * c.stream_bytes + dequantised
+        dequantised = 2 * c.shape.hidden * c.shape.intermediate * c.compute_bytes if c.quantization_bits < 16 else 0
+        return max(mlp, norm) + c.tokens * c.shape.hidden * c.residual_bytes + dequantised
+
+
+def _by_item(saved: list[SavedTensor]) -> Counter[str]:
+    """Split saved tensors into activations and 16-bit copies of weights, in bytes."""
+    return Counter({"activations": total_bytes(saved), "parameters": total_bytes(saved, weights=True)})
