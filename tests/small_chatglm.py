@@ -63,9 +63,11 @@ def small_config(**changes) -> ChatGLM3Config:
     return ChatGLM3Config(**arguments | changes)
 
 
-def random_model(config: ChatGLM3Config, seed: int = 0) -> ChatGLM3ForCausalLM:
+def random_model(
+    config: ChatGLM3Config, seed: int = 0, network: type[ChatGLM3ForCausalLM] = ChatGLM3ForCausalLM
+) -> ChatGLM3ForCausalLM:
     """A model whose every tensor is random, norms and biases included, so that a mixed-up tensor shows."""
-    model = ChatGLM3ForCausalLM(config)
+    model = network(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

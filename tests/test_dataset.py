@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from small_chatglm import small_model, small_tokenizer
 
 from helpers.errors import UserError
+from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.dataset import (
     Limits,
-    TrainingCollator,
     evaluation_features,
     find_split,
     parse_row,

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from small_chatglm import random_model, small_config
 
+from helpers.activations.chunked_loss import IGNORE_INDEX
 from helpers.config.finetune import SpeedOptions
 from helpers.errors import UserError
 from helpers.finetune import packed_attention
-from helpers.finetune.dataset import IGNORE_INDEX, TrainingCollator
+from helpers.finetune.collators import TrainingCollator
+from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.packing import PackCollator, best_fit_packing, packed_features
 from helpers.finetune.speed import RIGHT_PADDED, SDPA, apply_speed_options, evaluation_mode
 
@@ -41,7 +43,7 @@ def packed_batch(features, capacity=CAPACITY):
 def lora_model(targets=("q_proj", "k_proj", "v_proj"), **options):
     torch.manual_seed(0)
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM")
-    model = get_peft_model(random_model(small_config(**options)), adapter)
+    model = get_peft_model(random_model(small_config(**options), network=TrainedChatGLM3ForCausalLM), adapter)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # which begins with zeros, and would then pass no gradient to lora_A
             torch.nn.init.normal_(parameter, std=0.1)

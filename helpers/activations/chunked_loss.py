@@ -73,13 +73,6 @@ def chunked_cross_entropy(
     return function.apply(hidden, head_weight, targets, chunk, target_positions)
 
 
-def shift_labels(labels: Tensor) -> Tensor:
-    """The label that each token of ``labels`` [rows, tokens] should predict: its successor's; -100 for a row's last."""
-    shifted = torch.full_like(labels, IGNORE_INDEX)
-    shifted[:, :-1] = labels[:, 1:]
-    return shifted
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The loss with a trainable head: backward recomputes each chunk's logits."""
 

@@ -5,19 +5,14 @@ the map while it streams a checkpoint in, and its reverse while it writes one, u
 """
 
 import os
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from helpers.activations.chunked_loss import IGNORE_INDEX, chunked_cross_entropy, shift_labels
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.config import ChatGLM3Config
 
@@ -69,28 +64,12 @@ def weight_map() -> list[WeightRenaming | WeightConverter]:
 register_checkpoint_conversion_mapping(ChatGLM3Config.model_type, weight_map(), overwrite=True)
 
 
-def _in_a_call_of(layer: nn.Module, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """``function(*args)`` as if ``layer`` computed it: ZeRO-3 gathers the weights of layers that are called."""
-    own = vars(layer).get("forward")
-    layer.forward = function
-    try:
-        return layer(*args)
-    finally:
-        del layer.forward
-        if own is not None:
-            layer.forward = own
-
-
 class ChatGLM3ForCausalLM(GlmForCausalLM):
     """``GlmForCausalLM`` whose checkpoints are in ChatGLM3's published layout.
 
     ``from_pretrained`` takes a folder or a hub name and is strict: before any weight is read, every tensor's name and
     shape is compared with the configuration, and a missing, extra or misshapen one is a UserError that names it.
-
-    With ``loss_chunk`` the loss is computed from the logits of so many tokens at a time, and the output has no logits.
     """
-
-    loss_chunk: int | None = None
 
     config_class = ChatGLM3Config
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # noqa: RUF012
@@ -103,30 +82,6 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
         self.generation_config = GenerationConfig(
             eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
         )
-
-    @wraps(GlmForCausalLM.forward)
-    def forward(
-        self,
-        *args: Any,
-        labels: torch.Tensor | None = None,
-        target_positions: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        # With an adapter on it, the output layer is more than a matrix.
-        if labels is None or self.loss_chunk is None or type(self.lm_head) is not nn.Linear:
-            return super().forward(*args, labels=labels, **kwargs)
-        counted = kwargs.pop("num_items_in_batch", None)
-        hidden = self.model(*args, **kwargs).last_hidden_state
-        wanted = shift_labels(labels).flatten()
-
-        def loss_of(hidden: torch.Tensor) -> torch.Tensor:
-            return chunked_cross_entropy(hidden, self.lm_head.weight, wanted, self.loss_chunk, target_positions)
-
-        loss = _in_a_call_of(self.lm_head, loss_of, hidden.flatten(0, 1))
-        if counted is not None:  # the tokens of the whole step, on all ranks: its share of their mean
-            trained = (wanted != IGNORE_INDEX).sum() if target_positions is None else target_positions.numel()
-            loss = loss * trained / counted
-        return CausalLMOutputWithPast(loss=loss)
 
     @classmethod
     def from_pretrained(

@@ -7,7 +7,7 @@ A split is a file of JSON lines or one JSON array. A row is AdvertiseGen's ``{"c
 import codecs
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset, Features, List, Value
-from torch.nn.utils.rnn import pad_sequence
 
-from helpers.activations.chunked_loss import IGNORE_INDEX, shift_labels
+from helpers.activations.chunked_loss import IGNORE_INDEX
 from helpers.chatglm3.chat import Message, Turn, conversation_turns, encode_conversation
 from helpers.chatglm3.tokenizer import ROLE_TOKENS, ChatGLMTokenizer
 from helpers.errors import UserError
@@ -188,37 +186,6 @@ def evaluation_features(split: Split, tokenizer: ChatGLMTokenizer, limits: Limit
 def decode_text(tokenizer: ChatGLMTokenizer, ids: Sequence[int]) -> str:
     """The text of a turn without special tokens, and without the line break that begins every turn."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-@dataclass(frozen=True)
-class TrainingCollator:
-    """Pads training features to the longest row of the batch, on the right.
-
-    Positions then count from each row's first token, so that padding changes no logit of a real token.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor | int]:
-        """``input_ids``, ``labels`` and ``attention_mask``, each (rows, longest row) int64; ``tokens``, how many of
-        them are no padding, and ``target_positions``, where trained tokens are predicted: found here, on the host,
-        so that nobody has to wait for the GPU.
-        """
-        input_ids = [torch.tensor(f["input_ids"], dtype=torch.int64) for f in features]
-        labels = [torch.tensor(f["labels"], dtype=torch.int64) for f in features]
-        padded = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
-        return {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": padded,
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-            "target_positions": find_target_positions(padded),
-            "tokens": sum(map(len, input_ids)),
-        }
-
-
-def find_target_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Where the hidden states are, counted through ``labels`` [rows, tokens], that predict a trained token."""
-    return (shift_labels(labels).flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def parse_row(raw: bytes, *, training: bool) -> tuple[list[Message], list[Any] | None]:

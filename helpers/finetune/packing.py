@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 
+from helpers.activations.chunked_loss import IGNORE_INDEX
 from helpers.errors import UserError
-from helpers.finetune.dataset import IGNORE_INDEX, find_target_positions
+from helpers.finetune.collators import find_target_positions, shift_labels
 
 _FEATURES = Features(
     {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "lengths": List(Value("int32"))}
@@ -105,13 +106,15 @@ class PackCollator:
             ends += [number * self.capacity + start + length for start, length in zip(starts, lengths, strict=True)]
         cu_seqlens = torch.full((1 + self._most_pieces() * len(features),), len(features) * self.capacity)
         cu_seqlens[: len(ends) + 1] = torch.tensor([0, *ends])
+        shifted = shift_labels(labels)
         return {
             "input_ids": input_ids,
             "labels": labels,
+            "shift_labels": shifted,
             "position_ids": position_ids,
             "cu_seqlens": cu_seqlens.int(),
             "max_seqlen": self.max_seqlen,
-            "target_positions": find_target_positions(labels),
+            "target_positions": find_target_positions(shifted),
             "tokens": sum(len(feature["input_ids"]) for feature in features),
             "rows": sum(len(feature["lengths"]) for feature in features),
         }

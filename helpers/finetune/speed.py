@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
+from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 
 # Generation and padded rows: what every model starts with.
 SDPA = "sdpa"
@@ -30,6 +31,7 @@ def set_allocator(speed: SpeedOptions, device: torch.device) -> None:
 def apply_speed_options(model: PeftModel, speed: SpeedOptions) -> None:
     """Change ``model`` to what ``speed`` says. It computes the same function as before."""
     base = model.get_base_model()
+    assert isinstance(base, TrainedChatGLM3ForCausalLM), f"{type(base).__name__} has no loss in chunks"
     base.loss_chunk = speed.loss_chunk
     # With a cache transformers does not look at the position ids, and rows of a pack would see each other.
     base.config.use_cache = False

@@ -20,12 +20,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from helpers.chatglm3 import ChatGLM3ForCausalLM
 from helpers.config.deepspeed import bucket_warning
 from helpers.errors import UserError
-from helpers.finetune.dataset import TrainingCollator
+from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import Evaluation, evaluate
 from helpers.finetune.job import Job, prepare
+from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.ranks import Ranks, StopOnSignal
 from helpers.finetune.recorder import Recorder, WorkCounter
@@ -131,7 +131,7 @@ def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
         quantization = quantization_config(bits, DTYPES[job.precision])
         placement = {"device_map": {"": str(arguments.device)}, "quantization_config": quantization}
     # `prepare` has resolved and checked the folder.
-    model = ChatGLM3ForCausalLM.from_checked_folder(job.model_dir, dtype=DTYPES[job.precision], **placement)
+    model = TrainedChatGLM3ForCausalLM.from_checked_folder(job.model_dir, dtype=DTYPES[job.precision], **placement)
     keep_layout(model)
     set_seed(arguments.seed)
     try:
