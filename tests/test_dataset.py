@@ -14,11 +14,10 @@ from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.dataset import (
     Limits,
     evaluation_features,
-    find_split,
-    parse_row,
     read_split,
     training_features,
 )
+from helpers.finetune.rows import find_split, parse_row
 
 LIMITS = Limits(max_input_length=64, max_output_length=64)
 ADVERT = {"content": "类型#裙", "summary": "这款裙子显瘦又舒适"}
@@ -124,7 +123,7 @@ def test_the_callers_progress_bars_are_as_before(split):
 BAD_ROWS = {
     "{": "not JSON (Expecting property name enclosed in double quotes at column 2)",
     "裙": "not JSON",
-    "3": "a JSON object is wanted, not 3",
+    "3": "a row must be a JSON object, not 3",
     "{}": "neither conversations nor content and summary in it (it has no key)",
     '{"content": "裙", "output": ""}': "it has content, output",
     '{"content": "裙", "summary": null}': "'assistant' message needs a string 'content', not None",
@@ -250,11 +249,11 @@ ANY_MESSAGE = JSON_VALUES | st.fixed_dictionaries(
 def test_any_json_is_a_row_or_a_reason(value):
     raw = json.dumps(value).encode()
     try:
-        found, _ = parse_row(raw, training=True)
+        turns = parse_row(raw, training=True)
     except UserError as error:
         assert str(error)
     else:
-        assert any(message["role"] in ("assistant", "tool") for message in found)
+        assert any(turn.role == "assistant" for turn in turns)
 
 
 @given(st.binary())

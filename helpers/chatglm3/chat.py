@@ -1,15 +1,16 @@
-"""How a conversation becomes ChatGLM3's token ids: the prompt layout, and which of its tokens are trained.
+"""Conversations as ChatGLM3's token ids: the prompt layout, and which of the tokens are trained.
 
-A conversation is ``[gMASK] sop``, then its turns. A turn is the role token (inserted by id, never parsed from text),
-then the line of metadata with its newline, then the text; both are encoded separately, so that each gets its own
-dummy prefix. The token after an assistant's turn (the next role token, or ``</s>``) is what ends the answer.
+A conversation is ``[gMASK] sop``, then its turns. A turn is a role token (inserted by id, never parsed from text), a
+line of metadata with its newline, and the text. Line and text are encoded separately, so that each gets the dummy
+prefix that SentencePiece puts in front. An answer ends with the token after it: the next role token, or ``</s>``.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from helpers.activations.chunked_loss import IGNORE_INDEX
 from helpers.errors import UserError
 
 ROLES = ("system", "user", "assistant", "observation")
@@ -19,17 +20,25 @@ Message = dict[str, Any]
 
 
 class PieceEncoder(Protocol):
-    """What this module needs of a tokenizer."""
+    """The part of a tokenizer that this module needs."""
 
     eos_token_id: int
-    prefix_tokens: list[int]
 
+    @property
+    def prefix_tokens(self) -> list[int]: ...
     def role_token_id(self, role: str) -> int: ...
     def encode_text(self, text: str) -> list[int]: ...
 
 
 class Turn(NamedTuple):
-    """One turn as the model sees it. ``trained``: whether the model learns to say it."""
+    """One turn as the model sees it.
+
+    Attributes:
+        role: One of ``ROLES``.
+        metadata: Text on the role token's line: the name of the tool that is called, or empty.
+        text: What is said.
+        trained: Whether the model learns to say it.
+    """
 
     role: str
     metadata: str
@@ -39,19 +48,24 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as ids; ``trained[i]`` says whether predicting ``input_ids[i]`` is trained. Same length."""
+    """A conversation as token ids.
+
+    Attributes:
+        input_ids: The ids, [tokens].
+        trained: Whether the model learns to predict ``input_ids[i]``, [tokens].
+    """
 
     input_ids: list[int]
     trained: list[bool]
 
     @property
     def labels(self) -> list[int]:
-        """``input_ids`` where trained, -100 elsewhere (the model shifts them itself)."""
-        return [token if trained else -100 for token, trained in zip(self.input_ids, self.trained, strict=True)]
+        """``input_ids`` where trained, ``IGNORE_INDEX`` elsewhere; aligned with the input, so not yet shifted."""
+        return [token if trained else IGNORE_INDEX for token, trained in zip(self.input_ids, self.trained, strict=True)]
 
 
 def tool_call(parameters: dict[str, Any]) -> str:
-    """A tool call as ChatGLM3 writes it: a Python block that calls ``tool_call`` with keyword arguments."""
+    """Write a tool call as ChatGLM3 does: a Python block that calls ``tool_call`` with keyword arguments."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
     return f"```python\ntool_call({arguments})\n```"
 
@@ -69,7 +83,8 @@ def _text(message: Message, key: str) -> str:
 
 def _turns_of(message: Message) -> Iterator[Turn]:
     role = message.get("role")
-    loss = message.get("loss")  # None too means trained: it is what a table has where only other rows say "loss"
+    # None means trained, too: a table whose other rows have a "loss" column fills it in.
+    loss = message.get("loss")
     trained = loss is None or bool(loss)
     if role == "tool":
         parameters = message.get("parameters")
@@ -90,14 +105,20 @@ def _turns_of(message: Message) -> Iterator[Turn]:
 
 
 def conversation_turns(messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[Turn]:
-    """The turns of a conversation.
+    """Translate messages into the turns that the model sees.
 
-    ``messages`` hold ``role`` and ``content``; an assistant's ``metadata`` names the tool that it calls;
-    ``loss: false`` keeps an assistant's turn out of training. A message of role ``tool`` (``name``, ``parameters``,
-    ``observation``) stands for the assistant's call and the observation that answers it. ``tools`` (JSON-like
-    descriptions) are put in front as the published system prompt; a system message may carry them under ``tools``.
+    Args:
+        messages: Each with a ``role`` and its ``content``. An assistant's ``metadata`` names the tool that it calls,
+            ``loss: false`` keeps its turn out of training. Role ``tool`` (``name``, ``parameters``, ``observation``)
+            stands for two turns: the assistant's call and the observation that answers it.
+        tools: Descriptions (anything JSON can hold) for a system prompt in front, worded as published. A system
+            message may also have them under ``tools``.
 
-    Raises UserError for an unknown role or a text that is not a string.
+    Returns:
+        The turns, in order.
+
+    Raises:
+        UserError: A role is unknown, or a text is not a string.
     """
     turns = [turn for message in messages for turn in _turns_of(message)]
     if tools:
@@ -105,10 +126,21 @@ def conversation_turns(messages: Sequence[Message], tools: Sequence[Any] | None 
     return turns
 
 
-def encode_turn(tokenizer: PieceEncoder, role: str, metadata: str, text: str) -> list[int]:
-    """Ids of one turn, its role token first."""
-    header = tokenizer.encode_text(f"{metadata}\n")
-    return [tokenizer.role_token_id(role), *header, *tokenizer.encode_text(text)]
+def encode_turns(tokenizer: PieceEncoder, turns: Iterable[Turn], add_generation_prompt: bool = False) -> Encoded:
+    """Encode turns as :func:`encode_conversation` does; for callers that have them already."""
+    ids = list(tokenizer.prefix_tokens)
+    trained = [False] * len(ids)
+    previous_trained = False
+    for turn in turns:
+        # Line and text are encoded separately, so that each gets a dummy prefix of its own.
+        header, text = tokenizer.encode_text(f"{turn.metadata}\n"), tokenizer.encode_text(turn.text)
+        ids += [tokenizer.role_token_id(turn.role), *header, *text]
+        # The role token of a turn is what ends the turn before it, so it is trained with that one.
+        trained += [previous_trained] + [turn.trained] * (len(header) + len(text))
+        previous_trained = turn.trained
+    ids.append(tokenizer.role_token_id("assistant") if add_generation_prompt else tokenizer.eos_token_id)
+    trained.append(previous_trained)
+    return Encoded(ids, trained)
 
 
 def encode_conversation(
@@ -117,27 +149,27 @@ def encode_conversation(
     tools: Sequence[Any] | None = None,
     add_generation_prompt: bool = False,
 ) -> Encoded:
-    """Ids of a whole conversation, and which of them are trained.
+    """Encode a conversation, and mark the tokens that are trained.
 
-    With ``add_generation_prompt`` it ends with ``<|assistant|>``, ready for ``generate``; else with ``</s>``.
-    The trained tokens are those after ``<|assistant|>`` up to and including the token that ends the turn.
+    Trained are the tokens after ``<|assistant|>``, up to and including the one that ends the turn.
+
+    Args:
+        tokenizer: ChatGLM3's.
+        messages: The conversation, as :func:`conversation_turns` takes it.
+        tools: Descriptions of tools for the system prompt, if any.
+        add_generation_prompt: End with ``<|assistant|>``, ready for ``generate``, instead of ``</s>``.
+
+    Returns:
+        Token ids and marks.
+
+    Raises:
+        UserError: As :func:`conversation_turns` raises it, or for text that is not valid Unicode.
     """
-    ids = list(tokenizer.prefix_tokens)
-    trained = [False] * len(ids)
-    previous_trained = False
-    for turn in conversation_turns(messages, tools):
-        turn_ids = encode_turn(tokenizer, turn.role, turn.metadata, turn.text)
-        ids += turn_ids
-        # The role token of this turn is what ends the one before it.
-        trained += [previous_trained] + [turn.trained] * (len(turn_ids) - 1)
-        previous_trained = turn.trained
-    ids.append(tokenizer.role_token_id("assistant") if add_generation_prompt else tokenizer.eos_token_id)
-    trained.append(previous_trained)
-    return Encoded(ids, trained)
+    return encode_turns(tokenizer, conversation_turns(messages, tools), add_generation_prompt)
 
 
 def parse_answer(text: str) -> tuple[str, str]:
-    """Split a decoded answer into ``(metadata, content)``; metadata names the tool that is called, or is empty."""
+    """Split a decoded answer into metadata (the name of the tool that is called, or empty) and content."""
     metadata, newline, content = text.partition("\n")
     return (metadata.strip(), content.strip()) if newline else ("", text.strip())
 
@@ -145,6 +177,6 @@ def parse_answer(text: str) -> tuple[str, str]:
 def display(
     messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
 ) -> str:
-    """The conversation as readable text, role tokens spelled out. For people: its ids are not those of the model."""
+    """Write the conversation as text, role tokens spelled out. For people: encoded, it gives other ids."""
     shown = "".join(f"<|{t.role}|>{t.metadata}\n {t.text}" for t in conversation_turns(messages, tools))
     return f"[gMASK]sop{shown}{'<|assistant|>' if add_generation_prompt else '</s>'}"

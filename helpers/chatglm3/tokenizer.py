@@ -1,16 +1,18 @@
-"""ChatGLM3's tokenizer over its published ``tokenizer.model``, as an ordinary transformers tokenizer.
+"""ChatGLM3's published ``tokenizer.model`` as an ordinary transformers tokenizer.
 
-The SentencePiece model knows pieces only. Nine special tokens have the ids after its last piece. They are inserted by
-id: a text that spells ``<|user|>`` or ``</s>`` stays text, so nobody can type themselves into another role.
+The SentencePiece model knows pieces only; nine special tokens have the ids after its last piece. They are inserted by
+id. A text that spells ``<|user|>`` or ``</s>`` stays text, so nobody can type themselves into another role.
 """
 
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.utils import PaddingStrategy, TensorType
 
 from helpers.chatglm3.chat import Message, display, encode_conversation
 from helpers.errors import UserError
@@ -22,16 +24,21 @@ PUBLISHED_SHA256 = "e7dc4c393423b76e4373e5157ddc34803a0189ba96b21ddbb40269d31468
 
 
 def is_published_tokenizer(path: str | Path) -> bool:
-    """Whether ``path`` is, byte for byte, the 6B model's ``tokenizer.model``."""
+    """Compare ``path`` with the 6B model's ``tokenizer.model``, byte for byte."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() == PUBLISHED_SHA256
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """Tokenizer of ChatGLM2 and ChatGLM3. The name is the one that published ``tokenizer_config.json`` files ask for.
+    """Tokenizer of ChatGLM2 and ChatGLM3, under the name in published ``tokenizer_config.json`` files.
 
-    ``tokenizer(text)`` puts ``[gMASK] sop`` in front, as the original does. Padding is on the left with id 0.
+    ``tokenizer(text)`` puts ``[gMASK] sop`` in front, as the original does. Padding is on the left, with id 0.
 
-    Raises UserError if ``vocab_file`` is missing or is no SentencePiece model.
+    Args:
+        vocab_file: The published ``tokenizer.model``.
+        **kwargs: The other entries of ``tokenizer_config.json``.
+
+    Raises:
+        UserError: ``vocab_file`` is missing or is not a SentencePiece model.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 (transformers' own convention)
@@ -51,7 +58,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.special_token_ids = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
         self._special_token_of = {i: token for token, i in self.special_token_ids.items()}
         for key in ("auto_map", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
-            # The first names the original's own code; the others would let text that spells a special token become it.
+            # The first names the original's own code. The others would turn text that spells a special token into it.
             kwargs.pop(key, None)
         # These follow from the SentencePiece file; a saved or published configuration must not override them.
         kwargs |= {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
@@ -80,19 +87,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return [self.eos_token_id, self.role_token_id("user"), self.role_token_id("observation")]
 
     def role_token_id(self, role: str) -> int:
-        """Id of ``<|role|>``; role is system, user, assistant or observation."""
+        """Return the id of ``<|role|>``; the roles are system, user, assistant and observation."""
         return self.special_token_ids[f"<|{role}|>"]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, with its dummy prefix and without special tokens.
+        """Encode plain text, with its dummy prefix and without special tokens.
 
-        Raises UserError for half a surrogate pair, which JSON can spell and no encoding can hold.
+        Raises UserError for half of a surrogate pair, which JSON can spell and no encoding can hold.
         """
         try:
             encoded = text.encode()
         except UnicodeEncodeError as error:
             shown = ascii(text[max(error.start - 10, 0) : error.end])
-            raise UserError(f"the text {shown} (at character {error.start}) is no valid Unicode; remove it") from error
+            raise UserError(f"the text {shown} (at character {error.start}) is not valid Unicode; remove it") from error
         return self.sp_model.encode(encoded)
 
     def get_vocab(self) -> dict[str, int]:
@@ -110,13 +117,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         if index in self._special_token_of:
             return self._special_token_of[index]
-        # The embedding has more rows than the vocabulary; a model may in principle pick one of the spare ones.
+        # The embedding has more rows than the vocabulary, and nothing keeps a model from picking a spare one.
         return self.sp_model.id_to_piece(index) if index < self.sp_model.get_piece_size() else self.unk_token
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode(tokens)
 
-    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+    def decode_ids(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Decode one sequence; transformers' ``decode`` takes batches as well, and may return a list."""
+        return self._decode(list(ids), skip_special_tokens)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,  # without effect: the text stays as SentencePiece makes it
+        **kwargs: Any,
+    ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         control = {self.unk_token_id, self.bos_token_id, self.eos_token_id}
         parts: list[str] = []
@@ -141,27 +158,37 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self,
         conversation: list[Message] | list[list[Message]],
         tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
         tokenize: bool = True,
-        padding: bool | str = False,
+        sanitize_control_tokens: bool = False,
+        padding: bool | str | PaddingStrategy = False,
         truncation: bool = False,
         max_length: int | None = None,
-        return_tensors: str | None = None,
+        return_tensors: str | TensorType | None = None,
         return_dict: bool = True,
         return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchEncoding | list[int] | list[list[int]] | str | list[str]:
-        """ChatGLM3's prompt layout, for one conversation or a batch of them.
+        """Encode one conversation, or a batch of them, in ChatGLM3's prompt layout.
 
-        Like transformers' method of that name, but built from ids, since no template text could keep a user's
-        ``<|assistant|>`` from becoming the role token. ``truncation`` keeps the first ``max_length`` ids.
+        This is transformers' method of the same name, but it works on ids: in a template's text, nothing could keep a
+        user's ``<|assistant|>`` from becoming the role token. ``truncation`` keeps the first ``max_length`` ids.
         ``return_assistant_tokens_mask`` adds ``assistant_masks``: 1 where a token is trained, the stop token included.
+
+        Raises:
+            TypeError: An option is on that ChatGLM3's layout has no use for, such as ``documents``.
         """
-        unknown = sorted(key for key, value in kwargs.items() if value)  # callers pass what is off as well
+        kwargs |= {"documents": documents, "chat_template": chat_template, "tokenizer_kwargs": tokenizer_kwargs}
+        kwargs |= {"continue_final_message": continue_final_message, "sanitize_control_tokens": sanitize_control_tokens}
+        unknown = sorted(key for key, value in kwargs.items() if value)  # callers pass options that are off as well
         if unknown:
             raise TypeError(f"apply_chat_template of ChatGLM3 does not know {', '.join(unknown)}")
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        batch = conversation if batched else [conversation]
+        batch = cast(list[list[Message]], conversation if batched else [conversation])
         if not tokenize:
             shown = [display(messages, tools, add_generation_prompt) for messages in batch]
             return shown if batched else shown[0]

@@ -1,11 +1,5 @@
-"""Read a split of the data, check every row before any weight is loaded, and turn rows into token ids.
+"""Turn the files of a data folder into token ids, labels, and prompts to answer."""
 
-A split is a file of JSON lines or one JSON array. A row is AdvertiseGen's ``{"content", "summary"}`` or
-``{"conversations": [messages], "tools": [...]}`` (``helpers.chatglm3.chat`` says what a message may hold).
-"""
-
-import codecs
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,19 +12,19 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from helpers.activations.chunked_loss import IGNORE_INDEX
-from helpers.chatglm3.chat import Message, Turn, conversation_turns, encode_conversation
+from helpers.chatglm3.chat import Turn, encode_turns
 from helpers.chatglm3.tokenizer import ROLE_TOKENS, ChatGLMTokenizer
 from helpers.errors import UserError
+from helpers.finetune.rows import Row, read_rows
 
-SHOWN_PROBLEMS = 5
-MAX_REASON_LENGTH = 150
 # Encoding this many short rows takes less than a second; for fewer, another process is not worth its start.
 ROWS_PER_PROCESS = 10_000
 
+_TEXTS = dict.fromkeys(("role", "metadata", "text"), List(Value("string")))
+_TURN_FEATURES = Features({"number": Value("int32"), **_TEXTS, "trained": List(Value("bool"))})
 _ROW_FEATURES = Features(
     {
         "number": Value("int32"),
-        "problem": Value("string"),
         "tokens": Value("int32"),
         "first_trained": Value("int32"),
         "input_ids": List(Value("int32")),
@@ -51,7 +45,12 @@ _EVALUATION_FEATURES = Features(
 
 @dataclass(frozen=True)
 class Limits:
-    """The published limits, in tokens: of a prompt that is answered in evaluation, and of an answer."""
+    """The published limits, in tokens.
+
+    Args:
+        max_input_length: Of a prompt that is answered in evaluation.
+        max_output_length: Of an answer.
+    """
 
     max_input_length: int
     max_output_length: int
@@ -64,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Tokens of a row before truncation."""
+    """Tokens per row, before truncation."""
 
     mean: float
     p50: int
@@ -74,7 +73,7 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What a split holds. ``truncated`` and ``untrainable`` are rows; the latter keep no trained token when cut."""
+    """What a split holds. ``untrainable`` counts the truncated rows that keep no trained token."""
 
     path: Path
     rows: int
@@ -93,54 +92,44 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Split:
-    """A checked split. ``rows`` holds ``number`` (line, or place in the array), ``input_ids`` and ``trained``, uncut;
-    ``tokens`` counts them and ``first_trained`` is the place of the first trained one.
+    """A checked and tokenised data file.
+
+    Attributes:
+        report: What the file holds.
+        rows: Per row its ``number`` (line of the file, or place in the array), and without truncation ``input_ids``,
+            ``trained`` (bool per token), ``tokens`` (how many) and ``first_trained`` (index of the first trained one).
     """
 
     report: SplitReport
     rows: Dataset
 
 
-def find_split(folder: Path, name: str) -> Path:
-    """The path of a data file in ``folder``. Raises UserError that names the files which are there instead."""
-    path = folder / name
-    if path.is_file():
-        return path
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name the folder that holds {name}")
-    there = sorted(p.name for p in folder.iterdir() if p.is_file())
-    shown = ", ".join(there[:10]) + (", …" if len(there) > 10 else "")
-    raise UserError(f"{path} does not exist; in that folder: {shown or 'no file'}")
-
-
 def read_split(
     path: Path, tokenizer: ChatGLMTokenizer, limits: Limits, *, training: bool, num_proc: int | None = None
 ) -> Split:
-    """Read, check and tokenise the data file ``path``.
+    """Read, check and tokenise a data file.
 
-    ``training``: an empty answer is then a bad row; in evaluation it is a reference that scores 0.
-    ``num_proc`` is the wish of the configuration; never more processes are used than the rows and CPUs are worth.
+    Args:
+        path: JSON lines or one JSON array, as :mod:`helpers.finetune.rows` describes them.
+        tokenizer: ChatGLM3's.
+        limits: What the report counts as truncated.
+        training: Whether an empty answer is a bad row. In evaluation it is a reference that scores 0.
+        num_proc: Processes that tokenise, at most; fewer are used if the rows or the CPUs do not warrant them.
 
-    Raises UserError if the file cannot be read, has no rows, or has bad ones: the first of them are named as
-    ``file:line: reason`` (``file:row N: reason`` in an array).
+    Returns:
+        The tokenised rows and a report.
+
+    Raises:
+        UserError: The file cannot be read, holds no rows, or has bad ones, which are named with line and reason.
     """
-    numbers, jsons, unit = _read_rows(path)
-    if not jsons:
-        raise UserError(f"{path} holds no rows; write one JSON object a line, or one JSON array")
+    checked = read_rows(path, training=training)
     rows = _map(
-        Dataset.from_dict({"number": numbers, "json": jsons}),
+        _turns_dataset(checked),
         _encode_batch,
         _ROW_FEATURES,
-        processes=_processes(num_proc, len(jsons)),
+        processes=_number_of_processes(num_proc, len(checked)),
         tokenizer=tokenizer,
-        training=training,
     )
-    bad = [i for i, problem in enumerate(rows["problem"][:]) if problem]
-    if bad:
-        found = rows.select(bad[:SHOWN_PROBLEMS])
-        named = "; ".join(f"{path}:{unit}{row['number']}: {row['problem']}" for row in found)
-        more = f"; and {len(bad) - SHOWN_PROBLEMS:,} more" if len(bad) > SHOWN_PROBLEMS else ""
-        raise UserError(f"{len(bad):,} of {len(jsons):,} rows cannot be used; correct or delete them: {named}{more}")
     lengths = np.array(rows["tokens"][:])
     report = SplitReport(
         path=path,
@@ -154,181 +143,73 @@ def read_split(
             max=int(lengths.max()),
         ),
     )
-    return Split(report, rows.remove_columns("problem"))
+    return Split(report, rows)
 
 
 def training_features(split: Split, limits: Limits) -> Dataset:
-    """``input_ids`` and ``labels`` (-100 where not trained) of each row, cut to ``limits.max_length``.
+    """Label the rows of a split, truncated to ``limits.max_length``.
 
-    Rows with nothing left to train are left out: alone in a batch, their loss would be 0/0.
-    Raises UserError if no row is left.
+    Rows with nothing left to train are dropped: alone in a batch, their loss would be 0/0.
+
+    Args:
+        split: The tokenised rows.
+        limits: The lengths to truncate to.
+
+    Returns:
+        Per row ``input_ids`` and ``labels`` (``IGNORE_INDEX`` where not trained; aligned with the input).
+
+    Raises:
+        UserError: No row has anything left to train.
     """
     kept = _trainable(split.rows, limits)
     if not kept:
         raise UserError(
             f"{split.report.path}: after truncation to max_input_length + max_output_length + 1 = {limits.max_length} "
-            f"tokens no row has anything to train; the rows have {split.report.tokens.mean:.0f} tokens in the mean"
+            f"tokens no row has anything to train; the rows have {split.report.tokens.mean:.0f} tokens on average"
         )
     return _map(split.rows.select(kept), _label_batch, _TRAINING_FEATURES, max_length=limits.max_length)
 
 
 def evaluation_features(split: Split, tokenizer: ChatGLMTokenizer, limits: Limits) -> Dataset:
-    """One entry for each trained assistant turn: the prompt before it, and what should be answered.
+    """Make a prompt for each trained assistant turn, and the answer to compare with.
 
-    ``prompt_ids`` end with ``<|assistant|>`` and have ``max_input_length`` tokens before it at most. A longer prompt
-    (``truncated`` is true) begins with a later user turn; if even the turn that is answered is too long, with its first
-    tokens. ``prompt`` is the text of that turn, ``reference`` the wanted answer, cut to ``max_output_length`` tokens;
-    ``number`` is the row's.
+    A prompt that is too long begins with a later user turn. If even the turn that is answered is too long, its first
+    tokens are kept.
+
+    Args:
+        split: The tokenised rows.
+        tokenizer: ChatGLM3's.
+        limits: The lengths to truncate to.
+
+    Returns:
+        Per answer: ``number`` of its row; ``prompt_ids``, at most ``max_input_length`` tokens and then
+        ``<|assistant|>``; ``prompt``, the text of the turn that is answered; ``reference``, the text of the answer, at
+        most ``max_output_length`` tokens; ``truncated``, whether the prompt was.
     """
     return _map(split.rows, _evaluation_batch, _EVALUATION_FEATURES, tokenizer=tokenizer, limits=limits)
 
 
 def decode_text(tokenizer: ChatGLMTokenizer, ids: Sequence[int]) -> str:
-    """The text of a turn without special tokens, and without the line break that begins every turn."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """Decode a turn without special tokens, and without the line break that begins every turn."""
+    return tokenizer.decode_ids(ids, skip_special_tokens=True).strip()
 
 
-def parse_row(raw: bytes, *, training: bool) -> tuple[list[Message], list[Any] | None]:
-    """The messages and tools of one row of JSON. Raises UserError with the reason why the row cannot be used."""
-    try:
-        row = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except ValueError as error:
-        raise UserError(f"not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"a JSON object is wanted, not {_shown(row)}")
-    messages, tools = _messages_and_tools(row)
-    _check_messages(messages)
-    _check_turns(conversation_turns(messages, tools), training)
-    return messages, tools
+def _turns_dataset(rows: list[Row]) -> Dataset:
+    """Put rows into Arrow, from where other processes read them: a column per field of a turn."""
+    columns = {field: [[getattr(turn, field) for turn in row.turns] for row in rows] for field in Turn._fields}
+    return Dataset.from_dict({"number": [row.number for row in rows], **columns}, features=_TURN_FEATURES)
 
 
-def _messages_and_tools(row: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    if "conversations" in row:
-        messages, tools = row["conversations"], row.get("tools")
-        if not isinstance(messages, list) or not messages:
-            raise UserError(f"conversations must be a list of messages, not {_shown(messages)}")
-        if tools is not None and not isinstance(tools, list):
-            raise UserError(f"tools must be a list, not {_shown(tools)}")
-        return messages, tools
-    if "content" in row and "summary" in row:
-        roles = {"user": row["content"], "assistant": row["summary"]}
-        return [{"role": role, "content": content} for role, content in roles.items()], None
-    raise UserError(f"neither conversations nor content and summary in it (it has {', '.join(row) or 'no key'})")
-
-
-def _check_messages(messages: list[Any]) -> None:
-    """The types that ``conversation_turns`` takes for granted."""
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "role" not in message:
-            raise UserError(f"message {number} must be an object with a role, not {_shown(message)}")
-        for key, kind, wanted in (("metadata", str, "a string"), ("loss", bool, "true or false")):
-            if message.get(key) is not None and not isinstance(message[key], kind):
-                raise UserError(f"{key} of message {number} must be {wanted}, not {_shown(message[key])}")
-        if message["role"] == "tool" and "observation" not in message:
-            raise UserError(f"message {number} of role tool has no observation")
-
-
-def _check_turns(turns: list[Turn], training: bool) -> None:
-    """Whether the turns can follow each other so, and hold something to train."""
-    previous: Turn | None = None
-    for turn in turns:
-        _check_order(previous, turn)
-        _check_text(turn.metadata + turn.text)
-        previous = turn
-    if turns[-1].role == "user":
-        raise UserError("the last user turn has no answer")
-    answers = [turn for turn in turns if turn.role == "assistant"]
-    if not answers:
-        raise UserError("no assistant turn")
-    trained = [turn for turn in answers if turn.trained]
-    if not trained:
-        raise UserError("every assistant turn has loss false: nothing to train")
-    if training and any(not turn.text.strip() for turn in trained):
-        raise UserError("empty answer; give it loss false if it is meant")
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"half a character, {text[error.start]!r}, in {_shown(text)}") from error
-
-
-def _check_order(previous: Turn | None, turn: Turn) -> None:
-    before = previous.role if previous else None
-    called = previous is not None and before == "assistant" and bool(previous.metadata)
-    allowed = {
-        "system": before in (None, "system"),
-        "user": before in (None, "system") or (before == "assistant" and not called),
-        # A thought, and then the call of a tool, are two assistant turns.
-        "assistant": before in ("user", "observation")
-        or (before == "assistant" and not called and bool(turn.metadata)),
-        "observation": called,
-    }
-    if not allowed[turn.role]:
-        after = "the call of a tool" if called else f"the {before} turn" if before else "nothing"
-        raise UserError(f"the {turn.role} turn {_shown(turn.text)} comes after {after}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
-
-
-def _read_rows(path: Path) -> tuple[list[int], list[bytes], str]:
-    """Number and JSON of each row, and what stands before a number in ``file:number``."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    if raw.lstrip().startswith(b"["):
-        rows = [json.dumps(row).encode() for row in _parse_array(path, raw)]
-        return list(range(1, len(rows) + 1)), rows, "row "
-    # Only a line feed ends a line: a JSON string may hold U+2028 and its like as they are.
-    lines = [(number, line) for number, line in enumerate(raw.split(b"\n"), start=1) if line.strip()]
-    return [number for number, _ in lines], [line for _, line in lines], ""
-
-
-def _parse_array(path: Path, raw: bytes) -> list[Any]:
-    try:
-        return json.loads(raw.decode())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); "
-            "the file begins with [, so it must be one JSON array"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-
-
-def _encode_batch(batch: dict[str, list], tokenizer: ChatGLMTokenizer, training: bool) -> dict[str, list]:
-    encoded = [_encode_row(raw, tokenizer, training) for raw in batch["json"]]
+def _encode_batch(batch: dict[str, list], tokenizer: ChatGLMTokenizer) -> dict[str, list]:
+    conversations = zip(*(batch[field] for field in Turn._fields), strict=True)
+    encoded = [encode_turns(tokenizer, map(Turn, *fields)) for fields in conversations]
     return {
         "number": batch["number"],
-        "problem": [problem for problem, _, _ in encoded],
-        "tokens": [len(ids) for _, ids, _ in encoded],
-        "first_trained": [trained.index(True) if trained else 0 for _, _, trained in encoded],
-        "input_ids": [ids for _, ids, _ in encoded],
-        "trained": [trained for _, _, trained in encoded],
+        "tokens": [len(e.input_ids) for e in encoded],
+        "first_trained": [e.trained.index(True) for e in encoded],
+        "input_ids": [e.input_ids for e in encoded],
+        "trained": [e.trained for e in encoded],
     }
-
-
-def _encode_row(raw: bytes, tokenizer: ChatGLMTokenizer, training: bool) -> tuple[str | None, list[int], list[bool]]:
-    """The problem of a row, or None; its ids; which of them are trained."""
-    try:
-        messages, tools = parse_row(raw, training=training)
-        encoded = encode_conversation(tokenizer, messages, tools)
-    except RecursionError:
-        return "nested too deeply", [], []
-    except UserError as error:
-        reason = str(error)
-        return reason if len(reason) <= MAX_REASON_LENGTH else f"{reason[:MAX_REASON_LENGTH]}…", [], []
-    return None, encoded.input_ids, encoded.trained
 
 
 def _label_batch(batch: dict[str, list], max_length: int) -> dict[str, list]:
@@ -351,7 +232,7 @@ def _evaluation_batch(batch: dict[str, list], tokenizer: ChatGLMTokenizer, limit
 def _answers(
     ids: list[int], trained: list[bool], tokenizer: ChatGLMTokenizer, limits: Limits
 ) -> Iterator[dict[str, Any]]:
-    """The evaluation features of each trained assistant turn of one conversation."""
+    """Yield the evaluation features of each trained assistant turn of one conversation."""
     roles = {tokenizer.special_token_ids[token] for token in ROLE_TOKENS}
     user, assistant = tokenizer.role_token_id("user"), tokenizer.role_token_id("assistant")
     # Text never becomes a role token, so each of them begins a turn; it ends before the next one or at </s>.
@@ -377,21 +258,21 @@ def _answers(
 
 
 def _trainable(rows: Dataset, limits: Limits) -> list[int]:
-    """Places of the rows that keep a trained token after truncation."""
+    """Return the indices of the rows that keep a trained token after truncation."""
     return [i for i, first in enumerate(rows["first_trained"][:]) if first < limits.max_length]
 
 
-def _processes(wanted: int | None, rows: int) -> int:
-    """How many processes to encode with: no more than wished, than the rows are worth, and than this rank's CPUs."""
+def _number_of_processes(requested: int | None, rows: int) -> int:
+    """Limit the processes to what was requested, what the rows are worth, and this rank's share of the CPUs."""
     cpus = os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(wanted or 1, cpus // ranks, rows // ROWS_PER_PROCESS))
+    return max(1, min(requested or 1, cpus // ranks, rows // ROWS_PER_PROCESS))
 
 
 def _map(
     rows: Dataset, function: Callable[..., dict[str, list]], features: Features, processes: int = 1, **arguments: Any
 ) -> Dataset:
-    """``rows.map`` in batches, all columns replaced, without a progress bar."""
+    """Replace all columns of ``rows`` by those of ``function``, in batches and without a progress bar."""
     with _no_progress_bars():
         return rows.map(
             function,

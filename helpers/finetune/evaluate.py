@@ -26,9 +26,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError, exit_with_one_line, positive_int
 from helpers.files import atomic_write
-from helpers.finetune.dataset import Limits, decode_text, evaluation_features, find_split, read_split
+from helpers.finetune.dataset import Limits, decode_text, evaluation_features, read_split
 from helpers.finetune.metrics import METRICS, mean_scores, score
 from helpers.finetune.recorder import format_time_left
+from helpers.finetune.rows import find_split
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -21,12 +21,12 @@ from helpers.finetune.dataset import (
     Limits,
     SplitReport,
     evaluation_features,
-    find_split,
     read_split,
     training_features,
 )
 from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
+from helpers.finetune.rows import find_split
 from helpers.hardware import Machine, describe_machine, mixed_precision
 from helpers.memory.predict import read_shape
 from helpers.memory.predict.jobs import configuration_of
