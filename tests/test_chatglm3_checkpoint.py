@@ -306,7 +306,8 @@ def test_what_is_surely_a_path_is_not_looked_for_on_the_hub(name):
 
 
 def test_a_hub_name_that_cannot_be_had_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"^some/chatglm is no folder, and could not be had from the hub .*; give") as e:
+    message = r"^some/chatglm is not a local folder, and downloading it from the Hub failed .*; give"
+    with pytest.raises(UserError, match=message) as e:
         resolve_folder("some/chatglm", cache_dir=tmp_path, local_files_only=True)
     assert "\n" not in str(e.value)
 
@@ -398,7 +399,7 @@ def test_an_index_that_is_none_is_named(tmp_path, content):
 def test_a_file_of_something_else_is_named(tmp_path):
     write_published(tmp_path, SMALL, published_weights(SMALL), *FORMS[2])
     torch.save([1, 2, 3], tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin is no file of tensors"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is not a file of tensors"):
         check_checkpoint(tmp_path)
 
 

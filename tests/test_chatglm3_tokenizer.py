@@ -56,7 +56,7 @@ def test_a_newline_is_a_byte_and_every_text_has_its_own_dummy_prefix(tokenizer):
 
 
 def test_half_a_surrogate_pair_is_one_clear_line(tokenizer):
-    with pytest.raises(UserError, match=r"^the text 'a.ud83d' .* is no valid Unicode"):
+    with pytest.raises(UserError, match=r"^the text 'a.ud83d' .* is not valid Unicode"):
         tokenizer.encode_text("a\ud83d")
 
 

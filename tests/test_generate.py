@@ -283,7 +283,7 @@ def test_an_output_folder_says_which_checkpoint_it_uses(monkeypatch, capsys, sma
         (("{model}", "--prompt", "裙", "--compare"), "holds no adapter, so there is no base model to compare with"),
         (("{run}", "--compare"), "--compare needs a --prompt"),
         (("{run}/checkpoint-3", "--prompt", "裙"), "there are checkpoint-2, checkpoint-10"),
-        (("{run}", "--prompt", "a\ud83d"), "is no valid Unicode"),
+        (("{run}", "--prompt", "a\ud83d"), "is not valid Unicode"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, small_run, small_checkpoint, arguments, fault):

@@ -2,8 +2,8 @@
 
     python -m helpers.chatglm3.adapter FUSED_DIR MODEL_DIR OUT_DIR
 
-The update of the fused matrix is B·A. Rows of it belong to q, k and v, and a row of B·A needs that row of B and all of
-A: so q, k and v each get all of A and their rows of B, and the sum is the same, exactly.
+The update of the fused matrix is B·A, and its rows belong to q, k and v. A row of B·A needs the same row of B and all
+of A. So q, k and v each get all of A and their own rows of B, and the update is exactly the same.
 """
 
 import argparse
@@ -30,14 +30,23 @@ SPLIT_MODULES = ("q_proj", "k_proj", "v_proj")
 FUSED_KEY = re.compile(
     r"base_model\.model\.transformer\.encoder\.layers\.(\d+)\.self_attention\.query_key_value\.lora_([AB])\.weight"
 )
-# Settings under which an adapter is more than B·A beside query_key_value.
+# With other settings, an adapter is more than B·A on query_key_value.
 PLAIN = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none"}
 
 
 def split_fused(tensors: dict[str, torch.Tensor], config: ChatGLM3Config, rank: int) -> dict[str, torch.Tensor]:
-    """Tensors of a fused adapter under the names and in the shapes of the split layout.
+    """Split the tensors of a fused adapter into those of q, k and v.
 
-    In: lora_A [rank, hidden] and lora_B [rows of q, k and v, rank] of each layer. Raises UserError for anything else.
+    Args:
+        tensors: Per layer lora_A [rank, hidden] and lora_B [rows of q, k and v, rank], by published name.
+        config: The model's.
+        rank: The adapter's rank.
+
+    Returns:
+        Per layer and module lora_A [rank, hidden] and lora_B [rows of the module, rank], by PEFT's name.
+
+    Raises:
+        UserError: The adapter trains something else, or belongs to another model.
     """
     layers: dict[tuple[int, str], torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -62,7 +71,7 @@ def split_fused(tensors: dict[str, torch.Tensor], config: ChatGLM3Config, rank: 
         rows = layers[n, "B"].split(config.qkv_rows)
         for module, own_rows in zip(SPLIT_MODULES, rows, strict=True):
             name = f"base_model.model.model.layers.{n}.self_attn.{module}"
-            split[f"{name}.lora_A.weight"] = layers[n, "A"].clone()  # a safetensors file shares nothing
+            split[f"{name}.lora_A.weight"] = layers[n, "A"].clone()  # in a safetensors file, tensors share no memory
             split[f"{name}.lora_B.weight"] = own_rows.clone()
     return split
 
@@ -94,9 +103,15 @@ def _plain_lora(fused: dict[str, Any], where: Path) -> None:
 
 
 def import_fused_adapter(fused_dir: Path, model_dir: str, out_dir: Path) -> None:
-    """Write ``fused_dir``'s adapter to ``out_dir`` as one of the model in ``model_dir`` (folder or hub name).
+    """Rewrite a published adapter for the split layout.
 
-    Raises UserError where the adapter trains something else, or another model.
+    Args:
+        fused_dir: Folder of the published adapter.
+        model_dir: Folder or Hub name of the model that it was trained on.
+        out_dir: New folder for the result.
+
+    Raises:
+        UserError: The adapter trains something else, or belongs to another model.
     """
     path = fused_dir / ADAPTER_CONFIG
     fused = read_json_object(path, f"{fused_dir} holds no {ADAPTER_CONFIG}; give the folder of a PEFT adapter")
@@ -114,12 +129,12 @@ def import_fused_adapter(fused_dir: Path, model_dir: str, out_dir: Path) -> None
         base_model_name_or_path=str(model_dir),
     )
     with atomic_folder(out_dir) as folder:
-        lora.save_pretrained(folder)
+        lora.save_pretrained(str(folder))
         save_file(tensors, folder / ADAPTER_SAFETENSORS, metadata={"format": "pt"})
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.chatglm3.adapter", description=__doc__.splitlines()[0])
     parser.add_argument("fused_dir", type=Path, help="folder of the published adapter")
     parser.add_argument("model_dir", help="the ChatGLM3 checkpoint that it was trained on")

@@ -1,7 +1,7 @@
-"""Look at a published checkpoint before any weight is read: is every tensor there, whole, and of the right shape?
+"""Check a published checkpoint before any weight is read: every tensor exists, is complete, and has the right shape.
 
-Only headers are read, so this takes milliseconds on the 6B model, where a wrong tensor would otherwise show after
-minutes, or not at all (transformers initialises what is missing at random and goes on).
+Only headers are read, so this takes milliseconds, even for the 6B model. Otherwise a wrong tensor would show after
+minutes, or never: transformers fills what is missing with random numbers and goes on.
 """
 
 import os
@@ -26,14 +26,14 @@ Shapes = dict[str, tuple[int, ...]]
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DOWNLOAD_AGAIN = "download it again"
-# Beside the weights: the tokenizer, the configuration, file headers.
+# Tokenizer, configuration and file headers, at most.
 OTHER_FILES_BYTES = 8 * 2**20
-# Derived from the configuration; in every published checkpoint, and used by none of today's code.
-IGNORED = "transformer.rotary_pos_emb.inv_freq"
+# Every published checkpoint has it, but it follows from the configuration, and today's code does not read it.
+UNUSED_TENSOR = "transformer.rotary_pos_emb.inv_freq"
 
 
 def expected_shapes(config: ChatGLM3Config) -> Shapes:
-    """Published name and shape of every tensor of this configuration."""
+    """Return the published name and the shape of every tensor of this configuration."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     fused, attention = sum(config.qkv_rows), config.num_attention_heads * config.head_dim
     shapes: Shapes = {
@@ -57,7 +57,7 @@ def expected_shapes(config: ChatGLM3Config) -> Shapes:
 
 
 def disk_bytes(config: ChatGLM3Config, dtype: torch.dtype) -> int:
-    """Bytes that a checkpoint of this configuration takes on disk in ``dtype``, rounded up by a few MiB."""
+    """Return the bytes that a checkpoint takes on disk in ``dtype``, rounded up by a few MiB."""
     elements = sum(prod(shape) for shape in expected_shapes(config).values())
     return elements * dtype.itemsize + OTHER_FILES_BYTES
 
@@ -66,27 +66,38 @@ def _weight_patterns(name: str, revision: str | None, token: str | bool | None) 
     try:
         files = list_repo_files(name, revision=revision, token=token)
     except (HTTPError, OSError):
-        return ["*.safetensors", "*.bin"]  # no network: whatever an earlier download left in the cache
+        return ["*.safetensors", "*.bin"]  # no network: use what an earlier download left in the cache
     return ["*.safetensors"] if any(file.endswith(".safetensors") for file in files) else ["*.bin"]
 
 
 def resolve_folder(
     name_or_path: str | os.PathLike[str],
     revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local folder of a checkpoint: ``name_or_path`` itself, or where its hub repository was downloaded to.
+    """Return the local folder of a checkpoint, after downloading it if it is on the Hub.
 
-    The other arguments are the hub's. Of a repository that holds both formats, only the safetensors are downloaded.
-    Raises UserError for neither a folder nor a repository that can be had.
+    Args:
+        name_or_path: A folder, or a repository on the Hub. If a repository holds the weights in two formats, only the
+            safetensors are downloaded.
+        revision: Branch, tag or commit of the repository.
+        cache_dir: Where downloads are kept.
+        token: Access token for the Hub.
+        local_files_only: Whether to use earlier downloads only.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: It is not a local folder, and downloading it failed.
     """
     remedy = "give the folder that holds config.json, the weights and tokenizer.model"
     folder, name = Path(name_or_path), str(name_or_path)
     if folder.is_dir():
         return folder
-    # Surely meant as a path, not as owner/name: say so at once, without asking the network.
+    # Clearly meant as a path and not as owner/name: fail at once, without the network.
     in_a_folder = folder.parent != Path() and folder.parent.is_dir()
     if in_a_folder or folder.is_absolute() or len(folder.parts) > 2 or name.startswith((".", "~")):
         raise UserError(f"there is no folder {folder}; {remedy}")
@@ -102,16 +113,18 @@ def resolve_folder(
         )
     except (HFValidationError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} is no folder, and could not be had from the hub ({reason}); {remedy}") from error
+        raise UserError(
+            f"{name} is not a local folder, and downloading it from the Hub failed ({reason}); {remedy}"
+        ) from error
     return Path(snapshot)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint. Raises UserError where there is none, or it is not JSON."""
+    """Read the ``config.json`` of a checkpoint. Raises UserError if there is none, or it is not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        here = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise UserError(f"{folder} holds no config.json (it holds {here}); give the folder of a ChatGLM3 checkpoint")
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise UserError(f"{folder} holds no config.json (it holds {names}); give the folder of a ChatGLM3 checkpoint")
     return read_json_object(path, f"no file {path}", remedy=DOWNLOAD_AGAIN)
 
 
@@ -148,13 +161,13 @@ def _bin_shapes(path: Path) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
     except Exception as error:  # torch raises half a dozen kinds here, pickle's among them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no file of tensors, or is cut off ({reason}); download it again") from error
+        raise UserError(f"{path} is not a file of tensors, or is cut off ({reason}); download it again") from error
 
 
 def tensor_shapes(folder: Path) -> Shapes:
-    """Name and shape of every tensor in a checkpoint's files; the weights themselves are not read.
+    """Return the name and shape of every tensor in a checkpoint's files, without reading the weights.
 
-    Raises UserError for a shard that is missing, cut off or of another format.
+    Raises UserError if a file is missing, cut off or of another format.
     """
     shapes: Shapes = {}
     for path in _weight_files(folder):
@@ -167,8 +180,8 @@ def _some(names: list[str]) -> str:
 
 
 def compare_shapes(found: Shapes, expected: Shapes, where: str) -> None:
-    """Raise one UserError that names what is missing, extra or misshapen in ``found``; ``where`` is the folder."""
-    found = {name: shape for name, shape in found.items() if name != IGNORED}
+    """Raise one UserError that names all that is missing, extra or misshapen in ``found``; ``where`` is the folder."""
+    found = {name: shape for name, shape in found.items() if name != UNUSED_TENSOR}
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     misshapen = [
@@ -194,6 +207,6 @@ def check_checkpoint(folder: Path) -> None:
     if config.vocab_size == PUBLISHED_VOCAB_SIZE and tokenizer.is_file() and not is_published_tokenizer(tokenizer):
         warnings.warn(
             f"{tokenizer} is not the tokenizer published with ChatGLM3-6B (its sha256 differs): "
-            "ids may mean other words than the weights were trained on",
+            "ids may stand for other tokens than those that the weights were trained on",
             stacklevel=3,
         )

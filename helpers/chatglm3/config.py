@@ -1,4 +1,4 @@
-"""ChatGLM3's published configuration names and what transformers' Glm calls the same things."""
+"""ChatGLM3's published configuration, translated to and from the names of transformers' Glm."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import GlmConfig
 
 from helpers.errors import UserError
 
-# published name -> Glm's name
+# Published name -> Glm's name.
 NAMES = {
     "padded_vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -27,7 +27,7 @@ REQUIRED = (
     "add_qkv_bias",
     "padded_vocab_size",
 )
-# Switches that ChatGLM2/3 never flip and that Glm has no counterpart for; another value is another network.
+# Switches that ChatGLM2 and 3 never flip and Glm does not have; with another value it is another network.
 FIXED = {
     "add_bias_linear": False,
     "apply_residual_connection_post_layernorm": False,
@@ -45,7 +45,7 @@ CARRIED = (
     "bos_token_id",
     "use_cache",
 )
-# What published files name; other programs choose their code for the network by it.
+# As published files have it; other programs choose the network's code by it.
 PUBLISHED_ARCHITECTURES = ["ChatGLMModel"]
 ROPE_THETA = 10000.0
 PUBLISHED_VOCAB_SIZE = 65024
@@ -54,10 +54,10 @@ PUBLISHED_STOP_TOKEN_IDS = (2, 64795, 64797)
 
 
 def glm_arguments(published: dict[str, Any]) -> dict[str, Any]:
-    """Translate a published ``config.json`` into arguments of ``GlmConfig``. Unknown keys are dropped.
+    """Translate a published ``config.json`` into arguments of ``GlmConfig``; unknown keys are dropped.
 
-    ``rope_ratio`` (the -32k and -128k checkpoints) multiplies the rotary base of 10,000.
-    Raises UserError where the file describes another network, such as the first ChatGLM-6B.
+    ``rope_ratio`` (of the -32k and -128k checkpoints) multiplies the rotary base of 10,000.
+    Raises UserError if the file describes another network, such as the first ChatGLM-6B.
     """
     missing = [key for key in REQUIRED if key not in published]
     if missing:
@@ -86,12 +86,19 @@ class ChatGLM3Config(GlmConfig):
     """``GlmConfig`` that is read from, and written as, a published ChatGLM3 ``config.json``.
 
     In memory it has Glm's attribute names; ``to_dict`` and the file have the published ones.
+
+    Args:
+        **kwargs: Glm's attributes, such as ``hidden_size`` and ``num_hidden_layers``; defaults are ChatGLM3-6B's, or
+            Glm's where those are the same.
     """
 
     model_type = "chatglm"
 
     vocab_size: int = PUBLISHED_VOCAB_SIZE
     num_hidden_layers: int = 28
+    # Glm would allow None for these two; ChatGLM3 always has both.
+    num_key_value_heads: int = 2
+    head_dim: int = 128
     max_position_embeddings: int = 8192
     # Glm's own default, 1.5625e-07, is silently 8e-3 off in the logits.
     rms_norm_eps: float = 1e-5
@@ -110,7 +117,7 @@ class ChatGLM3Config(GlmConfig):
         return [self.num_attention_heads * self.head_dim, key_value, key_value]
 
     def to_glm(self) -> GlmConfig:
-        """The same network's configuration as transformers alone knows it."""
+        """Return the configuration of the same network as transformers knows it without this package."""
         glm = super().to_dict()
         for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
             glm.pop(key, None)
@@ -130,7 +137,7 @@ class ChatGLM3Config(GlmConfig):
         return {**glm, **FIXED, **published, **({"rope_ratio": ratio} if ratio != 1 else {})}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # What save_pretrained writes. Nothing is left out for equalling a default: other readers have other defaults.
+        # save_pretrained writes this. It includes what equals a default, because other readers have other defaults.
         written = (*NAMES, *FIXED, *CARRIED, "rope_ratio", "model_type", "tie_word_embeddings", "transformers_version")
         full = self.to_dict()
         config = {key: full[key] for key in written if full.get(key) is not None}

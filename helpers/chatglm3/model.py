@@ -1,7 +1,7 @@
 """ChatGLM3 as transformers' ``GlmForCausalLM``: the weight map, both ways.
 
-The networks are the same; only names differ, and that ChatGLM3 keeps q, k and v in one matrix. transformers applies
-the map while it streams a checkpoint in, and its reverse while it writes one, under ZeRO-3 too.
+The networks are the same. Only the names differ, and ChatGLM3 keeps q, k and v in one matrix. transformers applies the
+map while it reads a checkpoint, and the reverse while it writes one, also under ZeRO-3.
 """
 
 import os
@@ -20,22 +20,19 @@ from helpers.chatglm3.config import ChatGLM3Config
 class SplitQueryKeyValue(ConversionOps):
     """Split the fused ``query_key_value`` by rows into q, k and v.
 
-    transformers' own ``Split`` reads the row counts off the model's parameters, which are empty under ZeRO-3; the
-    configuration always knows them.
+    transformers' own ``Split`` takes the row counts from the model's parameters, which are empty under ZeRO-3. The
+    configuration always has them.
     """
 
     @torch.no_grad()
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        config: ChatGLM3Config,
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the three parts of the one tensor in ``input_dict``, under the names ``target_patterns``."""
+        config: ChatGLM3Config = kwargs["config"]
         (fused,) = input_dict.values()
-        fused = fused[0] if isinstance(fused, list) else fused
-        # Views of rows: no copy, and contiguous.
+        fused = fused[0] if isinstance(fused, list) else fused  # [rows of q, k and v, hidden]
+        # Views of rows: contiguous, and no copy.
         return dict(zip(target_patterns, fused.split(config.qkv_rows, dim=0), strict=True))
 
     @property
@@ -44,7 +41,7 @@ class SplitQueryKeyValue(ConversionOps):
 
 
 def weight_map() -> list[WeightRenaming | WeightConverter]:
-    """Published tensor names to ``GlmForCausalLM``'s, in the order in which they are applied."""
+    """Map published tensor names to those of ``GlmForCausalLM``, in the order in which they are applied."""
     return [
         WeightRenaming("transformer.embedding.word_embeddings", "model.embed_tokens"),
         WeightRenaming("transformer.output_layer", "lm_head"),
@@ -67,8 +64,11 @@ register_checkpoint_conversion_mapping(ChatGLM3Config.model_type, weight_map(), 
 class ChatGLM3ForCausalLM(GlmForCausalLM):
     """``GlmForCausalLM`` whose checkpoints are in ChatGLM3's published layout.
 
-    ``from_pretrained`` takes a folder or a hub name and is strict: before any weight is read, every tensor's name and
-    shape is compared with the configuration, and a missing, extra or misshapen one is a UserError that names it.
+    ``from_pretrained`` takes a folder or a Hub name and is strict. Before any weight is read, it compares the name and
+    shape of every tensor with the configuration; a missing, extra or misshapen one is a UserError that names it.
+
+    Args:
+        config: Shape of the network, and the ids at which an answer ends.
     """
 
     config_class = ChatGLM3Config
@@ -76,7 +76,8 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
 
     def __init__(self, config: ChatGLM3Config) -> None:
         super().__init__(config)
-        # Half of each head is rotated, in pairs. A wrong partial_rotary_factor would load and answer nonsense.
+        # Half of each head is rotated, in pairs. With a wrong partial_rotary_factor, weights would load all the same,
+        # and the answers would be nonsense.
         frequencies = self.model.rotary_emb.inv_freq.numel()
         assert frequencies == config.head_dim // 4, f"{frequencies} rotary frequencies for head_dim {config.head_dim}"
         self.generation_config = GenerationConfig(
@@ -85,8 +86,14 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> "ChatGLM3ForCausalLM":
+        """Check and load a checkpoint, with the arguments of transformers' ``from_pretrained``.
+
+        Raises:
+            UserError: There is no such checkpoint, or its weights do not fit its configuration.
+        """
+        assert pretrained_model_name_or_path is not None, "name a folder, or a repository on the Hub"
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
         folder = resolve_folder(pretrained_model_name_or_path, **hub)
         check_checkpoint(folder)
@@ -102,7 +109,7 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
         loaded = super().from_pretrained(folder, *args, **kwargs)
         # An adapter records its base model by this path, so it must be right from every working directory.
         model = _rename(loaded, str(folder.resolve()))
-        # A generation_config.json that knows only </s> would let the model play the user as well.
+        # With a generation_config.json that names only </s>, the model would go on and play the user.
         model.generation_config.eos_token_id = model.config.eos_token_id
         return loaded
 

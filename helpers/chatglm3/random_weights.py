@@ -1,14 +1,15 @@
-"""A checkpoint of ChatGLM3-6B's exact shape with random weights, for measuring memory and speed without a download.
+"""Write a checkpoint of ChatGLM3-6B's shape with random weights, to measure memory and speed without a download.
 
     python -m helpers.chatglm3.random_weights FOLDER
 
-Every byte and every operation is that of the real model; its answers are noise. The tokenizer is the embedded model's,
-so the ids are those of a small vocabulary.
+It has every byte and runs every operation of the real model; only its answers are noise. The tokenizer is that of the
+embedded model, whose vocabulary is small.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,15 +21,21 @@ from helpers.errors import exit_with_one_line
 from helpers.files import atomic_folder, check_disk_space, check_new_folder
 
 PARAMETERS = 6_243_584_000
-# ChatGLM3-6B: what ChatGLM3Config does not already default to.
-SHAPE = {"hidden_size": 4096, "intermediate_size": 13696, "num_attention_heads": 32, "head_dim": 128}
+# ChatGLM3-6B, as far as it differs from ChatGLM3Config's defaults.
+SHAPE: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 13696, "num_attention_heads": 32, "head_dim": 128}
 
 
 def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
-    """Write the checkpoint (float16, sharded, 11.6 GiB) to ``folder``, in the published layout.
+    """Write the checkpoint (float16, sharded, 11.6 GiB) in the published layout.
 
-    Made on the GPU where there is one, else in 12 GiB of host memory. ``folder`` appears whole or not at all. Raises
-    UserError for a folder that is not empty or a disk that is too small.
+    The weights are drawn on the GPU if there is one, otherwise in 12 GiB of host memory.
+
+    Args:
+        folder: A new folder; it appears when it is complete, or not at all.
+        seed: Seed of the random weights.
+
+    Raises:
+        UserError: ``folder`` is not empty, or its disk is too small.
     """
     check_new_folder(folder)
     config = ChatGLM3Config(**SHAPE, dtype="float16")
@@ -44,6 +51,7 @@ def write_random_checkpoint(folder: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.chatglm3.random_weights", description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
