@@ -14,8 +14,8 @@ from helpers.memory.predict.saved_tensors import saved_by_bitsandbytes, total_by
 from helpers.memory.predict.states import base_bytes, matrix_bytes
 from helpers.memory.saved_tensors import SavedTensors
 from helpers.parallel.network import TINY, batch, largest_difference
-from helpers.quantization.formats import error, int4_rows, int8_rows, nf4, nf4_levels
-from helpers.quantization.library import elements
+from helpers.quantization.formats import int4_rows, int8_rows, nf4, nf4_codebook, relative_error
+from helpers.quantization.library import full_numel
 from helpers.quantization.network import build_quantized
 
 STEPS, ROWS, LENGTH = 20, 4, 16
@@ -39,7 +39,7 @@ def trained(model):
 
 
 def test_the_levels_are_the_librarys_to_rounding():
-    assert (nf4_levels() - bnb.get_4bit_type("nf4", "cpu")).abs().max() < 1e-7
+    assert (nf4_codebook() - bnb.get_4bit_type("nf4", "cpu")).abs().max() < 1e-7
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,7 +66,7 @@ def test_no_weight_is_further_off_than_half_a_step_and_a_second_time_changes_not
     weight[0] = 0
     found = quantise(weight)
     once = found.dequantize()
-    half = found.levels.diff().max() / 2 * found.scales.repeat_interleave(64).view(4, 64)
+    half = found.codebook.diff().max() / 2 * found.scales.repeat_interleave(64).view(4, 64)
     assert ((once - weight).abs() <= half * (1 + 1e-5)).all()
     assert (once[0] == 0).all()
     assert torch.equal(quantise(once).codes[1:], found.codes[1:])
@@ -74,7 +74,9 @@ def test_no_weight_is_further_off_than_half_a_step_and_a_second_time_changes_not
 
 def test_nf4_loses_less_than_four_bits_by_rows_and_more_than_eight():
     weight = normal(256, 4096)
-    int8, four, rows = (error(weight, quantise(weight).dequantize()) for quantise in (int8_rows, nf4, int4_rows))
+    int8, four, rows = (
+        relative_error(weight, quantise(weight).dequantize()) for quantise in (int8_rows, nf4, int4_rows)
+    )
     assert int8 < four / 5 < rows / 5
 
 
@@ -101,7 +103,7 @@ def test_predicted_bytes_of_the_base_are_the_counted_ones(bits, dtype):
     assert count_bytes(model).categories["parameters"] == base_bytes(
         Configuration(TINY, precision=precision, quantization_bits=bits)
     )
-    assert sum(elements(p) for p in model.parameters()) == TINY.parameters
+    assert sum(full_numel(p) for p in model.parameters()) == TINY.parameters
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -179,12 +181,12 @@ def train(bits, alone, base_seed=False, ignore=True):
 
     from helpers.launch import device
     from helpers.parallel.network import EQUALITY_EPSILON
-    from helpers.quantization.library import leave_frozen_to_ranks
+    from helpers.quantization.library import exclude_frozen_from_ddp
 
     rank, n = dist.get_rank(), dist.get_world_size()
     model = adapted(bits, seed=rank if base_seed else 0, device=device())
     if ignore:
-        leave_frozen_to_ranks(model)
+        exclude_frozen_from_ddp(model)
     wrapped = model if alone else DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=EQUALITY_EPSILON)
     for step in range(STEPS if not base_seed else 0):

@@ -38,7 +38,7 @@ from helpers.libraries.quiet import quiet_libraries
 from helpers.memory.nvml import Sampler
 from helpers.memory.phases import PhaseLog
 from helpers.memory.units import GIB
-from helpers.quantization.library import elements, keep_layout, leave_frozen_to_ranks, quantization_config
+from helpers.quantization.library import exclude_frozen_from_ddp, full_numel, keep_layout, quantization_config
 
 # An idle GPU uses far less; a desktop may use this much.
 BUSY_BYTES = GIB
@@ -139,14 +139,14 @@ def _load(job: Job, arguments: TrainingArguments, ranks: Ranks) -> PeftModel:
     except ValueError as error:
         raise UserError(f"peft_config: {' '.join(str(error).split())}") from error
     if bits:
-        leave_frozen_to_ranks(adapted)
+        exclude_frozen_from_ddp(adapted)
     apply_speed_options(adapted, job.config.speed)
     return adapted
 
 
 def _count(model: PeftModel, trainable: bool) -> int:
     """Parameters that are trained, or frozen."""
-    return sum(elements(p) for p in model.parameters() if p.requires_grad == trainable)
+    return sum(full_numel(p) for p in model.parameters() if p.requires_grad == trainable)
 
 
 def _plan(job: Job, arguments: TrainingArguments, ranks: Ranks, trainable: int) -> list[str]:

@@ -1,18 +1,27 @@
-"""bitsandbytes as the fine-tune uses it: its settings, and what it leaves to the user."""
+"""Configure bitsandbytes as the fine-tune uses it, and do what it leaves to the user."""
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig
 
+_REPACKS_FOR_AVX512 = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' Linear4bit
 
-def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What ``from_pretrained`` takes as ``quantization_config``.
 
-    8: int8 with a scale a row. 4: NF4 with a scale for each 64 weights, the scales quantised again (QLoRA); matrices
-    are multiplied in ``compute_dtype``. Embedding, output layer, biases and norms are left as they are.
+def quantization_config(quantization_bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the argument ``quantization_config`` of ``from_pretrained``.
+
+    Embedding, output layer, biases and norms are not quantized.
+
+    Args:
+        quantization_bits: 8 for int8 with a scale per row; 4 for NF4 with a scale per 64 weights and the scales
+            quantized again (QLoRA, section 3).
+        compute_dtype: dtype of the matmuls with 4-bit weights.
+
+    Returns:
+        The configuration.
     """
-    if bits == 8:
+    if quantization_bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -23,26 +32,33 @@ def quantization_config(bits: int, compute_dtype: torch.dtype) -> BitsAndBytesCo
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep 4-bit weights as they are stored.
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    On a CPU with AVX512-BF16 bitsandbytes 0.50 packs them anew at the first forward in evaluation mode: it fails
-    where a row is not a multiple of 64 wide, and what it makes passes no gradient on in later training.
+    Version 0.50 does so at the first forward in evaluation mode. That fails if a row is not a multiple of 64 wide, and
+    later training gets no gradient through the repacked weights.
+
+    Args:
+        model: the model whose weights keep their layout.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, _REPACKS_FOR_AVX512):
+            setattr(module, _REPACKS_FOR_AVX512, False)
 
 
-def elements(parameter: nn.Parameter) -> int:
-    """Number of weights that ``parameter`` stands for: two a byte in 4 bits; under ZeRO-3 those of all ranks."""
+def full_numel(parameter: nn.Parameter) -> int:
+    """Count the weights of a parameter, also if it packs two per byte (4 bits) or is sharded (ZeRO-3)."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
-def leave_frozen_to_ranks(model: nn.Module) -> None:
-    """Tell DDP not to broadcast frozen parameters of ``model`` when it wraps it: each rank has read them itself.
+def exclude_frozen_from_ddp(model: nn.Module) -> None:
+    """Exclude frozen parameters from the broadcast with which DDP starts; every rank must load them itself.
 
-    It would broadcast the codes of quantised weights but not their scales, which are no parameters to it.
+    DDP would broadcast the codes of quantized weights but not their scales, which are not parameters. A rank would then
+    combine the codes of rank 0 with its own scales.
+
+    Args:
+        model: the model that DDP will wrap.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
