@@ -1,34 +1,29 @@
 """The benchmark of offload, on two CPU ranks with a small network: it runs, records, and survives a failure."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
-
-FILE = Path(__file__).parent / "benchmarks" / "offload_6b.py"
+from load_benchmark import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_offload", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("offload_6b")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_the_chunked_loss_is_cross_entropy(benchmark, chunk):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    targets = torch.randint(0, 30, (20,))
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+    hidden = torch.randn(2, 11, 8, requires_grad=True)  # [sequences, tokens, width]
+    weight = torch.nn.Parameter(torch.randn(30, 8))
+    ids = torch.randint(0, 30, (2, 11))
+    expected = torch.nn.functional.cross_entropy((hidden[:, :-1] @ weight.T).flatten(0, 1), ids[:, 1:].flatten())
     (3 * expected).backward()
     gradients = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
-    found = benchmark.ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+    found = benchmark.Head(weight, chunk)(hidden, ids)
     (3 * found).backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close((hidden.grad, weight.grad), gradients)

@@ -1,21 +1,19 @@
 """The benchmark of predictions, on the CPU: its training function in a group of one rank, and what it records."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from load_benchmark import load_benchmark
 
 from helpers.hardware import Gpu, describe_machine
 from helpers.launch import RankError
 from helpers.memory.predict import ModelShape, predict
 
-FILE = Path(__file__).parent / "benchmarks" / "prediction.py"
 TINY = ModelShape(hidden=64, layers=2, heads=4, kv_groups=2, head_dim=16, intermediate=96, vocab=512)
 # DeepSpeed would change torch for the whole test process; the benchmark starts it in processes of their own.
 NAMES = (
@@ -30,10 +28,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_prediction", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("prediction")
 
 
 @pytest.fixture

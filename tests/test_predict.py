@@ -1,7 +1,6 @@
 """Predictions against independent counts: real models, the published tables, what an H100 measured."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_tensors import glm, live_peaks, saved_bytes
+from load_benchmark import load_benchmark
 
 from helpers.activations.chunked_loss import chunked_cross_entropy
 from helpers.chatglm3 import ChatGLM3Config
@@ -316,10 +316,7 @@ EXPANDABLE_PERCENT = {"wide, full, ZeRO-2, checkpointing": 9}
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_prediction", ROOT / "tests/benchmarks/prediction.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("prediction")
 
 
 @pytest.mark.parametrize("expandable", [True, False])

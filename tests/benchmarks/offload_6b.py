@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helpers.activations.chunked_loss import chunked_cross_entropy
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_write
 from helpers.hardware import describe_machine
@@ -81,38 +81,6 @@ SETTINGS = {
 }
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of ``hidden @ weight.T`` without all logits at once; both gradients are made in forward.
-
-    The weight's gradient adds up over the chunks in the weight's own type.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        """``hidden`` [tokens, width], ``weight`` [words, width], ``targets`` [tokens] -> a scalar in fp32."""
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
-        for start in range(0, len(hidden), chunk):
-            part, words = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (part @ weight.T).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(-1, words)).sum()
-            share = logits.sub_(log_sum).exp_()
-            share.scatter_add_(-1, words, share.new_full(words.shape, -1.0))
-            gradient = share.div_(len(hidden)).to(hidden.dtype)
-            del logits, share
-            hidden_gradient[start : start + chunk] = gradient @ weight
-            weight_gradient.addmm_(gradient.T, part)
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """What forward made, times the loss's own gradient."""
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient.mul_(factor), weight_gradient.mul_(factor), None, None
-
-
 class Head(nn.Module):
     """The output layer and the loss in one module, so that ZeRO-3 gathers its weight around both."""
 
@@ -122,9 +90,10 @@ class Head(nn.Module):
         self.chunk = chunk
 
     def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The mean loss of predicting each next token of ``ids`` [rows, length]."""
-        flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        return ChunkedCrossEntropy.apply(flat, self.weight, ids[:, 1:].reshape(-1), self.chunk)
+        """Return the mean loss of predicting each next token of ``ids`` [sequences, tokens]."""
+        flat = hidden[:, :-1].flatten(0, 1)  # [targets, width]
+        every = torch.arange(len(flat), device=flat.device)  # no position is ignored
+        return chunked_cross_entropy(flat, self.weight, ids[:, 1:].flatten(), self.chunk, every)
 
 
 class WithLoss(nn.Module):
@@ -255,7 +224,6 @@ def now() -> float:
 def train(shape: ModelShape, settings: dict[str, Any], prefer_deepspeed: bool) -> dict[str, Any]:
     """Train a few steps on this rank; losses, and for each step the seconds of its parts."""
     setting = Setting(**settings)
-    warnings.filterwarnings("ignore")
     own_cores()
     host_before = host_bytes()
     here = device()
@@ -311,16 +279,6 @@ def train(shape: ModelShape, settings: dict[str, Any], prefer_deepspeed: bool) -
     }
 
 
-def in_rank(file: str, function: str, **arguments: Any) -> Any:
-    """Call a function of this file in a rank, which reads the file: its classes of autograd cannot be sent there."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("offload_6b", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)(**arguments)
-
-
 def summary(setting: Setting, outcome: list[dict[str, Any]], nvml: list[int | None]) -> dict[str, Any]:
     """What is recorded: peaks over the whole run, loading included; speed without the first step, which warms up."""
     first = outcome[0]
@@ -344,11 +302,9 @@ def measure(shape: ModelShape, setting: Setting, ranks: int, prefer_deepspeed: b
     with environment(ALLOCATOR | threads | setting.environment):
         try:
             result = run(
-                in_rank,
+                train,
                 ranks,
                 timeout=TIMEOUT_SECONDS,
-                file=__file__,
-                function="train",
                 shape=shape,
                 settings=dataclasses.asdict(setting),
                 prefer_deepspeed=prefer_deepspeed,
@@ -406,9 +362,7 @@ def main() -> None:
     prefer_deepspeed = arguments.adam == "deepspeed"
     content: dict[str, Any] = {"machine": dataclasses.asdict(machine), "parameters": shape.parameters, "settings": {}}
     if prefer_deepspeed:
-        adam, content["adam_build_seconds"] = run(
-            in_rank, 1, timeout=TIMEOUT_SECONDS, file=__file__, function="build_adam"
-        ).results[0]
+        adam, content["adam_build_seconds"] = run(build_adam, 1, timeout=TIMEOUT_SECONDS).results[0]
         prefer_deepspeed = adam == "DeepSpeedCPUAdam"
     for name, setting in chosen.items():
         if arguments.tiny:
