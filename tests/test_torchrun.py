@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.files import fresh_folder
-from helpers.finetune.torchrun import as_typed, run_command, torchrun_command
+from helpers.finetune.torchrun import format_command, run_command, torchrun_command
 
 
 def test_the_command_is_what_one_would_type(monkeypatch, tmp_path):
@@ -21,7 +21,7 @@ def test_the_command_is_what_one_would_type(monkeypatch, tmp_path):
     data, model, yaml, flag, out = command[7:12]
     assert (data, model, yaml) == (os.path.relpath(TINY_DATA), "THUDM/chatglm3-6b", "configs/lora.yaml")
     assert flag == "--output-dir" and Path(out).resolve() == (tmp_path / "out").resolve()
-    assert as_typed(command).startswith("torchrun --standalone --nproc_per_node=3 -m helpers.finetune.train ")
+    assert format_command(command).startswith("torchrun --standalone --nproc_per_node=3 -m helpers.finetune.train ")
     resumed = torchrun_command(TINY_DATA, TINY_MODEL, config, config, output_dir=tmp_path, nprocs=1, resume=True)
     assert resumed[-1] == "--resume" and resumed.count("configs/lora.yaml") == 2
 

@@ -265,7 +265,7 @@ def test_published_files_run_unchanged_stop_at_ctrl_c_and_resume(tmp_path, data_
         assert said in output
 
     refused = start(1, *arguments)
-    assert refused.returncode != 0 and "is not empty; go on with --resume" in refused.stderr
+    assert refused.returncode != 0 and "is not empty; continue with --resume" in refused.stderr
     assert complete_checkpoints(tmp_path / "output") == [checkpoint]
 
 
@@ -278,7 +278,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, data_dir, 
     (output / "checkpoint-4" / "trainer_state.json").unlink()
     resumed = start(1, data_dir, small_checkpoint, config, "--output-dir", output, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from" in resumed.stdout and "checkpoint-2" in resumed.stdout
+    assert "resuming from" in resumed.stdout and "checkpoint-2" in resumed.stdout
     assert largest_difference(adapter(output / "checkpoint-4"), adapter(single / "checkpoint-4")) == 0
     assert [r["step"] for r in read_metrics(output / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4]
 
@@ -300,7 +300,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, data_dir, small_che
     )
     assert full.returncode != 0
     (line,) = [line for line in full.stderr.splitlines() if line.startswith("error:")]
-    assert "checkpoint-4 could not be written" in line and "checkpoint-2 is whole" in line
+    assert "checkpoint-4 could not be written" in line and "checkpoint-2 is complete" in line
     assert not (output / "checkpoint-4").exists()
     assert largest_difference(adapter(output / "checkpoint-2"), before) == 0
     again = start(1, data_dir, small_checkpoint, config, "--output-dir", output, "--resume")
@@ -348,7 +348,7 @@ def test_bad_input_is_one_line_before_a_weight_is_loaded(tmp_path, data_dir, sma
     assert "packing 60 is shorter than the longest row of 1" in refused(data_dir, small_checkpoint, packed)
     compiled = write_config(empty, speed={"compile_layers": True})
     message = refused(data_dir, small_checkpoint, compiled, ROOT / "configs" / "ds_zero_3.json")
-    assert "compile_layers does not go with ZeRO-3" in message
+    assert "compile_layers does not work with ZeRO-3" in message
     assert "holds no finished checkpoint" in refused(data_dir, small_checkpoint, config, resume=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     four = Ranks(rank=0, local_rank=0, world_size=4, local_world_size=4, store=None)

@@ -16,7 +16,7 @@ def contradictions(deepspeed: Mapping[str, Any], training: Mapping[str, Any], wo
 
     Args:
         deepspeed: Contents of the DeepSpeed file.
-        training: Keyword arguments of ``TrainingArguments``; its defaults stand in for missing keys.
+        training: Keyword arguments of ``TrainingArguments``; missing keys have its defaults.
         world_size: Number of ranks; ``train_batch_size`` counts the sequences of all of them.
 
     Returns:

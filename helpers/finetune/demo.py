@@ -1,4 +1,4 @@
-"""The main job on the embedded model and data: fine-tune, then the base model's and the tuned model's answer.
+"""Run the main job on the embedded model and data, then compare the answers before and after tuning.
 
 make run        or        python -m helpers.finetune.demo
 """
@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def main() -> None:
+    """Fine-tune, then answer one prompt with and without the adapter."""
     output_dir = fresh_folder(Path("output"), "tiny")
     command = torchrun_command(
         TINY_DATA, TINY_MODEL, CONFIGS / "lora_tiny.yaml", CONFIGS / "ds_zero_2.json", output_dir=output_dir
@@ -24,13 +25,16 @@ def main() -> None:
     if status:
         sys.exit(status)
 
+    from peft import PeftModel  # these are slow to import, and only needed after training
+
     from helpers.finetune.checkpoints import complete_checkpoints
-    from helpers.finetune.generate import answer, load_for_inference  # heavy, and only needed now
+    from helpers.finetune.generate import answer, load_for_inference
     from helpers.libraries.quiet import quiet_libraries
 
     quiet_libraries()
     checkpoint = complete_checkpoints(output_dir)[-1]
     model, tokenizer = load_for_inference(checkpoint)
+    assert isinstance(model, PeftModel)  # a checkpoint of this run
     messages = [{"role": "user", "content": SHOWN_PROMPT}]
     tuned = answer(model, tokenizer, messages)
     with model.disable_adapter():

@@ -1,4 +1,4 @@
-"""The fine-tune before it starts: everything that can be checked without loading a weight."""
+"""Prepare a fine-tune: read its files and check everything that can be checked without loading a weight."""
 
 import dataclasses
 import warnings
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 
-import helpers.chatglm3  # noqa: F401  (registers the published layout)
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import check_quantization, check_speed, choose_precision, contradictions
@@ -36,7 +34,14 @@ from helpers.memory.units import GIB
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenised splits; ``dev`` and ``answers`` (prompts to answer) are None without a dev file."""
+    """Tokenised splits.
+
+    Attributes:
+        train: Training features: one example, or one pack, per row.
+        dev: Training features of the dev file; None without one.
+        answers: Prompts of the dev file to answer and score; None without one.
+        reports: What was read from each file.
+    """
 
     train: Dataset
     dev: Dataset | None
@@ -46,7 +51,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that was checked before a weight is loaded."""
+    """A checked fine-tune, ready to load weights.
+
+    Attributes:
+        config: Contents of ``lora.yaml``, with every "auto" decided.
+        deepspeed: Contents of the DeepSpeed file, where the Trainer fills in "auto"; None without one.
+        model_dir: Local folder of the checkpoint, absolute and checked.
+        output_dir: Folder of the results.
+        resume_from: Checkpoint to continue from; None to start fresh.
+        precision: "bf16", "fp16" or "no" (fp32).
+        machine: This machine.
+        tokenizer: The checkpoint's.
+        data: The tokenised splits.
+        notes: One line for each decision the files left open, and for each warning.
+    """
 
     config: FinetuneConfig
     deepspeed: dict[str, Any] | None
@@ -61,21 +79,24 @@ class Job:
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO stage of the DeepSpeed file; 0 without one."""
+        """The DeepSpeed file's ZeRO stage; 0 without a file."""
         return zero_stage(self.deepspeed)
 
 
 def _resume_point(output_dir: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Raises UserError where earlier results would be overwritten or none are there."""
+    """Find the checkpoint to continue from; None to start fresh.
+
+    Raises UserError if a fresh start would overwrite earlier results, or if there is nothing to resume.
+    """
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {output_dir} is a file; name a folder")
+        raise UserError(f"output_dir {output_dir} is a file; give a folder")
     if resume:
         checkpoints = complete_checkpoints(output_dir)
         if not checkpoints:
             raise UserError(f"--resume: {output_dir} holds no finished checkpoint; start without --resume")
         return checkpoints[-1]
     if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(f"output_dir {output_dir} is not empty; go on with --resume, or name another with --output-dir")
+        raise UserError(f"output_dir {output_dir} is not empty; continue with --resume, or choose another --output-dir")
     return None
 
 
@@ -114,21 +135,24 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
 def _decide_checkpointing(
     config: FinetuneConfig, deepspeed: dict[str, Any] | None, model: Path, machine: Machine, ranks: Ranks, longest: int
 ) -> tuple[FinetuneConfig, str]:
-    """``gradient_checkpointing: auto`` as true where the smallest GPU could not hold the job without it; and a note."""
-    wanted, why = False, "no GPU here whose memory is known"
+    """Decide ``gradient_checkpointing: auto``: true if the smallest GPU could not hold the job without it.
+
+    Returns the configuration with the decision, and a line that gives its reason.
+    """
+    enable, reason = False, "no GPU here with a known memory size"
     sizes = [gpu.total_bytes for gpu in machine.gpus if gpu.total_bytes is not None]
     if sizes:
         job = configuration_of(
             config, deepspeed, shape=read_shape(model), world_size=ranks.world_size, sequence_length=longest
         )
-        # FlashAttention, which does without a mask, runs where bf16 does: from Ampere on.
+        # FlashAttention needs no mask, but it runs only on GPUs that have bf16: Ampere and later.
         job = dataclasses.replace(job, padding_mask=job.padding_mask or mixed_precision(machine) != "bf16")
         fit = fits(job, min(sizes))
-        wanted = not fit
-        why = f"{fit.needed / GIB:.1f} GiB predicted without it, {fit.usable / GIB:.1f} usable"
+        enable = not fit
+        reason = f"{fit.needed / GIB:.1f} GiB predicted without it, {fit.usable / GIB:.1f} usable"
     training = {key: value for key, value in config.training.items() if key != "activation_checkpointing"}
-    decided = dataclasses.replace(config, training=training | {"gradient_checkpointing": wanted})
-    return decided, f"gradient_checkpointing auto -> {str(wanted).lower()}: {why}"
+    decided = dataclasses.replace(config, training=training | {"gradient_checkpointing": enable})
+    return decided, f"gradient_checkpointing auto -> {str(enable).lower()}: {reason}"
 
 
 def prepare(
@@ -143,7 +167,20 @@ def prepare(
 ) -> Job:
     """Check everything that can be checked without loading a weight.
 
-    ``model_dir`` may be a name on the hub; ``output_dir`` goes before the configuration's. Raises UserError.
+    Args:
+        data_dir: Folder with the files that the configuration names.
+        model_dir: Folder of a ChatGLM3 checkpoint, or its name on the Hub.
+        config_file: ``lora.yaml``.
+        deepspeed_file: DeepSpeed JSON; None trains without DeepSpeed.
+        output_dir: Overrides the configuration's ``output_dir``.
+        resume: Continue from the newest checkpoint in the output folder.
+        ranks: This process's place.
+
+    Returns:
+        The job.
+
+    Raises:
+        UserError: Something is missing, wrong or contradictory.
     """
     config = read_finetune_config(config_file)
     deepspeed = read_deepspeed_config(deepspeed_file) if deepspeed_file else None
@@ -153,9 +190,9 @@ def prepare(
     hardware = "no" if config.training.get("use_cpu") else mixed_precision(machine)
     precision = choose_precision(config.training, deepspeed, hardware)
     if deepspeed is not None:
-        differ = contradictions(deepspeed, config.training, ranks.world_size)
-        if differ:
-            raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(differ)}; say auto")
+        found = contradictions(deepspeed, config.training, ranks.world_size)
+        if found:
+            raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(found)}; write auto in the former")
     check_quantization(config.quantization_bit, deepspeed)
     check_speed(config, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])
@@ -163,15 +200,15 @@ def prepare(
     if resume_from is not None and read_quantization_bit(resume_from) != config.quantization_bit:
         raise UserError(
             f"{resume_from} was trained with quantization_bit {read_quantization_bit(resume_from)}, but {config_file} "
-            f"says {config.quantization_bit}; go on with the same, or start anew in another folder"
+            f"has {config.quantization_bit}; resume with the same, or start fresh in another folder"
         )
-    # Absolute, since the adapter names it as its base, wherever it is read from later.
+    # Absolute, because the adapter records it as its base and may be read from another working directory.
     model = resolve_folder(model_dir).resolve()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         check_checkpoint(model)
     notes += [f"warning: {warning.message}" for warning in warned]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = ChatGLMTokenizer.from_pretrained(model)
     data = _read_data(data_dir, config, tokenizer, notes)
     if config.checkpointing == AUTO:
         limits = Limits(config.max_input_length, config.max_output_length)

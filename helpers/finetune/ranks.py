@@ -1,4 +1,4 @@
-"""This process's place among the ranks that torchrun started, and how they stop together."""
+"""Find this process's place among the ranks that torchrun started, and stop all ranks together."""
 
 import os
 import signal
@@ -14,12 +14,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from helpers.errors import UserError
 
-REPORTED, STOP_AT, ARRIVED, ALL_HERE = "error_reported", "stop_at_step", "arrived", "all_here"
+REPORTED, STOP_AT, ARRIVED, ALL_ARRIVED = "error_reported", "stop_at_step", "arrived", "all_arrived"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank and world size, over all nodes and on this one; ``store`` is shared by all, None for a single process."""
+    """Rank and world size, over all nodes and on this node.
+
+    Attributes:
+        rank: This process's rank.
+        local_rank: Its rank on this node.
+        world_size: Number of ranks.
+        local_world_size: Number of ranks on this node.
+        store: Key-value store shared by all ranks; None for a single process.
+    """
 
     rank: int
     local_rank: int
@@ -50,33 +58,34 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
     def check_gpus(self) -> None:
-        """Raise UserError where more ranks were started on this node than it has GPUs (a CPU takes any number)."""
+        """Raise UserError if this node has GPUs, but fewer than ranks."""
         gpus = torch.cuda.device_count()
         if 0 < gpus < self.local_world_size:
             raise UserError(
-                f"{self.local_world_size} ranks were started but {gpus} GPU(s) are visible here: start torchrun with "
-                f"--nproc_per_node={gpus}"
+                f"{self.local_world_size} ranks were started, but only {gpus} GPU(s) are visible here: start torchrun "
+                f"with --nproc_per_node={gpus}"
             )
 
     def barrier(self) -> None:
-        """Return when every rank has come here. Needs no process group, so it may come before a device is touched."""
+        """Wait until every rank is here. Needs no process group, so it works before a device is touched."""
         if self.store is not None:
             if self.store.add(ARRIVED, 1) == self.world_size:
-                self.store.set(ALL_HERE, "1")
-            self.store.wait([ALL_HERE], timedelta(hours=1))
+                self.store.set(ALL_ARRIVED, "1")
+            self.store.wait([ALL_ARRIVED], timedelta(hours=1))
 
     def print_once(self, text: str) -> None:
-        """Print a line, once for all ranks."""
+        """Print a line on rank 0 only."""
         if self.is_first:
             print(text, flush=True)
 
     def exit_with_error(self, error: UserError) -> NoReturn:
-        """End this rank with status 2 after one line on stderr, printed once however many ranks met the error.
+        """End this rank with exit status 2 and one line on stderr, printed once even if every rank meets the error.
 
-        torchrun ends all ranks when the first of them exits, so the others wait until rank 0 has spoken.
+        torchrun ends all ranks as soon as one exits, so the others wait until rank 0 has printed the line.
         """
         reported = False
         if self.store is not None and not self.is_first:
@@ -84,21 +93,21 @@ class Ranks:
                 self.store.wait([REPORTED], timedelta(seconds=20))
                 reported = True
             except dist.DistError:
-                pass  # rank 0 did not meet it
+                pass  # rank 0 did not meet this error
         if not reported:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if self.store is not None:
             self.store.set(REPORTED, "1")
         sys.stdout.flush()
-        # Not sys.exit: other ranks may be inside a collective with this one, and the interpreter would wait for it.
+        # Not sys.exit: the interpreter would wait for a collective that other ranks may still be in.
         os._exit(2)
 
 
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end the training on every rank at the same step.
+    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and end training on every rank at the same step.
 
-    A rank that was signalled writes the step at which to stop into the store. Gradients are averaged in every step, so
-    no rank is more than one step ahead of another; two steps on is early enough for all and needs no collective.
+    A rank that gets the signal writes the step to stop at into the store. The gradients' all-reduce keeps ranks within
+    one step of each other, so two steps ahead is late enough for every rank to see it, without another collective.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -107,12 +116,13 @@ class StopOnSignal(TrainerCallback):
         self._signalled = False
 
     def install(self) -> None:
+        """Handle both signals from now on."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._signalled:
-            self.ranks.print_once("\nstopping: a checkpoint is saved after this step")
+            self.ranks.print_once("\nstopping: saving a checkpoint after this step")
         self._signalled = True
 
     def _stop_step(self, step: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: ``metrics.jsonl``, and a progress line for whoever watches."""
+"""Record a run while it trains: ``metrics.jsonl``, and a progress line on the terminal."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from helpers.memory.units import GIB
 
 
 class WorkCounter:
-    """Tokens and rows that this rank has trained on since the last reading. Padding does not count."""
+    """Count the tokens and examples this rank has trained on since the last reading; padding does not count."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -27,18 +27,18 @@ class WorkCounter:
         self.tokens += tokens
         self.rows += rows
 
-    def take(self) -> tuple[int, int]:
-        """What was counted, and start again at zero."""
+    def read_and_reset(self) -> tuple[int, int]:
+        """Return tokens and examples, and start again at zero."""
         counted = self.tokens, self.rows
         self.tokens = self.rows = 0
         return counted
 
 
-def memory_now(device: torch.device) -> dict[str, float | None]:
-    """Memory of this rank in GiB.
+def read_memory(device: torch.device) -> dict[str, float | None]:
+    """Read this rank's memory, in GiB; None without a GPU or without an NVIDIA driver.
 
-    NVML's reading of its GPU; the peaks of torch's allocator since the last call; the process's resident memory on the
-    host. None where there is no GPU, or no driver to ask.
+    NVML's reading of its GPU, the peaks of torch's allocator since the last call, and the process's resident memory on
+    the host.
     """
     on_gpu = device.type == "cuda"
     used = open_nvml().used_bytes(device.index) if on_gpu else None
@@ -53,8 +53,8 @@ def memory_now(device: torch.device) -> dict[str, float | None]:
     return memory
 
 
-def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, by rank."""
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's ``value``, in order of rank."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -63,7 +63,14 @@ def gather(value: Any) -> list[Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; none where the file does not exist."""
+    """Read a ``metrics.jsonl``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One record per logged step or evaluation; an empty list if the file does not exist.
+    """
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -77,7 +84,7 @@ def format_time_left(seconds: float) -> str:
 
 
 def progress_line(record: dict[str, Any], max_steps: int, seconds_left: float | None) -> str:
-    """One line of a record of ``metrics.jsonl`` for people."""
+    """Format a record of ``metrics.jsonl`` as one line."""
     parts = [f"step {record['step']}/{max_steps}"]
     shown = {"loss": ".3f", "eval_loss": ".3f", "eval_rouge_l": ".1f", "learning_rate": ".1e", "grad_norm": ".2f"}
     parts += [f"{key.replace('_', ' ')} {record[key]:{form}}" for key, form in shown.items() if key in record]
@@ -92,9 +99,9 @@ def progress_line(record: dict[str, Any], max_steps: int, seconds_left: float | 
 
 
 class Recorder(TrainerCallback):
-    """Appends a record per logging step to ``metrics.jsonl`` and prints it.
+    """Append a record to ``metrics.jsonl`` at each logging step, and print it.
 
-    Speeds are of all ranks together, over the time spent training: evaluation and saving are left out.
+    Speeds are totals over all ranks, and count only the time spent training, not evaluation and saving.
     """
 
     def __init__(self, path: Path, ranks: Ranks, counter: WorkCounter) -> None:
@@ -102,7 +109,7 @@ class Recorder(TrainerCallback):
         self.ranks = ranks
         self.counter = counter
         self._training_seconds = 0.0
-        self._resumed = time.perf_counter()  # since when training goes on without a pause
+        self._resumed = time.perf_counter()  # when training last started, or continued after a pause
         self._interval_seconds = 0.0
 
     def on_train_begin(
@@ -111,7 +118,7 @@ class Recorder(TrainerCallback):
         self._resumed = time.perf_counter()
         self._first_step = self._last_step = state.global_step
         if self.ranks.is_first:
-            # A resumed run repeats the steps after its checkpoint; their first try is no part of the record.
+            # A resumed run repeats the steps after its checkpoint, so drop the records of their first try.
             kept = [r for r in read_metrics(self.path) if r["step"] <= state.global_step]
             with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
@@ -140,22 +147,22 @@ class Recorder(TrainerCallback):
         **kwargs: object,
     ) -> None:
         logs = logs or {}
-        wanted = ("loss", "grad_norm", "learning_rate", "epoch")
+        training_keys = ("loss", "grad_norm", "learning_rate", "epoch")
         record: dict[str, Any] = {"step": state.global_step, "time": time.time()}
-        record |= {key: logs[key] for key in logs if key in wanted or key.startswith("eval_")}
+        record |= {key: logs[key] for key in logs if key in training_keys or key.startswith("eval_")}
         if not {"loss", "eval_loss", "eval_rouge_l"} & record.keys():
             return
-        tokens, rows = self.counter.take() if "loss" in record else (0, 0)
-        everyone = gather((tokens, rows, memory_now(args.device)))
+        tokens, rows = self.counter.read_and_reset() if "loss" in record else (0, 0)
+        by_rank = gather_objects((tokens, rows, read_memory(args.device)))
         if "loss" in record:
             seconds, self._interval_seconds = self._interval_seconds, 0.0
             self._training_seconds += seconds
             if seconds > 0:
-                record["tokens_per_second"] = sum(tokens for tokens, _, _ in everyone) / seconds
-                record["samples_per_second"] = sum(rows for _, rows, _ in everyone) / seconds
+                record["tokens_per_second"] = sum(tokens for tokens, _, _ in by_rank) / seconds
+                record["samples_per_second"] = sum(rows for _, rows, _ in by_rank) / seconds
                 record["step_seconds"] = seconds / max(1, state.global_step - self._last_step)
             self._last_step = state.global_step
-        record |= {key: [memory[key] for _, _, memory in everyone] for key in everyone[0][2]}
+        record |= {key: [memory[key] for _, _, memory in by_rank] for key in by_rank[0][2]}
         if self.ranks.is_first:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -1,6 +1,8 @@
-"""Measurements of the 6B fine-tune as tables and figures: what the README and chapter 14 show.
+"""Present the measurements of the 6B fine-tune, as tables and figures for the README and chapter 14.
 
-python -m helpers.finetune.results    writes the tables into README.md, between their markers, and the figure it shows
+python -m helpers.finetune.results    writes the tables between their markers in README.md, and the README's figure
+
+Nothing else in this package uses it.
 """
 
 import json
@@ -17,14 +19,24 @@ RESULTS = ROOT / "notebooks" / "results" / "finetune_6b.json"
 SPEED_RESULTS = RESULTS.with_name("speed_6b.json")
 SPEED_FIGURE = RESULTS.with_name("speed_6b.png")
 END = "<!-- end of results -->"
-# What ChatGLM3's authors gave for their recipe, and the cards that many have. GiB.
+# GiB: what ChatGLM3's authors state for their recipe, and a common GPU size.
 MEMORY_MARKS = {"published: 14,082 MiB": 14082 / 1024, "24 GB": 24.0}
-# Per trained parameter: fp32 weight, gradient, and Adam's two moments.
+# Per trainable parameter, in fp32: weight, gradient, and Adam's two moments.
 TRAINED_BYTES = 16
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
-    """What the benchmark of that name in tests/benchmarks wrote. Raises UserError where there is nothing."""
+    """Read the results of the benchmark in tests/benchmarks that has the same name.
+
+    Args:
+        path: The results file.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        UserError: The file does not exist.
+    """
     if not path.is_file():
         raise UserError(
             f"no measurements in {path}; tests/benchmarks/{path.stem}.py writes them on a machine with GPUs"
@@ -33,10 +45,17 @@ def read_results(path: Path = RESULTS) -> dict[str, Any]:
 
 
 def memory_parts(run: dict[str, Any]) -> dict[str, float]:
-    """GiB of one run's fullest GPU, by what holds them; they add up to NVML's peak less what was used before.
+    """Split the memory of a run's fullest GPU by what holds it.
 
-    The first three are computed (2 bytes a frozen parameter, partitioned by ZeRO-3; 16 a trained one; ZeRO-2's buckets
-    at the size in its file), the rest is what torch's allocator and NVML counted beyond them.
+    Parameters (2 bytes per frozen one, sharded by ZeRO-3), optimizer states (16 bytes per trainable parameter, its
+    weight and gradient included) and ZeRO-2's buckets are computed. The rest is what torch's allocator and NVML
+    measured beyond them.
+
+    Args:
+        run: One entry of a results file's ``runs``.
+
+    Returns:
+        Category -> GiB. The sum is NVML's peak minus what was in use before the run.
     """
     gpu = max(range(len(run["nvml_peak_gib"])), key=lambda i: run["nvml_peak_gib"][i])
     allocated, reserved = run["torch_allocated_gib"][gpu], run["torch_reserved_gib"][gpu]
@@ -55,7 +74,14 @@ def memory_parts(run: dict[str, Any]) -> dict[str, float]:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """One row per run: speed, NVML's peak, torch's peaks (of the fullest GPU)."""
+    """Format the runs as a Markdown table: speed, NVML's peak and torch's peaks of the fullest GPU.
+
+    Args:
+        results: Contents of ``finetune_6b.json``.
+
+    Returns:
+        The table and a paragraph on the machine.
+    """
     gpus = results["machine"]["gpus"]
     lines = [
         "| LoRA, r = 8, 4 rows a GPU | GPUs | tokens/s per GPU | seconds a step | NVML peak, GiB | torch reserved, GiB "
@@ -85,17 +111,24 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def nvml_used(run: dict[str, Any]) -> float:
-    """GiB of one run's fullest GPU by NVML, without what was in use before."""
+    """Compute the peak memory of a run's fullest GPU.
+
+    Args:
+        run: One entry of a results file's ``runs``.
+
+    Returns:
+        GiB by NVML, minus what was in use before the run.
+    """
     return max(p - b for p, b in zip(run["nvml_peak_gib"], run["nvml_before_gib"], strict=True))
 
 
 def speed_table(results: dict[str, Any]) -> str:
-    """One row per run of the speed benchmark: speed, share of the matrix product's rate, seconds, NVML's peak."""
+    """Format the speed benchmark as a Markdown table: speed, share of the matmul's rate, seconds, NVML's peak."""
     runs = results["runs"]
     first = next(iter(runs.values()))["tokens_per_second_per_gpu"]
     lines = [
         f"| LoRA, r = 8, rows of {results['mean_tokens']:.0f} tokens | GPUs | tokens/s per GPU | times the first "
-        f"| of the product's {results['product_tflops']:.0f} TFLOP/s | rows/s | seconds a step | NVML peak, GiB |",
+        f"| of matmul's {results['product_tflops']:.0f} TFLOP/s | rows/s | seconds per step | NVML peak, GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for label, run in runs.items():
@@ -110,7 +143,14 @@ def speed_table(results: dict[str, Any]) -> str:
 
 
 def speed_figure(results: dict[str, Any]) -> CourseFigure:
-    """The runs of the speed benchmark on one GPU as bars: speed, with its range, and memory."""
+    """Draw the speed benchmark's runs on one GPU as bars: speed with its range, and memory.
+
+    Args:
+        results: Contents of ``speed_6b.json``.
+
+    Returns:
+        The figure.
+    """
     alone = {label: run for label, run in results["runs"].items() if run["ranks"] == 1}
     return rates_and_memory(
         {r: (v["tokens_per_second_per_gpu"], *v["tokens_per_second_per_gpu_range"]) for r, v in alone.items()},
@@ -121,22 +161,23 @@ def speed_figure(results: dict[str, Any]) -> CourseFigure:
 
 
 def with_table(text: str, name: str, table: str) -> str:
-    """``text`` with ``table`` between the markers of that ``name``. Raises UserError where there are none."""
+    """Return ``text`` with ``table`` between the markers of ``name``; raise UserError if it has no such markers."""
     marker = f"<!-- results: {name} -->"
     before, begin, rest = text.partition(marker)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"README.md has no place for the table; put {marker} and {END} where it belongs")
+        raise UserError(f"README.md has no place for the table; put {marker} and {END} where it should go")
     return f"{before}{marker}\n{table}\n{END}{after}"
 
 
 def with_tables(text: str) -> str:
-    """The README's ``text`` with the newest measurements."""
+    """Return the README's ``text`` with the newest measurements."""
     text = with_table(text, RESULTS.stem, markdown_table(read_results()))
     return with_table(text, SPEED_RESULTS.stem, speed_table(read_results(SPEED_RESULTS)))
 
 
 def main() -> None:
+    """Update README.md and its figure."""
     readme = ROOT / "README.md"
     text = with_tables(readme.read_text(encoding="utf-8"))
     with atomic_write(readme) as temporary:

@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints and metrics: ``run.json`` and its figures."""
+"""Write what a run leaves besides checkpoints and metrics: ``run.json`` and the figures."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,13 @@ from helpers.plots import loss_and_memory, memory_timeline, save_figure
 
 
 class RunFile:
-    """``run.json``: what was run, where, with what, and how it ended."""
+    """Keep ``run.json`` up to date: what ran, on which machine, with which configuration, and how it ended."""
 
     def __init__(self, path: Path, ranks: Ranks, content: dict[str, Any]) -> None:
         self.path, self.ranks, self.content = path, ranks, content
 
     def update(self, **changes: Any) -> None:
-        """Change or add keys; the file is written by rank 0."""
+        """Change or add keys; rank 0 writes the file."""
         self.content |= changes
         if self.ranks.is_first:
             with atomic_write(self.path) as temporary:
@@ -27,7 +27,7 @@ class RunFile:
 
 
 def draw_figures(output_dir: Path, timeline: Timeline) -> None:
-    """Write the loss curve, and the memory curve (its numbers, too) of the run in ``output_dir``."""
+    """Draw the loss curve and the memory curve of the run in ``output_dir``; write the latter's numbers too."""
     records = read_metrics(output_dir / "metrics.jsonl")
     if records:
         save_figure(loss_and_memory(records, "LoRA fine-tune"), output_dir / "loss_and_memory.png")

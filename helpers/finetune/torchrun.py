@@ -1,4 +1,4 @@
-"""Start the fine-tune as a shell would: one torchrun, one process per GPU."""
+"""Start the fine-tune as a shell would: torchrun with one process per GPU."""
 
 import os
 import shlex
@@ -9,8 +9,8 @@ from pathlib import Path
 from helpers.hardware import default_nprocs, describe_machine
 
 
-def _short(path: Path | str) -> str:
-    """A path as one would type it here; what is far away, or no path (a name on the hub), stays as it is."""
+def _short_path(path: Path | str) -> str:
+    """Make an absolute path relative if it is nearby; leave everything else (a name on the Hub) as it is."""
     relative = os.path.relpath(path)
     return relative if Path(path).is_absolute() and relative.count("..") <= 1 else str(path)
 
@@ -25,36 +25,62 @@ def torchrun_command(
     nprocs: int | None = None,
     resume: bool = False,
 ) -> list[str]:
-    """The command that fine-tunes on ``nprocs`` ranks; by default one per GPU, two on a CPU."""
+    """Build the command that fine-tunes on several ranks of this machine.
+
+    Args:
+        data_dir: Folder of the examples.
+        model_dir: Folder of the checkpoint, or its name on the Hub.
+        config: ``lora.yaml``.
+        deepspeed: DeepSpeed JSON; None uses DistributedDataParallel.
+        output_dir: Folder for the results.
+        nprocs: Number of ranks; None starts one per GPU, or two without a GPU.
+        resume: Continue from the newest checkpoint in ``output_dir``.
+
+    Returns:
+        The command, as a list of words.
+    """
     nprocs = nprocs or default_nprocs(describe_machine())
-    job = [_short(path) for path in (data_dir, model_dir, config, *([deepspeed] if deepspeed else []))]
-    job += ["--output-dir", _short(output_dir)]
+    job = [_short_path(path) for path in (data_dir, model_dir, config, *([deepspeed] if deepspeed else []))]
+    job += ["--output-dir", _short_path(output_dir)]
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nprocs}"),
         *("-m", "helpers.finetune.train", *job, *(["--resume"] if resume else [])),
     ]
 
 
-def as_typed(command: list[str]) -> str:
-    """A command of :func:`torchrun_command` (or any other) as one would type it into a shell."""
+def format_command(command: list[str]) -> str:
+    """Format a command the way you would type it into a shell.
+
+    Args:
+        command: A command of :func:`torchrun_command`, or any other.
+
+    Returns:
+        One line; ``python -m torch.distributed.run`` becomes ``torchrun``.
+    """
     words = ["torchrun" if word == "torch.distributed.run" else word for word in command]
     return shlex.join(words[2:] if words[1:2] == ["-m"] else words)
 
 
 def run_command(command: list[str]) -> int:
-    """Run ``command``, print its lines as they come (in a notebook too), return its exit status.
+    """Run a command and print its output line by line, in a notebook too.
 
-    A Ctrl-C or a kernel interrupt is passed on, and the command gets the time to save a checkpoint.
+    Ctrl-C, or interrupting the kernel, asks the command to stop and waits until it has saved a checkpoint.
+
+    Args:
+        command: The command, as a list of words.
+
+    Returns:
+        Its exit status.
     """
-    print(f"$ {as_typed(command)}", flush=True)
-    # One thread a rank, as torchrun would choose, but without its warning.
+    print(f"$ {format_command(command)}", flush=True)
+    # One thread per rank: what torchrun would choose, but without its warning.
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
     while True:
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 print(line, end="", flush=True)
             return process.wait()
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for a LoRA adapter: small checkpoints, whole or not at all, and scored answers."""
+"""Extend transformers' Trainer for a LoRA adapter: small atomic checkpoints, offloading, scored answers."""
 
 import shutil
 from contextlib import nullcontext
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from helpers.activations.offload import OffloadedActivations
+from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
 from helpers.finetune.evaluate import generate_answers
@@ -22,10 +24,11 @@ from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
 from helpers.finetune.speed import evaluation_mode
 from helpers.memory.predict.saved_tensors import CHECKPOINTS_IN_FLIGHT
+from helpers.memory.units import MIB
 
 
-def _shared(value: Any) -> Any:
-    """Rank 0's ``value``, on every rank."""
+def _broadcast(value: Any) -> Any:
+    """Return rank 0's ``value`` on every rank."""
     if dist.is_initialized():
         holder = [value]
         dist.broadcast_object_list(holder)
@@ -34,12 +37,20 @@ def _shared(value: Any) -> Any:
 
 
 class LoraTrainer(Trainer):
-    """Trains a ``PeftModel``; only its adapter is saved.
+    """Train a ``PeftModel`` and save only its adapter.
 
-    ``pack_collator`` makes batches of training features that are packs; evaluation always pads.
-    ``offload_checkpoints`` keeps what gradient checkpointing keeps in host memory.
-    ``answer_features`` (of ``evaluation_features``) are answered at each evaluation, greedily, and scored.
+    Args:
+        counter: Counts the tokens and examples of this rank.
+        offload_checkpoints: Keep the layer inputs that gradient checkpointing saves in host memory.
+        pack_collator: Makes the training batches if the training features are packs; evaluation always pads.
+        answer_features: Prompts (``evaluation_features``) that are answered greedily and scored at each evaluation.
+        max_new_tokens: Longest answer to generate.
+        quantization_bit: Bits of the frozen base, recorded in every checkpoint; None if it is not quantised.
+        **kwargs: Arguments of ``transformers.Trainer``.
     """
+
+    model: PeftModel
+    processing_class: ChatGLMTokenizer
 
     def __init__(
         self,
@@ -70,27 +81,31 @@ class LoraTrainer(Trainer):
             self.data_collator = padding
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # The collator counts on the host; summing the mask here would make the host wait for the GPU in every step.
+        # The collator counted on the host. Summing the mask here would make the host wait for the GPU in every step.
         tokens, rows = inputs.pop("tokens"), inputs.pop("rows", len(inputs["input_ids"]))
         if self.model.training:
             self.counter.add(tokens, rows)
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        offloaded = self.offload_checkpoints and self.model.training
-        with (
-            OffloadedActivations(self.model, max_in_flight_bytes=CHECKPOINTS_IN_FLIGHT) if offloaded else nullcontext()
-        ):
+        offload = self.offload_checkpoints and self.model.training
+        with OffloadedActivations(self.model, max_in_flight_bytes=CHECKPOINTS_IN_FLIGHT) if offload else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         with evaluation_mode(self.model):
-            return self._loss_and_scores(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return metrics | self._score_answers(metric_key_prefix)
 
-    def _loss_and_scores(self, *args: Any, metric_key_prefix: str, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def _score_answers(self, prefix: str) -> dict[str, float]:
+        """Answer the prompts and log the mean scores; nothing without prompts."""
         if self.answer_features is None:
-            return metrics
+            return {}
         answers = generate_answers(
             self.model,
             self.processing_class,
@@ -103,34 +118,40 @@ class LoraTrainer(Trainer):
         if answers is not None:
             references = self.answer_features["reference"][:]
             means = mean_scores([score(a, r) for a, r in zip(answers, references, strict=True)])
-        scores = {f"{metric_key_prefix}_{name.replace('-', '_')}": value for name, value in _shared(means).items()}
+        scores = {f"{prefix}_{name.replace('-', '_')}": value for name, value in _broadcast(means).items()}
         self.log(scores)
-        return metrics | scores
+        return scores
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # transformers would copy the whole frozen model to the host first, on every rank. The adapter is whole on
-        # every rank but under ZeRO-3, where gathering it is a collective.
-        zero_3 = self.is_deepspeed_enabled and self.deepspeed.zero_optimization_partition_weights()
-        state = self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) if zero_3 else None
-        folder = output_dir or self.args.output_dir
-        self._save(folder, state_dict=state)
+        # transformers would first copy the whole frozen model to the host, on every rank. Every rank has the full
+        # adapter, except under ZeRO-3, where gathering it is a collective.
+        engine: Any = self.deepspeed
+        zero_3 = self.is_deepspeed_enabled and engine.zero_optimization_partition_weights()
+        state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) if zero_3 else None
+        folder = Path(output_dir) if output_dir else self._output_dir
+        self._save(str(folder), state_dict=state)
         if self.args.should_save:
-            write_quantization_bit(Path(folder), self.quantization_bit)
+            write_quantization_bit(folder, self.quantization_bit)
+
+    @property
+    def _output_dir(self) -> Path:
+        assert self.args.output_dir is not None  # the configuration has a default
+        return Path(self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self._output_dir / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
-            # RuntimeError is what torch.save raises on a full disk.
+            # On a full disk torch.save raises a RuntimeError.
             if isinstance(error, RuntimeError) and "write" not in str(error):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
-            free = shutil.disk_usage(self.args.output_dir).free / 2**20
-            kept = complete_checkpoints(Path(self.args.output_dir))
-            remedy = (
-                f"{kept[-1].name} is whole: make room and go on with --resume" if kept else "make room, start again"
-            )
+            free = shutil.disk_usage(self._output_dir).free / MIB
+            kept = complete_checkpoints(self._output_dir)
+            remedy = "free disk space and start again"
+            if kept:
+                remedy = f"{kept[-1].name} is complete: free disk space and continue with --resume"
             raise UserError(
                 f"{folder} could not be written ({error}; {free:,.0f} MiB free on its disk); {remedy}"
             ) from error

@@ -1,1 +1,1 @@
-"""What this package settles with the libraries it uses: work-arounds, and warnings that nobody can act on."""
+"""Work around defaults of the libraries, and silence warnings nobody here can act on."""

@@ -1,4 +1,4 @@
-"""What to settle before DeepSpeed starts."""
+"""Work around what DeepSpeed does by default when it starts; nothing here imports it before that."""
 
 import logging
 
@@ -9,18 +9,19 @@ import torch.distributed as dist
 def skip_cpu_collectives() -> None:
     """Leave collectives on the CPU to gloo.
 
-    DeepSpeed otherwise compiles shared-memory ones at its first start: a minute or two, and a compiler must be there.
+    Otherwise DeepSpeed compiles its own, through shared memory, at its first start: a minute or two, if the machine has
+    a compiler at all.
     """
-    import deepspeed.ops  # looks for its accelerator when it is imported
+    import deepspeed.ops  # here, because its import already looks for a GPU
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def share_world_group() -> None:
-    """Let DeepSpeed reduce over torch's own world group instead of a copy of it.
+    """Let DeepSpeed reduce over torch's world group instead of a copy of it.
 
-    Over NCCL a copy is a second communicator with buffers of its own, many times what ZeRO-2 can save of a LoRA
-    adapter. The copy dates from when torch could not translate ranks of its world group; now it can.
+    With NCCL the copy is a second communicator with its own buffers, which take many times what ZeRO-2 can save for a
+    LoRA adapter. DeepSpeed made the copy because torch once could not translate the ranks of its world group.
     """
     from deepspeed.utils import groups
 
@@ -28,11 +29,13 @@ def share_world_group() -> None:
 
 
 def configure_deepspeed(device: torch.device) -> None:
-    """Make DeepSpeed work where this rank does, and log nothing but errors; before ``deepspeed.initialize``.
+    """Make DeepSpeed use this rank's device and process group, and log only errors.
 
-    It takes a GPU wherever there is one, also for ranks that run on the CPU because there are more of them than GPUs.
-    Both functions above are called, too, and DeepSpeed gets the process group that exists: ``zero.Init`` would read its
-    configuration before it knows how many ranks there are.
+    Call it before ``deepspeed.initialize``, in an initialised process group. It calls the two functions above as well.
+
+    Args:
+        device: This rank's device. DeepSpeed would pick a GPU whenever there is one, even if the ranks outnumber the
+            GPUs and therefore run on the CPU.
     """
     skip_cpu_collectives()
     share_world_group()
@@ -44,4 +47,5 @@ def configure_deepspeed(device: torch.device) -> None:
     logger.setLevel(logging.ERROR)
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
+    # Without this, zero.Init reads its configuration before it knows the number of ranks.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

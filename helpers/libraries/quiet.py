@@ -41,7 +41,7 @@ def quiet_libraries() -> None:
 
 
 def name_deepspeed_accelerator() -> None:
-    """Tell DeepSpeed before its import that there is no GPU; otherwise it warns that it had to guess."""
+    """Set DeepSpeed's accelerator to "cpu" on machines without a GPU; otherwise it warns that it had to guess."""
     import torch
 
     if not torch.cuda.is_available():
