@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from helpers.errors import UserError
 from helpers.launch import RankError, run
+from helpers.parallel.buckets import assign_buckets
 from helpers.parallel.clock import Event
-from helpers.parallel.data import in_buckets
 from helpers.parallel.network import TINY, batch, build, largest_difference
 
 STEPS, ROWS, LENGTH = 20, 8, 16
@@ -224,7 +224,7 @@ def test_buckets_hold_every_parameter_once_last_ones_first(sizes, limit, data):
         torch.nn.Parameter(torch.empty(size, dtype=torch.bfloat16 if half else torch.float32))
         for size, half in zip(sizes, halves, strict=True)
     ]
-    buckets = list(in_buckets(torch.nn.ParameterList(parameters), limit))
+    buckets = assign_buckets(torch.nn.ParameterList(parameters), limit)
     assert [p.shape for bucket in buckets for p in bucket] == [p.shape for p in reversed(parameters)]
     for bucket in buckets:
         assert len({p.dtype for p in bucket}) == 1

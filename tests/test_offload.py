@@ -52,7 +52,7 @@ def offloaded(bucket_bytes=64 * KIB, delay_after=None, micro_batches=1, steps=ST
         assert all(parameter.grad is None for parameter in model.parameters())
         optimizer.step()
     optimizer.flush()
-    copied = optimizer.to_host / steps, optimizer.to_device / steps
+    copied = optimizer.bytes_to_host / steps, optimizer.bytes_to_device / steps
     return weights(model), optimizer.bytes_by_role(), copied
 
 
@@ -100,8 +100,8 @@ def test_the_tensors_hold_what_the_roles_say():
         model(**batch(TINY, 2, 8)).loss.backward()
         optimizer.step()
         storages = {}
-        for bucket in optimizer._buckets:
-            moments = [t for t in bucket._adam.state[bucket.master].values() if t.numel() > 1]
+        for bucket in optimizer.buckets:
+            moments = [t for t in bucket.adam.state[bucket.master].values() if t.numel() > 1]
             for tensor in (bucket.staging, bucket.gradient, bucket.master, *moments):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         parameters = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
@@ -121,7 +121,7 @@ def test_frozen_parameters_stay_where_they_are():
         optimizer = OffloadedAdamW(model, lr=1e-3)
         model(**batch(TINY, 2, 8)).loss.backward()
         optimizer.step()
-        return torch.equal(model.model.embed_tokens.weight, before), optimizer.to_host
+        return torch.equal(model.model.embed_tokens.weight, before), optimizer.bytes_to_host
 
     assert run(fn, 1).results == [(True, 2 * TINY.embedding)]
 

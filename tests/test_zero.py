@@ -10,7 +10,7 @@ import torch.distributed as dist
 from helpers.launch import RankError, run
 from helpers.memory.predict.states import published_states
 from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
-from helpers.parallel.zero import _units
+from helpers.parallel.zero.units import group_into_units
 
 STEPS, ROWS, LENGTH = 20, 8, 16
 KIB = 1024
@@ -69,7 +69,7 @@ def train(stage, prepare=plain, micro_batches=1, max_norm=None):
                 norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
             optimizer.step()
             optimizer.zero_grad()
-    with optimizer.whole() if stage == 3 else nullcontext():
+    with optimizer.full_parameters() if stage == 3 else nullcontext():
         return weights(model), norms, traffic.sent
 
 
@@ -158,7 +158,7 @@ def odd_differences(stage, seeds):
             plain_optimizer.step()
             plain_optimizer.zero_grad()
             optimizer.step()
-        with optimizer.whole() if stage == 3 else nullcontext():
+        with optimizer.full_parameters() if stage == 3 else nullcontext():
             differences.append(largest_difference(weights(model), weights(alone)))
     return differences
 
@@ -259,7 +259,7 @@ def test_zero_3_computes_without_gradients_and_shows_parameters_whole():
         model(**inputs)  # a forward without backward, as in an evaluation that forgot no_grad
         model(**inputs).loss.backward()
         empty = {parameter.numel() for parameter in model.parameters()}
-        with optimizer.whole():
+        with optimizer.full_parameters():
             found = weights(model)
         return torch.equal(before, after), empty, largest_difference(found, expected)
 
@@ -277,7 +277,7 @@ def test_a_group_partitions_for_itself(stage):
         optimizer = zero(stage, model, group=groups[rank % 2])
         model(**batch(TINY, 2, LENGTH, rank, device())).loss.backward()
         optimizer.step()
-        with optimizer.whole() if stage == 3 else nullcontext():
+        with optimizer.full_parameters() if stage == 3 else nullcontext():
             return weights(model)
 
     found = run(fn, 4).results
@@ -297,7 +297,7 @@ def test_a_scheduler_sets_the_learning_rate(stage):
             group["lr"] = group["weight_decay"] = 0.0
         model(**batch(TINY, 2, LENGTH, 0, device())).loss.backward()
         optimizer.step()
-        with optimizer.whole() if stage == 3 else nullcontext():
+        with optimizer.full_parameters() if stage == 3 else nullcontext():
             return largest_difference(weights(model), before)
 
     assert run(fn, 2).results == [0.0, 0.0]
@@ -315,7 +315,8 @@ def test_an_unused_parameter_is_named(stage):
         optimizer.step()
 
     with pytest.raises(
-        RankError, match=r"backward made no gradient for model\.layers\.3\.extra\.(weight|bias); freeze it"
+        RankError,
+        match=r"backward made no gradient for model\.layers\.3\.extra\.(weight|bias) \(2 such parameters\); freeze it",
     ):
         run(fn, 2)
 
@@ -351,14 +352,14 @@ def test_units_are_blocks_and_the_rest_with_shared_parameters_together():
     names = {module: name for name, module in model.named_modules()}
     blocks = list(model.model.layers)
     layers = [[f"model.layers.{layer}"] for layer in range(TINY.layers)]
-    assert [[names[module] for module in unit] for unit in _units(model, blocks)] == [
+    assert [[names[module] for module in unit] for unit in group_into_units(model, blocks)] == [
         ["model.embed_tokens"],
         *layers,
         ["model.norm"],
         ["lm_head"],
     ]
     tied(model)
-    assert [[names[module] for module in unit] for unit in _units(model, blocks)] == [
+    assert [[names[module] for module in unit] for unit in group_into_units(model, blocks)] == [
         ["model.embed_tokens", "lm_head"],
         *layers,
         ["model.norm"],

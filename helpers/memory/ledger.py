@@ -114,12 +114,12 @@ def count_bytes(model: nn.Module, optimizer: Any = None, activations: SavedTenso
     for zero in chain:
         for bucket in getattr(zero, "ipg_buckets", {}).values():
             census.add(bucket.buffer, COMMUNICATION)
-        for category, tensors in getattr(zero, "held", {}).items():  # helpers.parallel.zero
+        for category, tensors in getattr(zero, "tensors_by_category", {}).items():  # helpers.parallel.zero
             census.add(tensors, category)
     _add_fsdp(census, model)
     _add_parameters(census, model)
     for owner in chain:
-        if not isinstance(owner, torch.optim.Optimizer) and not hasattr(owner, "held"):
+        if not isinstance(owner, torch.optim.Optimizer) and not hasattr(owner, "tensors_by_category"):
             _add_deepspeed(census, owner)
     for owner in chain:
         if isinstance(owner, torch.optim.Optimizer):
