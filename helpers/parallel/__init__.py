@@ -1,1 +1,1 @@
-"""What chapters 02 to 08 derive, one module for each technique, and the network that all of them parallelise."""
+"""Parallelism and ZeRO as chapters 02 to 09 derive them, one module per technique, and the network that they train."""
