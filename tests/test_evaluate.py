@@ -232,9 +232,7 @@ def command_line(tokenizer, tmp_path, monkeypatch):
     def load_for_inference(path):
         return (model if path == tmp_path else model.get_base_model()), tokenizer
 
-    monkeypatch.setitem(
-        sys.modules, "helpers.finetune.generate", SimpleNamespace(load_for_inference=load_for_inference)
-    )
+    monkeypatch.setitem(sys.modules, "helpers.finetune.loading", SimpleNamespace(load_for_inference=load_for_inference))
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["evaluate", *map(str, arguments)])

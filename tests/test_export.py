@@ -17,7 +17,8 @@ from helpers.chatglm3.checkpoint import check_checkpoint
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune import export as export_module
 from helpers.finetune.export import export
-from helpers.finetune.generate import answer, load_for_inference
+from helpers.finetune.generate import answer
+from helpers.finetune.loading import load_for_inference
 
 pytestmark = pytest.mark.usefixtures("progress_bars_afterwards")
 

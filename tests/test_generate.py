@@ -18,7 +18,8 @@ from helpers.chatglm3.chat import encode_conversation, parse_answer
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune import generate
 from helpers.finetune.export import as_glm
-from helpers.finetune.generate import AnswerPrinter, answer, find_checkpoint, load_for_inference, reply
+from helpers.finetune.generate import AnswerPrinter, answer, reply
+from helpers.finetune.loading import find_checkpoint, load_for_inference
 
 pytestmark = pytest.mark.usefixtures("progress_bars_afterwards")
 
@@ -148,7 +149,7 @@ def test_another_model_and_a_missing_tokenizer_are_named(tmp_path, small_checkpo
     with pytest.raises(UserError, match=r"holds no tokenizer.model; copy the one"):
         load_for_inference(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="says model_type 'llama'; this needs ChatGLM3"):
+    with pytest.raises(UserError, match="has model_type 'llama'; this needs ChatGLM3"):
         load_for_inference(folder)
 
 
@@ -214,7 +215,7 @@ def test_sampling_follows_the_seed_and_differs_from_greedy(small_checkpoint):
 
     def sampled(seed):
         torch.manual_seed(seed)
-        return answer(model, tokenizer, ASKED, max_new_tokens=20, sample=True)
+        return reply(model, tokenizer, ASKED, max_new_tokens=20, sample=True)["content"]
 
     assert sampled(0) == sampled(0)
     assert len({sampled(seed) for seed in range(4)}) > 1

@@ -18,10 +18,10 @@ from helpers.config.compatibility import check_quantization
 from helpers.config.deepspeed import read_deepspeed_config
 from helpers.config.finetune import parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
-from helpers.finetune.checkpoints import QUANTIZATION_FILE, read_quantization_bit
 from helpers.finetune.export import export
-from helpers.finetune.generate import answer, load_for_inference
+from helpers.finetune.generate import answer
 from helpers.finetune.job import prepare
+from helpers.finetune.loading import QUANTIZATION_FILE, load_for_inference, read_quantization_bit
 from helpers.finetune.ranks import Ranks
 from helpers.memory.predict import ModelShape, predict
 from helpers.memory.predict.jobs import read_job

@@ -18,8 +18,8 @@ from small_chatglm import random_model, small_config
 from helpers.assets import TINY_DATA
 from helpers.errors import UserError
 from helpers.finetune import job
-from helpers.finetune.checkpoints import complete_checkpoints
-from helpers.finetune.packing import pack
+from helpers.finetune.loading import complete_checkpoints
+from helpers.finetune.packing import best_fit_packing
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import progress_line, read_metrics
 from helpers.hardware import Gpu, describe_machine
@@ -149,7 +149,7 @@ def test_two_ranks_with_packs_train_what_one_process_does_with_padded_rows(
     rows = prepare(data_dir, small_checkpoint, write_config(tmp_path)).data.train
     lengths = list(map(len, rows["input_ids"][:]))
     # As many packs on each rank: where they do not divide, one of them would be trained on twice.
-    capacity, packs = next((c, n) for c in range(400, 900) if (n := len(pack(lengths, c, seed=1))) % 2 == 0)
+    capacity, packs = next((c, n) for c in range(400, 900) if (n := len(best_fit_packing(lengths, c, seed=1))) % 2 == 0)
     file = [ROOT / "configs" / deepspeed] if deepspeed else []
     speed = {"packing": capacity, "loss_chunk": 100}
     packed = train("packed", 2, packs // 2, *file, speed=speed)

@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--max-output-length", type=positive_int, default=512, help="tokens of an answer (default 512)")
     arguments = parser.parse_args()
 
-    from helpers.finetune.generate import load_for_inference
+    from helpers.finetune.loading import load_for_inference
 
     data_file = find_split(arguments.data_file.parent, arguments.data_file.name)
     model, tokenizer = load_for_inference(arguments.checkpoint)

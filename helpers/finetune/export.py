@@ -19,7 +19,7 @@ from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_folder, check_disk_space, check_new_folder
-from helpers.finetune.generate import ADAPTER_CONFIG, base_model, find_checkpoint, load_for_inference
+from helpers.finetune.loading import ADAPTER_CONFIG, find_base_model, find_checkpoint, load_for_inference
 from helpers.libraries.quiet import quiet_libraries
 
 LAYOUTS = ("published", "glm")
@@ -58,7 +58,7 @@ def export(
     folder = find_checkpoint(checkpoint)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder} holds no adapter; there is nothing to merge")
-    base_folder = base_model(folder, base)
+    base_folder = find_base_model(folder, base)
     published = read_config(base_folder)
     if published.get("model_type") != "chatglm":
         raise UserError(f"the base model {base_folder} is not in the published layout; name one that is with --model")

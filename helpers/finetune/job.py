@@ -14,7 +14,6 @@ from helpers.config.compatibility import check_quantization, check_speed, choose
 from helpers.config.deepspeed import AUTO, read_deepspeed_config, zero_stage
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
-from helpers.finetune.checkpoints import complete_checkpoints, read_quantization_bit
 from helpers.finetune.dataset import (
     Limits,
     SplitReport,
@@ -22,6 +21,7 @@ from helpers.finetune.dataset import (
     read_split,
     training_features,
 )
+from helpers.finetune.loading import complete_checkpoints, read_quantization_bit
 from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.rows import find_split

@@ -17,8 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 from helpers.activations.offload import OffloadedActivations
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError
-from helpers.finetune.checkpoints import complete_checkpoints, write_quantization_bit
 from helpers.finetune.evaluate import generate_answers
+from helpers.finetune.loading import complete_checkpoints, write_quantization_bit
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter

@@ -1,0 +1,204 @@
+"""Find the checkpoints of a run, and load models and adapters for inference."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GlmForCausalLM, PreTrainedModel
+
+from helpers.chatglm3.checkpoint import read_config, resolve_folder
+from helpers.chatglm3.tokenizer import ChatGLMTokenizer
+from helpers.config.compatibility import check_quantization
+from helpers.errors import UserError
+from helpers.files import read_json_object
+from helpers.quantization.library import keep_layout, quantization_config
+
+ADAPTER_CONFIG = "adapter_config.json"
+# transformers writes it last: a checkpoint without it was not finished.
+LAST_FILE = "trainer_state.json"
+# An adapter is only right for the base that it was trained on, and PEFT's own file has no place for its bits.
+QUANTIZATION_FILE = "quantization.json"
+
+Model = PreTrainedModel | PeftModel
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """List the checkpoints that a run has finished.
+
+    Args:
+        output_dir: The run's output folder.
+
+    Returns:
+        The ``checkpoint-N`` folders, sorted by N; none if the folder does not exist.
+    """
+    numbered = [(p.name.split("-")[1], p) for p in output_dir.glob("checkpoint-*") if (p / LAST_FILE).is_file()]
+    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Return the folder to load for ``path``: itself, or the newest checkpoint of a run's output folder.
+
+    ``path`` may also be a name on the Hub. Raises UserError if it is none of these; it names the checkpoints there are.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        others = complete_checkpoints(folder.parent)
+        if others and folder.name.startswith("checkpoint-"):
+            names = ", ".join(other.name for other in others)
+            raise UserError(f"there is no {folder.name} in {folder.parent}; there are {names}")
+        return resolve_folder(path)
+    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        return folder
+    checkpoints = complete_checkpoints(folder)
+    if not checkpoints:
+        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}, no config.json and no finished checkpoint-N")
+    return checkpoints[-1]
+
+
+def write_quantization_bit(checkpoint: Path, bits: int | None) -> None:
+    """Record in ``checkpoint`` that its adapter was trained on a base in 8 or 4 bits; None writes nothing."""
+    if bits is not None:
+        (checkpoint / QUANTIZATION_FILE).write_text(json.dumps({"quantization_bit": bits}) + "\n", encoding="utf-8")
+
+
+def read_quantization_bit(checkpoint: Path) -> int | None:
+    """Return the bits of the base that the adapter was trained on: 8, 4, or None. Raises UserError for others."""
+    path = checkpoint / QUANTIZATION_FILE
+    if not path.is_file():
+        return None
+    bits = read_json_object(path, f"no file {path}").get("quantization_bit")
+    if bits not in (8, 4):
+        raise UserError(f"{path}: quantization_bit is {bits!r} and must be 8 or 4; without the file the base is 16 bit")
+    return bits
+
+
+def read_adapter_config(checkpoint: Path) -> dict[str, Any]:
+    """Read the ``adapter_config.json`` in ``checkpoint``. Raises UserError that names the file if it is damaged."""
+    path = checkpoint / ADAPTER_CONFIG
+    return read_json_object(path, f"{checkpoint} holds no {ADAPTER_CONFIG}", remedy="copy it again from its run")
+
+
+def find_base_model(checkpoint: Path, base: str | None = None) -> Path:
+    """Return the folder of the model that the adapter in ``checkpoint`` was trained on.
+
+    ``base`` is the user's own statement of where it is. Raises UserError that names ``--model`` if it cannot be found.
+    """
+    name = base or read_adapter_config(checkpoint).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{checkpoint / ADAPTER_CONFIG} does not name its base model; name it with --model")
+    try:
+        return resolve_folder(name)
+    except UserError as error:
+        if base:
+            raise
+        raise UserError(
+            f"{checkpoint / ADAPTER_CONFIG} names {name} as its base model, which is not there; "
+            "say where it is now with --model"
+        ) from error
+
+
+def read_tokenizer(folder: Path) -> ChatGLMTokenizer:
+    """Load the tokenizer of a model folder; an exported ``GlmForCausalLM`` has it in the subfolder ``tokenizer``."""
+    for candidate in (folder, folder / "tokenizer"):
+        if (candidate / "tokenizer.model").is_file():
+            return ChatGLMTokenizer.from_pretrained(candidate)
+    raise UserError(f"{folder} holds no tokenizer.model; copy the one that the model was published with into it")
+
+
+def load_for_inference(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    base: str | None = None,
+    dequantize: bool = False,
+) -> tuple[Model, ChatGLMTokenizer]:
+    """Load a model, or an adapter on its base, and the tokenizer.
+
+    Args:
+        path: A checkpoint, the output folder of a run (its newest checkpoint), a model folder, or a name on the Hub.
+        dtype: Of the weights; "auto" is the checkpoint's own. Default: bfloat16 on a GPU that supports it, float16 on
+            an older one, float32 on the CPU.
+        device: Where to load. Default: the first GPU, or else the CPU.
+        base: Where the base model is, if it is not where the adapter says.
+        dequantize: An adapter that was trained on a base in 8 or 4 bits gets such a base again. With this option, it
+            gets the matrices that those codes stand for, in ``dtype``: the same function, into which you can merge.
+
+    Returns:
+        The model in evaluation mode (a ``PeftModel`` if ``path`` is an adapter), and its tokenizer.
+
+    Raises:
+        UserError: Something does not exist, is damaged, or does not fit together.
+    """
+    checkpoint = find_checkpoint(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
+    folder = find_base_model(checkpoint, base) if is_adapter else checkpoint
+    model_type = read_config(folder).get("model_type")
+    if model_type not in ("chatglm", "glm"):
+        raise UserError(f"{folder / 'config.json'} has model_type {model_type!r}; this needs ChatGLM3 (chatglm or glm)")
+    tokenizer = read_tokenizer(folder)
+    settings: dict[str, Any] = {"dtype": dtype or _default_dtype(device)}
+    if device.type != "cpu":
+        settings["device_map"] = {"": device}
+    bits = read_quantization_bit(checkpoint)
+    if bits:
+        check_quantization(bits, deepspeed=None)
+        # bitsandbytes chooses a device by itself if it is not given one.
+        settings["device_map"] = {"": str(device)}
+        settings["quantization_config"] = quantization_config(bits, settings["dtype"])
+    load = AutoModelForCausalLM.from_pretrained if model_type == "chatglm" else _load_glm
+    model: Model = load(folder, **settings)
+    keep_layout(model)
+    if bits and dequantize:
+        model = model.dequantize(settings["dtype"])
+    if is_adapter:
+        model = _with_adapter(model, checkpoint)
+    return model.eval(), tokenizer
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _load_glm(folder: Path, **settings: Any) -> GlmForCausalLM:
+    """Load as strictly as the published layout: transformers would fill what is missing with random numbers."""
+    try:
+        loaded: Any = GlmForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder} cannot be read: {_one_line(error)}; copy them again") from error
+    model, info = loaded
+    faults = [f"missing {name}" for name in sorted(info["missing_keys"])]
+    faults += [f"unknown {name}" for name in sorted(info["unexpected_keys"])]
+    faults += [f"misshapen {name}" for name, *_ in sorted(info["mismatched_keys"])]
+    if faults:
+        raise UserError(f"the weights in {folder} do not fit its config.json: {', '.join(faults[:3])}; copy them again")
+    return model
+
+
+def _with_adapter(model: Any, checkpoint: Path) -> PeftModel:
+    targets = read_adapter_config(checkpoint).get("target_modules") or []
+    if "query_key_value" in targets:
+        raise UserError(
+            f"the adapter in {checkpoint} trains query_key_value, which is split here; import it first: "
+            "python -m helpers.chatglm3.adapter"
+        )
+    try:
+        with warnings.catch_warnings():
+            # PEFT would leave missing tensors as they were initialised: an adapter that does nothing.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(checkpoint))
+    except Exception as error:  # PEFT, safetensors and torch each raise their own
+        raise UserError(f"the adapter in {checkpoint} does not fit {model.name_or_path}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
