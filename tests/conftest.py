@@ -24,8 +24,12 @@ LIMIT = 300 * float(os.environ.get("TEST_TIME_FACTOR", 1))
 
 
 def pytest_configure() -> None:
-    """Several tests send Ctrl-C. A shell lets what it runs in the background ignore it, children included."""
+    """Prepare this process, and what it starts, for tests that run beside others."""
+    # Several tests send Ctrl-C. A shell lets what it runs in the background ignore it, children included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Networks this small gain nothing from a second thread, and on busy cores threads wait for each other.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

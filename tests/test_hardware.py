@@ -172,6 +172,7 @@ def test_limits_of_a_container_count(monkeypatch):
     assert unlimited.cpu_cores >= 1 and unlimited.ram_bytes >= GIB
 
 
+@pytest.mark.slow
 def test_importing_is_light():
     script = "import sys, helpers.hardware; print(sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"

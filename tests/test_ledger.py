@@ -465,6 +465,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_sum_is_what_the_garbage_collector_finds(ranks, case):
     for rank in ranks:
@@ -479,6 +480,7 @@ def test_the_sum_is_what_the_garbage_collector_finds(ranks, case):
             assert sum(held.values()) == found["alive"] + hidden, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ddp_has_a_bucket_beside_every_gradient_unless_gradients_are_views_of_it(ranks, rank):
     states = 8 * ALL + 4 * len(SIZES)
@@ -491,6 +493,7 @@ def test_ddp_has_a_bucket_beside_every_gradient_unless_gradients_are_views_of_it
     assert moment(ranks, rank, "ddp, views", "step 1") == (4 * ALL, 4 * ALL, states, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("case", "saved", "whole"),
@@ -511,6 +514,7 @@ def test_fsdp_holds_shards_and_what_is_gathered_just_now(ranks, rank, case, save
 SCALARS = 2 * 4  # Adam's step number of the one flat parameter, and the norm of the gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("case", "size", "saved", "gradients"),
@@ -531,6 +535,7 @@ def test_zero_1_and_2_partition_states_and_gradients(ranks, rank, case, size, sa
     assert moment(ranks, rank, case, "step 1") == (size * FLAT, 0, states, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("suffix", "size", "saved"), [("", 4, 4 * SAVED), (", bf16", 2, SAVED_BF16)])
 def test_zero_3_partitions_parameters_and_keeps_gradients_and_bucket_for_good(ranks, rank, suffix, size, saved):
@@ -545,6 +550,7 @@ def test_zero_3_partitions_parameters_and_keeps_gradients_and_bucket_for_good(ra
     assert moment(ranks, rank, case, "step 1")[4] == bucket + size * (2 * 8 + WIDTH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_offload_keeps_gradients_and_the_buffers_that_carry_them(ranks, rank):
     """On a machine without a GPU all of it is on the CPU; the categories are those of a GPU's run."""
@@ -556,6 +562,7 @@ def test_offload_keeps_gradients_and_the_buffers_that_carry_them(ranks, rank):
     assert (parameters, gradients) == (2 * HALF, (2 + 4) * HALF)  # 2-byte sums, and fp32 for the optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_without_zero_bf16_keeps_master_weights_whole(ranks, rank):
     adam = 8 * ALL + 4 * len(SIZES)
@@ -563,6 +570,7 @@ def test_without_zero_bf16_keeps_master_weights_whole(ranks, rank):
     assert moment(ranks, rank, "zero 0, bf16", "backward 1")[:2] == (2 * ALL, 2 * ALL)
 
 
+@pytest.mark.slow
 def test_every_rank_gathers_the_ledgers_of_all(ranks):
     for seen in ranks:
         assert [ledger["rank"] for ledger in seen["gathered"]] == [0, 1]

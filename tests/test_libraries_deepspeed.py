@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
+from one_process import LENGTH, ROWS, TWO_LAYERS, make_optimizer, train_alone
+from shared_launch import SharedLaunches
 
 from helpers.config.deepspeed import fill_auto
 from helpers.errors import UserError
-from helpers.launch import run
-from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
+from helpers.launch import device
+from helpers.libraries.deepspeed import configure_deepspeed
+from helpers.parallel.network import batch, build, largest_difference, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ROWS, LENGTH, STEPS = 4, 16, 5
+STEPS = 5
+shared = SharedLaunches(__name__)
 
 SCRIPT = """
 import torch.distributed as dist
@@ -47,54 +50,47 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_deepspeed_works_on_the_cpu_compiles_nothing_and_makes_no_second_world_group():
     finished = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert finished.stdout.endswith("fine\n"), finished.stderr
 
 
-def with_deepspeed(name):
-    from helpers.launch import device
-    from helpers.libraries.deepspeed import configure_deepspeed
-
+def train_with_deepspeed(name):
     configure_deepspeed(device())
     import deepspeed
 
     rank, n = dist.get_rank(), dist.get_world_size()
-    model = build(TINY, device())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    model = build(TWO_LAYERS, device())
     config = fill_auto(
         json.loads((CONFIGS / name).read_text()), micro_batch_size=ROWS // n, world_size=n, precision="fp32"
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model.parameters()), config=config)
     for step in range(STEPS):
-        rows = {key: value.chunk(n)[rank] for key, value in batch(TINY, ROWS, LENGTH, step, device()).items()}
+        rows = {key: value.chunk(n)[rank] for key, value in batch(TWO_LAYERS, ROWS, LENGTH, step, device()).items()}
         engine.backward(engine(**rows).loss)
         engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=engine.zero_optimization_stage() == 3):
         return weights(model), engine.zero_optimization_stage()
 
 
-def alone():
-    from helpers.launch import device
-
-    model = build(TINY, device())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
-    for step in range(STEPS):
-        model(**batch(TINY, ROWS, LENGTH, step, device())).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return weights(model)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "stage"),
-    [("ds_zero_1.json", 1), ("ds_zero_1_full.json", 1), ("ds_zero_2_full.json", 2), ("ds_zero_3_full.json", 3)],
+    ("case", "stage"),
+    [
+        pytest.param(shared.case(2, train_with_deepspeed, name=name), stage, id=name)
+        for name, stage in (
+            ("ds_zero_1.json", 1),
+            ("ds_zero_1_full.json", 1),
+            ("ds_zero_2_full.json", 2),
+            ("ds_zero_3_full.json", 3),
+        )
+    ],
 )
-def test_a_file_trains_what_one_process_trains(name, stage):
-    expected = run(alone, 2).results[0]
-    for found, used in run(with_deepspeed, 2, name=name).results:
+def test_a_file_trains_what_one_process_trains(case, stage):
+    for found, used in case.results:
         assert used == stage
-        assert largest_difference(found, expected) <= 1e-6
+        assert largest_difference(found, train_alone(TWO_LAYERS, 2, steps=STEPS).weights) <= 1e-6
 
 
 def test_auto_is_filled_as_the_trainer_does():

@@ -1,62 +1,35 @@
 """3D parallelism against one process, which ranks talk on which axis, and what the model of a step's time says."""
 
 import dataclasses
-from functools import lru_cache
 
 import pytest
-import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from one_process import FOUR_LAYERS, LENGTH, ROWS, STEPS, make_optimizer, train_alone
+from shared_launch import SharedLaunches, refusals
 
 from helpers.errors import UserError
-from helpers.launch import RankError, run
+from helpers.launch import device
 from helpers.memory.predict import ModelShape
-from helpers.parallel.mesh import AXES, Layout
-from helpers.parallel.network import TINY, batch, build, largest_difference, weights
+from helpers.parallel.mesh import AXES, Layout, Parallel3D, device_mesh
+from helpers.parallel.network import batch, build, largest_difference
 from helpers.parallel.pipeline import gpipe, idle_fraction, interleaved, one_f_one_b, zero_bubble
 from helpers.parallel.step_time import Cluster, Link, TrainingJob, estimate, layouts, sort_layouts
+from helpers.parallel.traffic import count_traffic
 
-ROWS, LENGTH, STEPS, MICRO_BATCHES = 8, 16, 20, 2
+MICRO_BATCHES = 2
 sizes = st.integers(1, 4)
 some_layouts = st.builds(Layout, data=sizes, pipeline=sizes, tensor=sizes)
-
-
-def optimizer_of(parameters):
-    from helpers.parallel.network import EQUALITY_EPSILON
-
-    return torch.optim.AdamW(parameters, lr=1e-3, eps=EQUALITY_EPSILON)
-
-
-@lru_cache
-def expected():
-    def alone():
-        from helpers.launch import device
-
-        model = build(TINY, device())
-        optimizer, losses = optimizer_of(model.parameters()), []
-        for step in range(STEPS):
-            loss = model(**batch(TINY, ROWS, LENGTH, step, device())).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return weights(model), losses
-
-    # More ranks than a machine has GPUs: on the CPU, as the runs that are compared with it.
-    return run(alone, max(2, torch.cuda.device_count() + 1)).results[0]
+shared = SharedLaunches(__name__)
 
 
 def train(layout, schedule):
-    from helpers.launch import device
-    from helpers.parallel.mesh import Parallel3D, device_mesh
-    from helpers.parallel.traffic import count_traffic
-
     mesh = device_mesh(layout, device())
-    parallel = Parallel3D(build(TINY, device()), TINY, mesh, MICRO_BATCHES, LENGTH, schedule)
-    optimizer, losses = optimizer_of(parallel.parameters()), []
+    parallel = Parallel3D(build(FOUR_LAYERS, device()), FOUR_LAYERS, mesh, MICRO_BATCHES, LENGTH, schedule)
+    optimizer, losses = make_optimizer(parallel.parameters()), []
     for step in range(STEPS):
-        data = batch(TINY, ROWS, LENGTH, step, device())
+        data = batch(FOUR_LAYERS, ROWS, LENGTH, step, device())
         with count_traffic() as traffic:
             losses.append(parallel.step(data["input_ids"], data["labels"]))
         optimizer.step()
@@ -65,42 +38,44 @@ def train(layout, schedule):
     return parallel.full_weights(), losses, sent, sum(p.nbytes for p in parallel.parameters())
 
 
-@pytest.mark.parametrize(
-    ("layout", "schedule"),
-    [
+TRAINED = {
+    (layout, schedule): shared.case(layout.world_size, train, layout=layout, schedule=schedule)
+    for layout, schedule in (
         (Layout(2, 2, 2), one_f_one_b),
         (Layout(2, 2, 2), zero_bubble),
         (Layout(1, 2, 4), gpipe),
         (Layout(1, 2, 4), zero_bubble),  # ranks that share keys and values, whose gradients come late
         (Layout(2, 2, 1), interleaved),
         (Layout(2, 1, 2), one_f_one_b),
-    ],
-    ids=lambda value: str(value) if isinstance(value, Layout) else value.__name__,
-)
+    )
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "schedule"), TRAINED, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_mesh_computes_what_one_process_computes(layout, schedule):
-    whole, expected_losses = expected()
+    # More ranks than a machine has GPUs run on the CPU, and so does the process that they are compared with.
+    expected = train_alone(FOUR_LAYERS, layout.world_size)
     found = {}
-    for rank, (part, losses, _, _) in enumerate(
-        run(train, layout.world_size, layout=layout, schedule=schedule).results
-    ):
+    for rank, (part, losses, _, _) in enumerate(TRAINED[layout, schedule].results):
         if losses[0] is not None:
-            assert losses == pytest.approx(expected_losses, abs=1e-5)
+            assert losses == pytest.approx(expected.losses, abs=1e-5)
         for name, weight in part.items():
             assert (found.setdefault(name, weight) - weight).abs().max() <= 1e-7, (rank, name)
-    assert largest_difference(found, whole) <= 1e-6
+    assert largest_difference(found, expected.weights) <= 1e-6
 
 
+@pytest.mark.slow
 def test_every_axis_sends_what_its_formula_says():
     layout = Layout(2, 2, 2)
-    results = run(train, layout.world_size, layout=layout, schedule=one_f_one_b).results
-    for rank, (_, _, sent, nbytes) in enumerate(results):
-        message = ROWS // layout.data // MICRO_BATCHES * LENGTH * TINY.hidden * 4
+    for rank, (_, _, sent, nbytes) in enumerate(TRAINED[layout, one_f_one_b].results):
+        message = ROWS // layout.data // MICRO_BATCHES * LENGTH * FOUR_LAYERS.hidden * 4
         # A stage sends what it made of each micro-batch, or the gradient of what it got.
         assert sent["pipeline"] == {"send": (MICRO_BATCHES, MICRO_BATCHES * message)}, rank
         calls, reduced = sent["data"]["all-reduce"]
         assert calls <= 2 and reduced == pytest.approx(nbytes, rel=0.01)  # 2 (n - 1) / n is 1
-        layers = MICRO_BATCHES * 4 * (TINY.layers // 2) * message
-        assert layers <= sent["tensor"]["all-reduce"][1] <= 1.2 * layers  # the ends add theirs
+        layers = MICRO_BATCHES * 4 * (FOUR_LAYERS.layers // 2) * message
+        assert layers <= sent["tensor"]["all-reduce"][1] <= 1.4 * layers  # the ends add theirs
 
 
 @given(some_layouts)
@@ -112,37 +87,39 @@ def test_every_axis_divides_all_ranks_into_groups(layout):
     assert all(group == tuple(range(group[0], group[0] + layout.tensor)) for group in layout.groups("tensor"))
 
 
-def test_the_groups_are_those_of_torchs_mesh():
-    def fn(layout):
-        from helpers.parallel.mesh import device_mesh
+def ranks_by_axis(layout):
+    mesh = device_mesh(layout, "cpu")
+    return {axis: tuple(dist.get_process_group_ranks(mesh.get_group(axis))) for axis in AXES}
 
-        mesh = device_mesh(layout, "cpu")
-        return {axis: tuple(dist.get_process_group_ranks(mesh.get_group(axis))) for axis in AXES}
 
-    layout = Layout(2, 3, 1)
-    for rank, groups in enumerate(run(fn, 6, layout=layout).results):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [(layout, shared.case(layout.world_size, ranks_by_axis, layout=layout)) for layout in [Layout(2, 3, 1)]],
+)
+def test_the_groups_are_those_of_torchs_mesh(layout, case):
+    for rank, groups in enumerate(case.results):
         for axis in AXES:
             assert next(group for group in layout.groups(axis) if rank in group) == groups[axis]
 
 
+def odd_rows():
+    ids = batch(FOUR_LAYERS, 3, LENGTH)["input_ids"]
+    Parallel3D(build(FOUR_LAYERS), FOUR_LAYERS, device_mesh(Layout(data=2), "cpu"), 1, LENGTH).step(ids, ids)
+
+
+@shared.on(2)
+def bad_layouts():
+    return refusals(lambda: device_mesh(Layout(2, 2, 2), "cpu"), odd_rows)
+
+
+@pytest.mark.slow
 def test_bad_layouts():
     with pytest.raises(UserError, match="tensor is 0"):
         Layout(tensor=0)
-
-    def too_many():
-        from helpers.parallel.mesh import device_mesh
-
-        device_mesh(Layout(2, 2, 2), "cpu")
-
-    def rows():
-        from helpers.parallel.mesh import Parallel3D, device_mesh
-
-        ids = batch(TINY, 3, LENGTH)["input_ids"]
-        Parallel3D(build(TINY), TINY, device_mesh(Layout(data=2), "cpu"), 1, LENGTH).step(ids, ids)
-
-    for fn, line in ((too_many, "needs 8 ranks and there are 2"), (rows, "3 rows do not divide by 2 data parallel")):
-        with pytest.raises(RankError, match=line):
-            run(fn, 2)
+    for (_, too_many), (_, rows) in bad_layouts.results:
+        assert "needs 8 ranks and there are 2" in too_many
+        assert "3 rows do not divide by 2 data parallel" in rows
 
 
 # The time of a step

@@ -86,6 +86,7 @@ def test_table_says_when_all_gpus_are_hidden(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" in gpu_table(Nvml(FakeNvml(h100s(2))))
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_the_one_line():
     done = subprocess.run([sys.executable, "-m", "helpers.memory.nvml"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -347,6 +348,7 @@ def test_phases_nest_and_end_when_the_block_raises(tmp_path):
     assert train.start <= first.start <= first.end <= second.start <= second.end <= train.end
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_killed_leaves_an_open_phase_until_the_file_is_used_again(tmp_path):
     script = (
         "import os, sys; from helpers.memory.phases import PhaseLog\n"

@@ -1,7 +1,6 @@
 """Pipeline parallelism: the tables as pure data, then every schedule in real processes against a single one."""
 
 from collections import Counter
-from functools import cache
 from itertools import combinations, pairwise
 
 import pytest
@@ -9,11 +8,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_process import FOUR_LAYERS, LENGTH, ROWS, STEPS, make_optimizer, train_alone
+from shared_launch import SharedLaunches, refusals
 
 from helpers.errors import UserError
-from helpers.launch import run
+from helpers.launch import device
+from helpers.libraries.deepspeed import configure_deepspeed
 from helpers.memory.predict import ModelShape
-from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
+from helpers.parallel.network import TINY, batch, build, largest_difference, weights
 from helpers.parallel.pipeline import (
     SCHEDULES,
     Action,
@@ -34,8 +36,9 @@ from helpers.parallel.pipeline import (
 from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.stages import flops_per_token
 from helpers.parallel.pipeline.timeline import needs, result, transfers
+from helpers.parallel.traffic import count_traffic
 
-ROWS, LENGTH, STEPS = 8, 16, 20
+shared = SharedLaunches(__name__)
 ranks_and_batches = st.tuples(st.integers(1, 8), st.integers(1, 24))
 
 
@@ -287,41 +290,24 @@ def test_weights_behind_an_input_without_gradient_and_their_hooks_are_served_as_
 
 # --- in real processes ---
 
-
-def single_process(steps: int = STEPS) -> tuple[dict[str, torch.Tensor], float]:
-    from helpers.launch import device
-
-    model = build(TINY, device())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = model(**batch(TINY, ROWS, LENGTH, step, device())).loss
-        loss.backward()
-        optimizer.step()
-    return weights(model), loss.item()
+MICRO_BATCHES = 4
 
 
-@cache
-def reference(ranks: int, steps: int = STEPS) -> tuple[dict[str, torch.Tensor], float]:
-    """What one process computes, on the kind of device on which so many ranks run: seeds give other weights there."""
-    return run(single_process, ranks if torch.cuda.is_available() else 1, steps=steps).results[0]
+def shape_for(ranks):
+    """Two layers for each rank, which the interleaved schedule divides into two stages."""
+    return {2: FOUR_LAYERS, 4: TINY}[ranks]
 
 
-def own_stages(table, rank):
-    from helpers.launch import device
-
+def own_stages(shape, table, rank):
     stages = 1 + max(action.stage for row in table for action in row)
     return build_stages(
-        build(TINY, device()), partition_layers(TINY, stages, LENGTH), {action.stage for action in table[rank]}
+        build(shape, device()), partition_layers(shape, stages, LENGTH), {action.stage for action in table[rank]}
     )
 
 
-def trained(stages, step, steps=STEPS):
+def train(stages, step, steps=STEPS):
     """Weights after ``steps`` steps of AdamW, and the last loss; ``step(ids, labels)`` makes gradients."""
-    from helpers.launch import device
-
-    parameters = [parameter for stage in stages.values() for parameter in stage.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, eps=EQUALITY_EPSILON)
+    optimizer = make_optimizer([parameter for stage in stages.values() for parameter in stage.parameters()])
     for number in range(steps):
         data = batch(TINY, ROWS, LENGTH, number, device())
         optimizer.zero_grad()
@@ -330,72 +316,79 @@ def trained(stages, step, steps=STEPS):
     return {name: tensor for stage in stages.values() for name, tensor in weights(stage).items()}, loss
 
 
-def all_schedules(names, micro_batches):
-    from helpers.parallel.traffic import count_traffic
-
-    found = {}
-    for name in names:
-        table = SCHEDULES[name](dist.get_world_size(), micro_batches)
-        stages = own_stages(table, dist.get_rank())
-        executor = Executor(table, stages)
-        with count_traffic() as traffic:
-            spans = executor.step(*batch(TINY, ROWS, LENGTH).values()).spans
-        for stage in stages.values():
-            stage.zero_grad()
-        own, loss = trained(stages, lambda ids, labels, executor=executor: executor.step(ids, labels).loss)
-        found[name] = own, loss, spans, traffic.by_operation()
-    return found
+def train_with(name):
+    table = SCHEDULES[name](dist.get_world_size(), MICRO_BATCHES)
+    stages = own_stages(shape_for(dist.get_world_size()), table, dist.get_rank())
+    executor = Executor(table, stages)
+    with count_traffic() as traffic:
+        spans = executor.step(*batch(TINY, ROWS, LENGTH).values()).spans
+    for stage in stages.values():
+        stage.zero_grad()
+    own, loss = train(stages, lambda ids, labels: executor.step(ids, labels).loss)
+    return own, loss, spans, traffic.by_operation()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_every_schedule_trains_what_a_single_process_trains(ranks):
-    micro_batches = 4
-    results = run(all_schedules, ranks, names=list(SCHEDULES), micro_batches=micro_batches, timeout=120).results
-    expected, loss = reference(ranks)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "name", "case"),
+    [
+        pytest.param(ranks, name, shared.case(ranks, train_with, name=name), id=f"{ranks}-{name}")
+        for ranks in (2, 4)
+        for name in SCHEDULES
+    ],
+)
+def test_every_schedule_trains_what_a_single_process_trains(ranks, name, case):
+    expected = train_alone(shape_for(ranks), ranks)
+    weights_by_rank, losses, spans, traffic = zip(*case.results, strict=True)
+    ours = {key: tensor for own in weights_by_rank for key, tensor in own.items()}
+    assert largest_difference(ours, expected.weights) <= 1e-6
+    assert list(losses) == [None] * (ranks - 1) + [pytest.approx(expected.losses[-1], abs=1e-5)]
+    # What was recorded is the table, in a possible order.
+    timeline = ScheduleTimeline(list(spans))
+    table = SCHEDULES[name](ranks, MICRO_BATCHES)
+    assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
+    check_causes(timeline)
+    # Across each boundary: activations one way, their gradients the other, a micro-batch at a time.
     activations = ROWS * LENGTH * TINY.hidden * 4
-    for name, schedule in SCHEDULES.items():
-        ours = {key: tensor for rank in results for key, tensor in rank[name][0].items()}
-        assert largest_difference(ours, expected) <= 1e-6, name
-        assert [rank[name][1] for rank in results] == [None] * (ranks - 1) + [pytest.approx(loss, abs=1e-5)]
-        # What was recorded is the table, in a possible order.
-        timeline = ScheduleTimeline([rank[name][2] for rank in results])
-        table = schedule(ranks, micro_batches)
-        assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
-        check_causes(timeline)
-        # Across each boundary: activations one way, their gradients the other, a micro-batch at a time.
-        boundaries = len({action.stage for row in table for action in row}) - 1
-        sent = [rank[name][3].get("send", (0, 0)) for rank in results]
-        assert [sum(column) for column in zip(*sent, strict=True)] == [
-            2 * boundaries * micro_batches,
-            2 * boundaries * activations,
-        ]
-        assert {operation for rank in results for operation in rank[name][3]} == {"send"}
+    boundaries = len({action.stage for row in table for action in row}) - 1
+    sent = [operations.get("send", (0, 0)) for operations in traffic]
+    assert [sum(column) for column in zip(*sent, strict=True)] == [
+        2 * boundaries * MICRO_BATCHES,
+        2 * boundaries * activations,
+    ]
+    assert {operation for operations in traffic for operation in operations} == {"send"}
 
 
+@shared.on(1)
+def two_stages_on_one_rank():
+    table = interleaved(1, 4, chunks=2)
+    stages = own_stages(FOUR_LAYERS, table, 0)
+    executor = Executor(table, stages)
+    return train(stages, lambda ids, labels: executor.step(ids, labels).loss, steps=2)
+
+
+@pytest.mark.slow
 def test_two_stages_on_one_rank_hand_over_without_sending():
-    def fn():
-        table = interleaved(1, 4, chunks=2)
-        stages = own_stages(table, 0)
-        executor = Executor(table, stages)
-        return trained(stages, lambda ids, labels: executor.step(ids, labels).loss, steps=2)
-
-    ours, _ = run(fn, 1).results[0]
-    assert largest_difference(ours, reference(1, steps=2)[0]) <= 1e-6
+    ours, _ = two_stages_on_one_rank.results[0]
+    assert largest_difference(ours, train_alone(FOUR_LAYERS, 1, steps=2).weights) <= 1e-6
 
 
+@shared.on(4)
+def two_pipelines():
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = pairs[dist.get_rank() // 2]
+    table = one_f_one_b(2, 2)
+    stages = own_stages(FOUR_LAYERS, table, dist.get_rank(group))
+    data = batch(TINY, 4, LENGTH, dist.get_rank() // 2, device())
+    step = Executor(table, stages, group, pace={"F": 0.02}).step(data["input_ids"], data["labels"])
+    return step, {name: grad for stage in stages.values() for name, grad in gradients(stage).items()}
+
+
+@pytest.mark.slow
 def test_a_group_is_a_pipeline_of_its_own_and_a_pace_is_kept():
-    def fn():
-        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        group = pairs[dist.get_rank() // 2]
-        table = one_f_one_b(2, 2)
-        stages = own_stages(table, dist.get_rank(group))
-        data = batch(TINY, 4, LENGTH, step=dist.get_rank() // 2)
-        step = Executor(table, stages, group, pace={"F": 0.02}).step(data["input_ids"], data["labels"])
-        return step, {name: grad for stage in stages.values() for name, grad in gradients(stage).items()}
-
-    results = run(fn, 4).results
+    results = two_pipelines.results
     for pair in range(2):
-        whole = build(TINY)
+        whole = build(FOUR_LAYERS)
         loss = whole(**batch(TINY, 4, LENGTH, step=pair)).loss
         loss.backward()
         assert results[2 * pair + 1][0].loss == pytest.approx(loss.item(), abs=1e-5)
@@ -405,25 +398,24 @@ def test_a_group_is_a_pipeline_of_its_own_and_a_pace_is_kept():
     assert len(forward) == 8 and all(span.end - span.start >= 0.02 for span in forward)
 
 
-def test_what_does_not_fit_together_is_refused():
-    def fn():
-        rank, said = dist.get_rank(), []
-        table = gpipe(2, 3)
-        stages = own_stages(table, rank)
-        attempts = {
-            "rows": lambda: Executor(table, stages).step(*batch(TINY, 4, LENGTH).values()),
-            "ranks": lambda: Executor(gpipe(4, 4), stages),
-            "stages": lambda: Executor(table, {rank + 1: stages[rank]}),
-            "table": lambda: Executor([row[::-1] for row in table], stages),
-            "idle": lambda: Executor([[], gpipe(1, 3)[0]], {}),
-        }
-        for attempt in attempts.values():
-            with pytest.raises(UserError) as caught:
-                attempt()
-            said.append(str(caught.value))
-        return said
+@shared.on(2)
+def misfits():
+    rank = dist.get_rank()
+    table = gpipe(2, 3)
+    stages = own_stages(FOUR_LAYERS, table, rank)
+    return refusals(
+        lambda: Executor(table, stages).step(*batch(TINY, 4, LENGTH).values()),
+        lambda: Executor(gpipe(4, 4), stages),
+        lambda: Executor(table, {rank + 1: stages[rank]}),
+        lambda: Executor([row[::-1] for row in table], stages),
+        lambda: Executor([[], gpipe(1, 3)[0]], {}),
+    )
 
-    rows, ranks, stages, table, idle = run(fn, 2).results[0]
+
+@pytest.mark.slow
+def test_what_does_not_fit_together_is_refused():
+    assert all(error == "UserError" for rank in misfits.results for error, _ in rank)
+    rows, ranks, stages, table, idle = (message for _, message in misfits.results[0])
     assert rows == "4 rows do not divide into 3 micro-batches; change one of the two"
     assert ranks == "the schedule is for 4 ranks but the group has 2; build it for 2"
     assert stages == "rank 0 has the stages [1] but the schedule assigns it [0]"
@@ -434,60 +426,61 @@ def test_what_does_not_fit_together_is_refused():
 # --- other people's pipelines, with the same stages ---
 
 
-def with_torch(names, micro_batches):
+def train_with_torch(name):
     from torch.distributed.pipelining import PipelineStage, schedules
 
-    from helpers.launch import device
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    kind = getattr(schedules, name)
+    count = ranks * (2 if kind is schedules.ScheduleInterleaved1F1B else 1)
+    stages = build_stages(
+        build(FOUR_LAYERS, device()), partition_layers(FOUR_LAYERS, count, LENGTH), range(rank, count, ranks)
+    )
+    theirs = [PipelineStage(stage, number, count, device()) for number, stage in stages.items()]
+    several = issubclass(kind, schedules.PipelineScheduleMulti)
+    schedule = kind(theirs if several else theirs[0], n_microbatches=MICRO_BATCHES, loss_fn=causal_lm_loss)
 
-    found, rank, ranks = {}, dist.get_rank(), dist.get_world_size()
-    for name in names:
-        kind = getattr(schedules, name)
-        count = ranks * (2 if kind is schedules.ScheduleInterleaved1F1B else 1)
-        stages = build_stages(build(TINY, device()), partition_layers(TINY, count, LENGTH), range(rank, count, ranks))
-        theirs = [PipelineStage(stage, number, count, device()) for number, stage in stages.items()]
-        several = issubclass(kind, schedules.PipelineScheduleMulti)
-        schedule = kind(theirs if several else theirs[0], n_microbatches=micro_batches, loss_fn=causal_lm_loss)
+    def step(ids, labels):
+        schedule.step(*([ids] if rank == 0 else []), **({"target": labels} if rank == ranks - 1 else {}))
 
-        def step(ids, labels, schedule=schedule):
-            schedule.step(*([ids] if rank == 0 else []), **({"target": labels} if rank == ranks - 1 else {}))
-
-        found[name] = trained(stages, step)[0]
-    return found
+    return train(stages, step)[0]
 
 
-def test_torchs_schedules_train_the_same():
-    names = ["ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble"]
-    results = run(with_torch, 2, names=names, micro_batches=4).results
-    for name in names:
-        ours = {key: tensor for rank in results for key, tensor in rank[name].items()}
-        assert largest_difference(ours, reference(2)[0]) <= 1e-6, name
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(shared.case(2, train_with_torch, name=name), id=name)
+        for name in ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble")
+    ],
+)
+def test_torchs_schedules_train_the_same(case):
+    first, second = case.results
+    assert largest_difference(first | second, train_alone(FOUR_LAYERS, 2).weights) <= 1e-6
 
 
-def with_deepspeed(micro_batches):
-    from helpers.launch import device
-    from helpers.libraries.deepspeed import configure_deepspeed
-
+@shared.on(2, launch="deepspeed")
+def train_with_deepspeed():
     configure_deepspeed(device())
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
     ranks = dist.get_world_size()
     deepspeed.init_distributed(dist_backend=dist.get_backend())
-    stages = build_stages(build(TINY, device()), partition_layers(TINY, ranks, LENGTH), range(ranks))
+    stages = build_stages(build(FOUR_LAYERS, device()), partition_layers(FOUR_LAYERS, ranks, LENGTH), range(ranks))
     module = PipelineModule(list(stages.values()), num_stages=ranks, loss_fn=causal_lm_loss, partition_method="uniform")
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
     config = {
-        "train_micro_batch_size_per_gpu": ROWS // micro_batches,
-        "gradient_accumulation_steps": micro_batches,
+        "train_micro_batch_size_per_gpu": ROWS // MICRO_BATCHES,
+        "gradient_accumulation_steps": MICRO_BATCHES,
         "gradient_clipping": 0.0,  # 1.0 unless one says so
     }
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(module.parameters()), config=config)
     for step in range(STEPS):
         data = batch(TINY, ROWS, LENGTH, step, device())
-        engine.train_batch(zip(*(data[name].chunk(micro_batches) for name in ("input_ids", "labels")), strict=True))
+        engine.train_batch(zip(*(data[name].chunk(MICRO_BATCHES) for name in ("input_ids", "labels")), strict=True))
     return {name.partition(".")[2]: tensor for name, tensor in weights(module).items()}  # without the stage's number
 
 
+@pytest.mark.slow
 def test_deepspeeds_engine_trains_the_same():
-    results = run(with_deepspeed, 2, micro_batches=4).results
-    assert largest_difference(results[0] | results[1], reference(2)[0]) <= 1e-6
+    first, second = train_with_deepspeed.results
+    assert largest_difference(first | second, train_alone(FOUR_LAYERS, 2).weights) <= 1e-6

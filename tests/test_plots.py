@@ -387,6 +387,7 @@ def test_colours_are_distinct():
     assert len(set(CATEGORY_COLOURS.values())) == len(CATEGORY_COLOURS) == 15
 
 
+@pytest.mark.slow
 def test_pyplot_and_its_backends_are_left_alone():
     script = (
         "import sys, helpers.plots as plots; plots.score_bars({'bleu-4': 1.0}, {'bleu-4': 2.0})._repr_png_(); "

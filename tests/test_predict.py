@@ -671,6 +671,7 @@ def test_contradictions_on_the_command_line(arguments, message):
         main(arguments)
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_line_and_status_2_without_importing_torch():
     code = (
         "import sys, helpers.memory.predict.__main__ as p; assert 'torch' not in sys.modules; p.main(['--gpus', '1'])"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 
@@ -31,6 +33,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_bitsandbytes_asks_nvml_and_not_cuda():
     finished = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert finished.stdout.endswith("fine\n"), finished.stderr[-3000:]

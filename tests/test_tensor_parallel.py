@@ -3,56 +3,77 @@
 import dataclasses
 import functools
 import math
+import random
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from one_process import STEPS, TWO_LAYERS, device_of, make_optimizer
+from shared_launch import SharedLaunches, refusals
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from transformers import GlmConfig
 
 from helpers.errors import UserError
-from helpers.launch import RankError, run
-from helpers.parallel.network import TINY, batch, build, largest_difference
-from helpers.parallel.tensor import Shard, shard_plan
+from helpers.launch import device
+from helpers.memory.ledger import count_bytes
+from helpers.memory.saved_tensors import SavedTensors
+from helpers.parallel.network import TINY, batch, build, largest_difference, weights
+from helpers.parallel.tensor import (
+    RowParallelLinear,
+    Shard,
+    VocabParallelEmbedding,
+    full_weights,
+    parallelize,
+    shard_plan,
+    vocab_parallel_cross_entropy,
+)
+from helpers.parallel.tensor.collectives import reduce, reduce_scatter
+from helpers.parallel.traffic import count_traffic
 
-SHAPE = dataclasses.replace(TINY, layers=2)
-STEPS, ROWS, LENGTH = 20, 2, 32
+ROWS, LENGTH = 2, 32
 TOKENS = ROWS * LENGTH
 PLAIN, SEQUENCE, AGAIN = {}, {"sequence_parallel": True}, {"sequence_parallel": True, "recompute_all_gather": True}
+NAMES = {tuple(PLAIN): "plain", tuple(SEQUENCE): "sequence", tuple(AGAIN): "again"}
+shared = SharedLaunches(__name__)
 
 
-def train(steps=STEPS, micro_batches=1, whole=False, checkpointing=False, **options):
-    """The weights after training, whole, and the losses; ``whole``: one process that divides nothing."""
-    from helpers.launch import device
-    from helpers.parallel.network import EQUALITY_EPSILON, weights
-    from helpers.parallel.tensor import full_weights, parallelize
-
-    model = build(SHAPE, device())
-    if not whole:
-        parallelize(model, **options)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+def train(model, steps=STEPS, micro_batches=1):
+    """The losses of all micro-batches; each has a different number of targets."""
+    optimizer = make_optimizer(model.parameters())
     losses = []
     for step in range(steps):
         for micro in range(micro_batches):
-            tokens = batch(SHAPE, ROWS, LENGTH, micro_batches * step + micro, device())
+            tokens = batch(TWO_LAYERS, ROWS, LENGTH, micro_batches * step + micro, model.device)
             tokens["labels"] = tokens["labels"].clone()
-            tokens["labels"][0, : 8 * micro] = -100  # a different number of targets each time
+            tokens["labels"][0, : 8 * micro] = -100
             loss = model(**tokens).loss / micro_batches
             loss.backward()
             losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    return weights(model) if whole else full_weights(model), losses
+    return losses
+
+
+def train_divided(checkpointing=False, size=None, **options):
+    """Full weights after training, and the losses."""
+    model = build(TWO_LAYERS, device())
+    parallelize(model, **options)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    losses = train(model, **size or {})
+    return full_weights(model), losses
 
 
 @functools.cache
-def alone(ranks, **options):
-    """What one process computes, on the kind of device on which so many ranks run: seeds give other weights there."""
-    return run(train, ranks if torch.cuda.is_available() else 1, whole=True, **options).results[0]
+def alone(ranks, **size):
+    """What one process computes that divides nothing."""
+    model = build(TWO_LAYERS, device_of(ranks))
+    losses = train(model, **size)
+    return weights(model), losses
 
 
 def assert_equal(results, expected):
@@ -61,53 +82,61 @@ def assert_equal(results, expected):
         assert losses == pytest.approx(expected[1], rel=1e-6)  # a loss of 6 has no digit below 5e-7
 
 
+def by_options(fn, *variants, **arguments):
+    """Parameters ``ranks``, ``options`` and ``case`` of a test; ``variants`` are pairs of the first two."""
+    return pytest.mark.parametrize(
+        ("ranks", "options", "case"),
+        [
+            pytest.param(
+                ranks, options, shared.case(ranks, fn, **options, **arguments), id=f"{ranks}-{NAMES[tuple(options)]}"
+            )
+            for ranks, options in variants
+        ],
+    )
+
+
 # --- the whole network
 
 
-@pytest.mark.parametrize(
-    ("ranks", "options"), [(1, PLAIN), (2, PLAIN), (2, SEQUENCE), (2, AGAIN), (4, PLAIN), (4, SEQUENCE)]
-)
-def test_ranks_compute_what_one_process_computes(ranks, options):
-    assert_equal(run(train, ranks, **options).results, alone(ranks))
+@pytest.mark.slow
+@by_options(train_divided, (1, PLAIN), (2, PLAIN), (2, SEQUENCE), (2, AGAIN), (4, PLAIN), (4, SEQUENCE))
+def test_ranks_compute_what_one_process_computes(ranks, options, case):
+    assert_equal(case.results, alone(ranks))
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(8, PLAIN), (4, AGAIN)])
-def test_gradients_that_ranks_share_add_up_over_micro_batches(ranks, options):
-    found = run(train, ranks, steps=3, micro_batches=2, **options).results
-    assert_equal(found, alone(ranks, steps=3, micro_batches=2))
+@pytest.mark.slow
+@by_options(train_divided, (8, PLAIN), (4, AGAIN), size={"steps": 3, "micro_batches": 2})
+def test_gradients_that_ranks_share_add_up_over_micro_batches(ranks, options, case):
+    assert_equal(case.results, alone(ranks, steps=3, micro_batches=2))
 
 
-@pytest.mark.parametrize("options", [PLAIN, AGAIN])
-def test_checkpointed_layers_communicate_again_and_compute_the_same(options):
-    assert_equal(run(train, 2, steps=3, checkpointing=True, **options).results, alone(2, steps=3))
+@pytest.mark.slow
+@by_options(train_divided, (2, PLAIN), (2, AGAIN), size={"steps": 3}, checkpointing=True)
+def test_checkpointed_layers_communicate_again_and_compute_the_same(ranks, options, case):
+    assert_equal(case.results, alone(ranks, steps=3))
 
 
 def in_half_precision(**options):
-    from helpers.launch import device
-    from helpers.parallel.tensor import parallelize
-
-    model, whole = (build(SHAPE, device(), torch.bfloat16) for _ in range(2))
+    model, whole = (build(TWO_LAYERS, device(), torch.bfloat16) for _ in range(2))
     parallelize(model, **options)
-    losses = [network(**batch(SHAPE, ROWS, LENGTH, 0, device())).loss for network in (model, whole)]
+    losses = [network(**batch(TWO_LAYERS, ROWS, LENGTH, 0, device())).loss for network in (model, whole)]
     losses[0].backward()
     return [loss.item() for loss in losses], {(p.dtype, p.grad.dtype, bool(p.grad.any())) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("options", [PLAIN, AGAIN])
-def test_it_communicates_in_the_precision_of_the_network(options):
-    for losses, kinds in run(in_half_precision, 4, **options).results:
+@pytest.mark.slow
+@by_options(in_half_precision, (4, PLAIN), (4, AGAIN))
+def test_it_communicates_in_the_precision_of_the_network(ranks, options, case):
+    for losses, kinds in case.results:
         assert losses[0] == pytest.approx(losses[1], abs=0.01)
         assert kinds == {(torch.bfloat16, torch.bfloat16, True)}
 
 
+@shared.on(2)
 def two_backwards():
-    from helpers.launch import device
-    from helpers.parallel.tensor import parallelize
-    from helpers.parallel.traffic import count_traffic
-
-    model = build(SHAPE, device())
+    model = build(TWO_LAYERS, device())
     parallelize(model, **AGAIN)
-    loss = model(**batch(SHAPE, ROWS, LENGTH, 0, device())).loss
+    loss = model(**batch(TWO_LAYERS, ROWS, LENGTH, 0, device())).loss
     sent = []
     for retain in (True, False):
         with count_traffic() as traffic:
@@ -116,43 +145,43 @@ def two_backwards():
     return sent
 
 
+@pytest.mark.slow
 def test_what_is_gathered_again_is_dropped_after_its_last_use():
-    first, second = run(two_backwards, 2).results[0]
+    first, second = two_backwards.results[0]
     assert first == second  # nothing is left from the first that the second could use
 
 
 def on_an_axis(axis, **options):
     """Two axes of two ranks; those of one ``axis`` divide the model, and the two groups work on different batches."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from helpers.launch import device
-    from helpers.parallel.network import weights
-    from helpers.parallel.tensor import full_weights, parallelize
-
     mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("first", "second"))
     group = mesh.get_group(axis)
     replica = mesh.get_local_rank("first" if axis == "second" else "second")
-    model, whole = build(SHAPE, device()), build(SHAPE, device())
+    model, whole = build(TWO_LAYERS, device()), build(TWO_LAYERS, device())
     parallelize(model, group, **options)
     for network in (model, whole):
-        network(**batch(SHAPE, ROWS, LENGTH, replica, device())).loss.backward()
+        network(**batch(TWO_LAYERS, ROWS, LENGTH, replica, device())).loss.backward()
         for parameter in network.parameters():
             parameter.data -= parameter.grad
     return replica, largest_difference(full_weights(model, group), weights(whole))
 
 
-@pytest.mark.parametrize("axis", ["first", "second"])
-@pytest.mark.parametrize("options", [PLAIN, SEQUENCE])
-def test_a_group_is_an_axis_of_a_mesh(axis, options):
-    results = run(on_an_axis, 4, axis=axis, **options).results
-    assert max(difference for _, difference in results) <= 1e-6
-    assert {replica for replica, _ in results} == {0, 1}
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(shared.case(4, on_an_axis, axis=axis, **options), id=f"{axis}-{NAMES[tuple(options)]}")
+        for axis in ("first", "second")
+        for options in (PLAIN, SEQUENCE)
+    ],
+)
+def test_a_group_is_an_axis_of_a_mesh(case):
+    assert max(difference for _, difference in case.results) <= 1e-6
+    assert {replica for replica, _ in case.results} == {0, 1}
 
 
+@shared.on(4)
 def parts():
-    from helpers.parallel.tensor import parallelize
-
-    model = build(SHAPE)
+    model = build(TWO_LAYERS)
     model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
     parallelize(model)
     attention = model.model.layers[1].self_attn
@@ -163,11 +192,11 @@ def parts():
     )
 
 
+@pytest.mark.slow
 def test_four_ranks_and_two_groups_of_keys_and_values():
-    results = run(parts, 4).results
-    whole = dict(build(SHAPE).named_parameters())
+    whole = dict(build(TWO_LAYERS).named_parameters())
     key = "model.layers.0.self_attn.k_proj.weight"
-    for rank, (found, frozen, queries_per_key) in enumerate(results):
+    for rank, (found, frozen, queries_per_key) in enumerate(parts.results):
         assert torch.equal(found[key], whole[key].chunk(2)[rank // 2])
         assert frozen == ["model.layers.0.mlp.down_proj.weight"]
         assert queries_per_key == 2  # of 8 heads 2 are here, with one group
@@ -237,73 +266,61 @@ def test_keys_and_values_are_copied_where_there_are_more_ranks_than_groups(ranks
     assert plan["q_proj.weight"] == Shard(0) and plan["o_proj.weight"] == Shard(1)
 
 
+@shared.on(3)
 def refused():
-    from helpers.errors import UserError
-    from helpers.parallel.network import weights
-    from helpers.parallel.tensor import parallelize
-
-    model = build(SHAPE)
-    before, said = weights(model), []
-    for options in ({}, {"recompute_all_gather": True}):
-        try:
-            parallelize(model, **options)
-        except UserError as error:
-            said.append(str(error))
+    model = build(TWO_LAYERS)
+    before = weights(model)
+    said = refusals(lambda: parallelize(model), lambda: parallelize(model, recompute_all_gather=True))
     same = largest_difference(weights(model), before) == 0 and not model._forward_pre_hooks
-    return said, same and type(model.lm_head) is torch.nn.Linear
+    return said, same and type(model.lm_head) is nn.Linear
 
 
+@pytest.mark.slow
 def test_nothing_is_changed_where_it_is_refused():
-    for said, unchanged in run(refused, 3).results:
-        assert len(said) == 2 and "num_attention_heads is 8" in said[0]
+    for said, unchanged in refused.results:
+        assert [error for error, _ in said] == ["UserError"] * 2 and "num_attention_heads is 8" in said[0][1]
         assert unchanged
 
 
 def twice():
-    from helpers.parallel.tensor import parallelize
-
-    model = build(SHAPE)
+    model = build(TWO_LAYERS)
     parallelize(model)
     parallelize(model)
 
 
 def odd_length():
-    from helpers.parallel.tensor import parallelize
-
-    model = build(SHAPE)
+    model = build(TWO_LAYERS)
     parallelize(model, sequence_parallel=True)
-    model(**batch(SHAPE, 2, 31))
+    model(**batch(TWO_LAYERS, 2, 31))
 
 
 def again_alone():
-    from helpers.parallel.tensor import parallelize
-
-    parallelize(build(SHAPE), recompute_all_gather=True)
+    parallelize(build(TWO_LAYERS), recompute_all_gather=True)
 
 
+@shared.on(2)
+def wrong_uses():
+    return refusals(twice, odd_length, again_alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fn", "message"),
+    ("number", "line"),
     [
-        (twice, "the model is divided already"),
-        (odd_length, "31 tokens per sequence do not divide by 2 ranks"),
-        (again_alone, "recompute_all_gather=True needs sequence_parallel=True"),
+        (0, "the model is divided already"),
+        (1, "31 tokens per sequence do not divide by 2 ranks"),
+        (2, "recompute_all_gather=True needs sequence_parallel=True"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(fn, message):
-    with pytest.raises(RankError, match=message):
-        run(fn, 2)
+def test_wrong_use_is_told_in_one_line(number, line):
+    for said in wrong_uses.results:
+        assert line in said[number][1]
 
 
 # --- layers
 
 
 def row_parallel(sequence_parallel):
-    from torch import nn
-
-    from helpers.launch import device
-    from helpers.parallel.tensor import RowParallelLinear
-    from helpers.parallel.tensor.collectives import reduce, reduce_scatter
-
     group, rank, n = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     whole = nn.Linear(8 * n, 5).to(device())
@@ -314,17 +331,16 @@ def row_parallel(sequence_parallel):
     return (part(x.chunk(n, -1)[rank]) - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_the_bias_of_a_row_parallel_matrix_is_added_once(sequence_parallel):
-    assert max(run(row_parallel, 3, sequence_parallel=sequence_parallel).results) < 1e-5
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [pytest.param(shared.case(3, row_parallel, sequence_parallel=on), id=str(on)) for on in (False, True)]
+)
+def test_the_bias_of_a_row_parallel_matrix_is_added_once(case):
+    assert max(case.results) < 1e-5
 
 
+@shared.on(3)
 def embedding():
-    from torch import nn
-
-    from helpers.launch import device
-    from helpers.parallel.tensor import VocabParallelEmbedding
-
     rank, n = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     whole = nn.Embedding(4 * n, 5, padding_idx=5).to(device())
@@ -338,26 +354,27 @@ def embedding():
     return same and torch.equal(mine.grad, whole.weight.grad.chunk(n)[rank])
 
 
+@pytest.mark.slow
 def test_an_embedding_divided_by_its_vocabulary_and_its_padding():
-    assert all(run(embedding, 3).results)
+    assert all(embedding.results)
 
 
 # --- cross-entropy
 
 
-@st.composite
-def loss_cases(draw):
-    """(tokens, vocabulary of a rank, scale of the logits, targets with some ignored, seed)"""
-    tokens, part = draw(st.integers(1, 7)), draw(st.integers(1, 5))
-    targets = draw(st.lists(st.one_of(st.just(-100), st.integers(0, 3 * part - 1)), min_size=tokens, max_size=tokens))
-    return part, draw(st.sampled_from([0.0, 1.0, 100.0, 1e4])), targets, draw(st.integers(0, 99))
+def random_cases(seeds):
+    """For each seed the vocabulary of a rank, the scale of the logits, targets of which some are ignored, the seed."""
+    cases = []
+    for seed in seeds:
+        choose = random.Random(seed)
+        part = choose.randint(1, 5)
+        targets = [choose.choice([-100, choose.randrange(3 * part)]) for _ in range(choose.randint(1, 7))]
+        cases.append((part, choose.choice([0.0, 1.0, 100.0, 1e4]), targets, seed))
+    return cases
 
 
 def compare_losses(cases):
     """Largest differences of losses and of gradients from torch's, relative to their largest, over all cases."""
-    from helpers.launch import device
-    from helpers.parallel.tensor import vocab_parallel_cross_entropy
-
     rank, n, worst = dist.get_rank(), dist.get_world_size(), [0.0, 0.0]
     for part, scale, targets, seed in cases:
         generator = torch.Generator().manual_seed(seed)
@@ -376,25 +393,31 @@ def compare_losses(cases):
     return worst
 
 
-@settings(max_examples=4, deadline=None)
-@given(st.lists(loss_cases(), min_size=8, max_size=8))
-def test_cross_entropy_is_torchs(cases):
-    for of_loss, of_gradient in run(compare_losses, 3, cases=cases).results:
+# A rank has no target, or none counts.
+RARE = [(4, 1.0, [0, 3, 1], 1), (4, 1.0, [11, -100, 8], 2), (4, 1.0, [-100, -100], 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(shared.case(3, compare_losses, cases=random_cases(range(40))), id="random"),
+        pytest.param(shared.case(3, compare_losses, cases=RARE), id="without targets"),
+        pytest.param(
+            shared.case(3, compare_losses, launch="campaign", cases=random_cases(range(40, 4000))),
+            id="many random",
+            marks=pytest.mark.campaign,
+        ),
+    ],
+)
+def test_cross_entropy_is_torchs(case):
+    for of_loss, of_gradient in case.results:
         assert of_loss <= 1e-6 and of_gradient <= 1e-6
 
 
-def test_cross_entropy_where_a_rank_has_no_target_and_where_none_counts():
-    cases = [(4, 1.0, [0, 3, 1], 1), (4, 1.0, [11, -100, 8], 2), (4, 1.0, [-100, -100], 3)]
-    for worst in run(compare_losses, 3, cases=cases).results:
-        assert max(worst) <= 1e-6
-
-
 def losses_of_the_network(labels):
-    from helpers.launch import device
-    from helpers.parallel.tensor import parallelize
-
-    model = build(SHAPE, device())
-    ids = batch(SHAPE, ROWS, LENGTH, 0, device())["input_ids"]
+    model = build(TWO_LAYERS, device())
+    ids = batch(TWO_LAYERS, ROWS, LENGTH, 0, device())["input_ids"]
     labels = labels.to(device())
     expected = [model(input_ids=ids, labels=labels, **more).loss.item() for more in ({}, {"num_items_in_batch": 7})]
     parallelize(model)
@@ -402,11 +425,22 @@ def losses_of_the_network(labels):
     return found, expected
 
 
-@pytest.mark.parametrize("kept", [0, LENGTH // 2, LENGTH])
-def test_the_networks_loss_ignores_and_normalises_as_transformers_does(kept):
-    labels = batch(SHAPE, ROWS, LENGTH)["labels"].clone()
+def labels_up_to(kept):
+    labels = batch(TWO_LAYERS, ROWS, LENGTH)["labels"].clone()
     labels[:, kept:] = -100
-    for found, expected in run(losses_of_the_network, 2, labels=labels).results:
+    return labels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(shared.case(2, losses_of_the_network, labels=labels_up_to(kept)), id=str(kept))
+        for kept in (0, LENGTH // 2, LENGTH)
+    ],
+)
+def test_the_networks_loss_ignores_and_normalises_as_transformers_does(case):
+    for found, expected in case.results:
         assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)  # no target at all: nan in both
 
 
@@ -414,12 +448,6 @@ def test_the_networks_loss_ignores_and_normalises_as_transformers_does(kept):
 
 
 def traffic_and_memory(layers, whole=False, **options):
-    from helpers.launch import device
-    from helpers.memory.ledger import count_bytes
-    from helpers.memory.saved_tensors import SavedTensors
-    from helpers.parallel.tensor import parallelize
-    from helpers.parallel.traffic import count_traffic
-
     shape = dataclasses.replace(TINY, layers=layers)
     model = build(shape, device())
     if not whole:
@@ -436,47 +464,61 @@ def traffic_and_memory(layers, whole=False, **options):
     return traffic.by_operation(), traffic.sent, kept["model.layers.0"], held, saved.total
 
 
-def of_a_layer(ranks, **options):
+MEASURED = {
+    (ranks, layers, NAMES[tuple(options)]): shared.case(ranks, traffic_and_memory, layers=layers, **options)
+    for ranks, options in ((2, PLAIN), (2, SEQUENCE), (2, AGAIN), (4, PLAIN), (4, SEQUENCE))
+    for layers in (2, 3)
+}
+MEASURED_WHOLE = shared.case(2, traffic_and_memory, layers=2, whole=True)
+
+
+def of_a_layer(ranks, name):
     """What one more layer sends."""
-    two, three = (run(traffic_and_memory, ranks, layers=layers, **options).results[0] for layers in (2, 3))
+    two, three = (MEASURED[ranks, layers, name].results[0] for layers in (2, 3))
     return three[1] - two[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "options", "times"), [(2, PLAIN, 8), (2, SEQUENCE, 8), (2, AGAIN, 10), (4, PLAIN, 8), (4, SEQUENCE, 8)]
+    ("ranks", "name", "times"),
+    [(2, "plain", 8), (2, "sequence", 8), (2, "again", 10), (4, "plain", 8), (4, "sequence", 8)],
 )
-def test_a_layer_sends_what_the_formula_says(ranks, options, times):
+def test_a_layer_sends_what_the_formula_says(ranks, name, times):
     share = (ranks - 1) / ranks
     formula = times * TOKENS * TINY.hidden * share * 4
     # Beside it, and independent of the batch: gradients of two norms, and of keys and values that ranks share.
-    norms = 2 * 2 * TINY.hidden * share * 4 if options else 0
+    norms = 2 * 2 * TINY.hidden * share * 4 if name != "plain" else 0
     copies = ranks // TINY.kv_groups
     shared = 2 * 2 * TINY.head_dim * (TINY.hidden + 1) * (copies - 1) / copies * 4
-    sent = of_a_layer(ranks, **options)
+    sent = of_a_layer(ranks, name)
     assert sent == formula + norms + shared
     assert abs(sent - shared - formula) <= 0.01 * formula
 
 
-@pytest.mark.parametrize("options", [PLAIN, SEQUENCE])
-def test_the_vocabulary_parallel_ends_send_half_a_layer_and_three_numbers_a_token(options):
-    two = run(traffic_and_memory, 2, layers=2, **options).results[0]
-    ends = two[1] - 2 * of_a_layer(2, **options)
-    norm = 2 * TINY.hidden / 2 * 4 if options else 0
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "sequence"])
+def test_the_vocabulary_parallel_ends_send_half_a_layer_and_three_numbers_a_token(name):
+    two = MEASURED[2, 2, name].results[0]
+    ends = two[1] - 2 * of_a_layer(2, name)
+    norm = 2 * TINY.hidden / 2 * 4 if name != "plain" else 0
     assert ends == 4 * TOKENS * TINY.hidden / 2 * 4 + 3 * 2 * TOKENS / 2 * 4 + norm
 
 
+@pytest.mark.slow
 def test_sequence_parallelism_replaces_all_reduces_by_their_two_halves():
-    plain, sequence = (run(traffic_and_memory, 2, layers=2, **options).results[0][0] for options in (PLAIN, SEQUENCE))
+    plain, sequence = (MEASURED[2, 2, name].results[0][0] for name in ("plain", "sequence"))
     assert set(plain) == {"all-reduce"}
     assert sequence["all-gather"] == sequence["reduce-scatter"]
     assert sum(sent for _, sent in sequence.values()) == pytest.approx(plain["all-reduce"][1], rel=0.01)
 
 
+@pytest.mark.slow
 def test_states_are_divided_and_each_activation_as_far_as_the_technique_goes():
     kept = {}
-    whole = run(traffic_and_memory, 2, layers=2, whole=True).results[0]
-    for name, options in (("plain", PLAIN), ("sequence", SEQUENCE), ("again", AGAIN)):
-        for _, _, kept[name], held, left in run(traffic_and_memory, 2, layers=2, **options).results:
+    whole = MEASURED_WHOLE.results[0]
+    for name in ("plain", "sequence", "again"):
+        for _, _, of_first_layer, held, left in MEASURED[2, 2, name].results:
+            kept[name] = of_first_layer
             for category in ("parameters", "gradients", "optimizer states"):
                 assert held[category] == pytest.approx(whole[3][category] / 2, rel=0.01)  # norms are whole
             assert left == 0  # nothing outlives backward
