@@ -64,12 +64,3 @@ def progress_bars_afterwards() -> Iterator[None]:
     yield
     datasets.enable_progress_bars()
     transformers.utils.logging.enable_progress_bar()
-
-
-@pytest.fixture
-def one_thread():
-    """So small a network gains nothing by more, and loses much where other processes want the cores, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LIMIT
 from safetensors.torch import load_file, save_file
 from small_chatglm import random_model, small_config
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -474,7 +475,7 @@ def test_zero_3_partitions_while_reading_and_gathers_the_same_bits(tmp_path, sma
     script = Path(__file__).with_name("zero3_round_trip.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
-        [*torchrun, script, small_checkpoint, tmp_path], capture_output=True, text=True, timeout=300
+        [*torchrun, script, small_checkpoint, tmp_path], capture_output=True, text=True, timeout=LIMIT
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     ranks = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]

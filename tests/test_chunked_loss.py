@@ -13,7 +13,6 @@ from helpers.memory.saved_tensors import SavedTensors
 from helpers.parallel.network import EQUALITY_EPSILON, TINY, batch, build, largest_difference, weights
 
 WIDTH, VOCABULARY = 8, 37
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(tokens, masked=(), dtype=torch.float32, vocabulary=VOCABULARY, frozen=False):

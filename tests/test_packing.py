@@ -21,7 +21,6 @@ from helpers.finetune.speed import RIGHT_PADDED, SDPA, apply_speed_options, eval
 
 CAPACITY, PAD = 40, 0
 LENGTHS = (11, 29, 7, 18, 5, 23, 13)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(lengths=LENGTHS, vocabulary=400):
