@@ -19,17 +19,16 @@ from helpers.plots import (
     CATEGORY_COLOURS,
     RANK_COLOURS,
     Span,
+    allocator_history,
     bars_by_rank,
-    beside_formula,
-    bytes_over_moments,
+    bytes_over_step,
+    codebook_histogram,
     collective,
-    kept_tensors,
     lanes,
-    levels_in_histogram,
     loss_and_memory,
     matrix_parts,
+    measured_against_formula,
     memory_bars,
-    memory_history,
     memory_sources,
     memory_steps,
     memory_timeline,
@@ -37,6 +36,7 @@ from helpers.plots import (
     prediction_errors,
     rank_groups,
     save_figure,
+    saved_tensor_bars,
     score_bars,
     smoothed,
     stacked_seconds,
@@ -573,7 +573,7 @@ def test_a_text_without_room_is_left_out_and_no_span_at_all_is_an_error():
 
 
 def test_points_and_the_line_of_their_formula_have_one_colour():
-    fig = beside_formula(
+    fig = measured_against_formula(
         {"1F1B": {2: 0.4, 1: 0.6}}, {"1F1B": {1: 0.5, 2: 0.33}, "ideal": {1: 0, 2: 0}}, "idle", "m", "%"
     )
     (axes,) = fig.axes
@@ -587,7 +587,7 @@ def test_points_and_the_line_of_their_formula_have_one_colour():
     assert axes.get_ylim()[0] == 0 and (axes.get_xlabel(), axes.get_ylabel()) == ("m", "%")
     assert legend(axes) == list(drawn)
     with pytest.raises(UserError, match="no measured points"):
-        beside_formula({"a": {}}, {"a": {1: 1}}, "", "", "")
+        measured_against_formula({"a": {}}, {"a": {1: 1}}, "", "", "")
 
 
 # --- parts of matrices
@@ -641,7 +641,7 @@ def test_bars_by_rank_stand_side_by_side_with_the_formula_across():
 
 def test_bars_for_different_numbers_of_ranks_are_refused():
     for measured, expected in (({}, {}), ({"a": []}, {}), ({"a": [1.0]}, {"a": [1.0, 2.0]})):
-        with pytest.raises(UserError, match="one value for each rank"):
+        with pytest.raises(UserError, match="one value per rank"):
             bars_by_rank(measured, expected, "", "")
 
 
@@ -670,16 +670,16 @@ def test_predicted_seconds_are_stacked_and_a_diamond_is_what_was_measured():
 
 
 def test_bytes_over_moments_share_an_axis_and_a_unit():
-    axes = bytes_over_moments({"one": [0, 2**20, 0], "all": [3 * 2**20] * 2}, "Held", "a step").axes[0]
+    axes = bytes_over_step({"one": [0, 2**20, 0], "all": [3 * 2**20] * 2}, "Held", "a step").axes[0]
     assert axes.get_ylabel() == "MiB" and axes.get_xlabel() == "a step"
     assert lines(axes)["one"].get_ydata().tolist() == [0, 1, 0]
     assert lines(axes)["all"].get_xdata().tolist() == [0, 1]
-    with pytest.raises(UserError, match="no moments to draw"):
-        bytes_over_moments({"one": []}, "Held", "a step")
+    with pytest.raises(UserError, match="no samples to draw"):
+        bytes_over_step({"one": []}, "Held", "a step")
 
 
 def test_levels_stand_in_the_histogram_of_what_they_represent():
-    fig = levels_in_histogram([0.1, 0.2, -0.3], {"even": [-1, 0, 1], "nf": [-1, 1]}, "levels", "weight")
+    fig = codebook_histogram([0.1, 0.2, -0.3], {"even": [-1, 0, 1], "nf": [-1, 1]}, "levels", "weight")
     assert [axes.get_title() for axes in fig.axes] == ["even: 3 levels", "nf: 2 levels"]
     assert [line.get_xdata()[0] for line in fig.axes[0].lines] == [-1, 0, 1]
     assert fig.axes[1].get_xlabel() == "weight" and not fig.axes[0].get_xlabel()
@@ -687,15 +687,17 @@ def test_levels_stand_in_the_histogram_of_what_they_represent():
 
 def test_levels_without_values_are_refused():
     for values, levels in (([], {"even": [0]}), ([1.0], {})):
-        with pytest.raises(UserError, match="no levels, or no values"):
-            levels_in_histogram(values, levels, "levels", "weight")
+        with pytest.raises(UserError, match="no formats, or no values"):
+            codebook_histogram(values, levels, "levels", "weight")
 
 
 # --- activations
 
 
 def test_kept_tensors_stand_one_after_another_with_one_colour_each():
-    fig = kept_tensors({"GPT": {"input": 60.0, "mask": 0.5}, "ChatGLM3": {"input": 80.0}}, "A layer", "bytes a token")
+    fig = saved_tensor_bars(
+        {"GPT": {"input": 60.0, "mask": 0.5}, "ChatGLM3": {"input": 80.0}}, "A layer", "bytes a token"
+    )
     (axes,) = fig.axes
     assert axes.get_xlabel() == "bytes a token"
     bars = [(bar.get_x(), bar.get_width(), round(bar.get_y() + bar.get_height() / 2)) for bar in axes.patches]
@@ -706,14 +708,14 @@ def test_kept_tensors_stand_one_after_another_with_one_colour_each():
 
 
 def test_twelve_kinds_of_tensors_have_twelve_colours():
-    axes = kept_tensors({"layer": {f"tensor {n}": 1.0 for n in range(12)}}, "A layer", "bytes").axes[0]
+    axes = saved_tensor_bars({"layer": {f"tensor {n}": 1.0 for n in range(12)}}, "A layer", "bytes").axes[0]
     assert len({bar.get_facecolor() for bar in axes.patches}) == 12
 
 
 @pytest.mark.parametrize("bars", [{}, {"layer": {}}, {"layer": {"input": -1.0}}])
 def test_kept_tensors_without_a_part_or_with_a_negative_one_are_refused(bars):
     with pytest.raises(UserError, match=r"no parts|amounts of 0 or more"):
-        kept_tensors(bars, "A layer", "bytes")
+        saved_tensor_bars(bars, "A layer", "bytes")
 
 
 def test_a_trade_off_shows_every_way_from_zero():
@@ -730,7 +732,7 @@ def test_a_memory_history_keeps_each_segment_in_its_place():
     mib = 2**20
     small = Segment(0, (Block(mib, True), Block(mib, False)))
     large = Segment(5000, (Block(3 * mib, False), Block(1 * mib, True)))
-    fig = memory_history({"default": [[small], [small, large]], "other": [[large]]}, "History")
+    fig = allocator_history({"default": [[small], [small, large]], "other": [[large]]}, "History")
     left, right = fig.axes
     assert (left.get_title(), left.get_xlabel(), left.get_ylabel()) == ("default", "moment", "segments (MiB)")
     bars = sorted((bar.get_x() + 0.5, bar.get_y(), bar.get_height()) for bar in left.patches)
@@ -740,4 +742,4 @@ def test_a_memory_history_keeps_each_segment_in_its_place():
     assert sorted(bar.get_y() for bar in right.patches) == [0, 3]
     assert left.get_ylim() == right.get_ylim()
     with pytest.raises(UserError, match="no segments"):
-        memory_history({"default": [[]]}, "Nothing")
+        allocator_history({"default": [[]]}, "Nothing")

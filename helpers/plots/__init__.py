@@ -1,23 +1,19 @@
 """Every figure of the course, in one style: legible on a projector, one palette, safe for colour-blind readers.
 
-Functions take plain data and return a :class:`CourseFigure`. Nothing here touches pyplot or a backend, so figures are
-the same from a script, a rank or a notebook, and none is left open.
+Functions take plain data and return a :class:`CourseFigure`. They use neither pyplot nor a backend, so a figure looks
+the same from a script, a rank or a notebook, and no figure stays open.
 """
 
-from helpers.plots.activations import kept_tensors, memory_history, trade_off
+from helpers.plots.allocator import allocator_history
 from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
 from helpers.plots.communication import collective, rank_groups, transfer_times
-from helpers.plots.curves import beside_formula, bytes_over_moments
+from helpers.plots.curves import bytes_over_step, measured_against_formula
 from helpers.plots.matrices import matrix_parts
-from helpers.plots.memory import (
-    memory_bars,
-    memory_sources,
-    memory_steps,
-    memory_timeline,
-    model_sizes,
-    prediction_errors,
-)
-from helpers.plots.quantization import levels_in_histogram
+from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps
+from helpers.plots.memory_timeline import memory_timeline
+from helpers.plots.predictions import model_sizes, prediction_errors
+from helpers.plots.quantization import codebook_histogram
+from helpers.plots.saved_tensors import saved_tensor_bars, trade_off
 from helpers.plots.schedule import Span, lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
 from helpers.plots.training import loss_and_memory, score_bars, smoothed, token_lengths
@@ -27,17 +23,16 @@ __all__ = [
     "RANK_COLOURS",
     "CourseFigure",
     "Span",
+    "allocator_history",
     "bars_by_rank",
-    "beside_formula",
-    "bytes_over_moments",
+    "bytes_over_step",
+    "codebook_histogram",
     "collective",
-    "kept_tensors",
     "lanes",
-    "levels_in_histogram",
     "loss_and_memory",
     "matrix_parts",
+    "measured_against_formula",
     "memory_bars",
-    "memory_history",
     "memory_sources",
     "memory_steps",
     "memory_timeline",
@@ -46,6 +41,7 @@ __all__ = [
     "rank_groups",
     "rates_and_memory",
     "save_figure",
+    "saved_tensor_bars",
     "score_bars",
     "smoothed",
     "stacked_seconds",

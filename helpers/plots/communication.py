@@ -1,4 +1,4 @@
-"""Figures of what ranks send one another."""
+"""Draw what ranks send each other."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,20 +15,28 @@ from helpers.plots.style import (
 
 
 def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], title: str) -> CourseFigure:
-    """What a collective moved: the numbers that each rank held before and after, one row per rank.
+    """Draw the numbers that each rank holds before and after a collective, one row per rank.
 
-    A number has the colour of the rank that held it before, wherever it goes; one that no rank held before was
-    computed on the way and is grey. Ranks may hold different amounts, or nothing.
+    A number keeps the colour of the rank that held it before. A number that no rank held before was computed by the
+    collective, and is grey. Ranks may hold different amounts, or nothing.
+
+    Args:
+        before: ``before[rank]`` are the numbers of that rank.
+        after: The same after the collective.
+        title: The figure's title.
+
+    Returns:
+        The figure.
     """
     colours = {value: RANK_COLOURS[rank % len(RANK_COLOURS)] for rank, row in enumerate(before) for value in row}
     width = max(len(row) for rows in (before, after) for row in rows)
     fig = new_figure(title, width=min(13.0, 3.4 + 1.5 * width), height=1.1 + 0.62 * len(before))
     for axes, rows, when in zip(fig.subplots(1, 2), (before, after), ("before", "after"), strict=True):
         for rank, row in enumerate(rows):
-            for place, value in enumerate(row):
+            for column, value in enumerate(row):
                 colour = colours.get(value, GREY)
-                axes.barh(rank, 0.92, left=place - 0.46, height=0.8, color=colour)
-                axes.text(place, rank, f"{value:g}", ha="center", va="center", color="white", fontsize=TEXT_SIZE)
+                axes.barh(rank, 0.92, left=column - 0.46, height=0.8, color=colour)
+                axes.text(column, rank, f"{value:g}", ha="center", va="center", color="white", fontsize=TEXT_SIZE)
         axes.set_title(when, fontsize=TEXT_SIZE)
         axes.set_xlim(-0.6, width - 0.4)
         axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -41,7 +49,15 @@ def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float
 
 
 def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> CourseFigure:
-    """Seconds that collectives take over the bytes that they move, both axes logarithmic: ``{name: {bytes: s}}``."""
+    """Draw the time of collectives over their size, with both axes logarithmic.
+
+    Args:
+        seconds: ``{collective: {bytes of the tensor on each rank: seconds}}``.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
     fig = new_figure(title, width=9, height=4.8)
     axes = fig.subplots()
     for (name, curve), colour, marker in zip(seconds.items(), RANK_COLOURS, "os^Dv<>X", strict=False):
@@ -60,25 +76,33 @@ def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> Co
     return fig
 
 
-def rank_groups(groups: Mapping[str, Sequence[Sequence[int]]], per_node: int, title: str) -> CourseFigure:
-    """Which ranks talk to one another: a row for each axis of a mesh, a cell for each rank, a colour for each group.
+def rank_groups(groups: Mapping[str, Sequence[Sequence[int]]], ranks_per_node: int, title: str) -> CourseFigure:
+    """Draw which ranks communicate: one row per axis of a mesh, one cell per rank, one colour per group.
 
-    ``groups`` has all groups of each axis, by name. Vertical lines part the nodes, of ``per_node`` ranks each.
+    Vertical lines separate the nodes.
+
+    Args:
+        groups: All groups of ranks of each axis, ``{axis: [ranks, ranks, ...]}``.
+        ranks_per_node: Number of ranks per node.
+        title: The figure's title.
+
+    Returns:
+        The figure.
     """
-    ranks = 1 + max(rank for of_axis in groups.values() for group in of_axis for rank in group)
-    fig = new_figure(title, width=min(13.0, 2.2 + 0.9 * ranks), height=1.3 + 0.62 * len(groups))
+    world_size = 1 + max(rank for axis_groups in groups.values() for group in axis_groups for rank in group)
+    fig = new_figure(title, width=min(13.0, 2.2 + 0.9 * world_size), height=1.3 + 0.62 * len(groups))
     axes = fig.subplots()
-    for row, of_axis in enumerate(groups.values()):
-        for number, group in enumerate(of_axis):
+    for row, axis_groups in enumerate(groups.values()):
+        for number, group in enumerate(axis_groups):
             for rank in group:
                 axes.barh(row, 0.92, left=rank - 0.46, height=0.8, color=RANK_COLOURS[number % len(RANK_COLOURS)])
                 axes.text(rank, row, str(rank), ha="center", va="center", color="white", fontsize=TEXT_SIZE)
-    for border in range(per_node, ranks, per_node):
+    for border in range(ranks_per_node, world_size, ranks_per_node):
         axes.axvline(border - 0.5, color="black", linewidth=1.5)
-    for node, first in enumerate(range(0, ranks, per_node)):
-        middle = (first + min(first + per_node, ranks) - 1) / 2
+    for node, first in enumerate(range(0, world_size, ranks_per_node)):
+        middle = (first + min(first + ranks_per_node, world_size) - 1) / 2
         axes.text(middle, len(groups) - 0.3, f"node {node}", ha="center", va="top", fontsize=SMALL_SIZE)
-    axes.set_xlim(-0.6, ranks - 0.4)
+    axes.set_xlim(-0.6, world_size - 0.4)
     axes.set_ylim(len(groups), -0.55)
     axes.set_xticks([])
     axes.set_yticks(range(len(groups)), list(groups), fontsize=TEXT_SIZE)

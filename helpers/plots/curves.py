@@ -1,4 +1,4 @@
-"""Measured points beside what a formula says."""
+"""Draw measured points against a formula, and bytes over the course of a step."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,52 +11,72 @@ from helpers.plots.style import RANK_COLOURS, CourseFigure, label_axes, legend_b
 Curve = Mapping[float, float]
 
 
-def beside_formula(
-    measured: Mapping[str, Curve], formula: Mapping[str, Curve], title: str, x: str, y: str
+def measured_against_formula(
+    measured: Mapping[str, Curve], formula: Mapping[str, Curve], title: str, x_label: str, y_label: str
 ) -> CourseFigure:
-    """``measured`` as points and ``formula`` as lines, each ``{name: {x: y}}``; a name in both has one colour.
+    """Draw measured points and the lines of formulas; a name has the same colour in both.
 
-    ``x`` and ``y`` label the axes, units included; y begins at 0. Raises :class:`UserError` where nothing was measured.
+    Args:
+        measured: ``{name: {x: y}}``.
+        formula: ``{name: {x: y}}``, for some, all or none of the names.
+        title: The figure's title.
+        x_label: Label of the axis, with its unit.
+        y_label: Label of the axis, with its unit; it starts at 0.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``measured`` is empty.
     """
     if not any(measured.values()):
-        raise UserError("there are no measured points to draw")
+        raise UserError("measured_against_formula: there are no measured points to draw")
     fig = new_figure(title, width=9, height=4.8)
     axes = fig.subplots()
     colours = dict(zip(dict.fromkeys([*measured, *formula]), RANK_COLOURS, strict=False))
     for name, curve in formula.items():
-        places = sorted(curve)
-        axes.plot(places, [curve[place] for place in places], "--", color=colours[name], label=f"{name}, formula")
+        xs = sorted(curve)
+        axes.plot(xs, [curve[x] for x in xs], "--", color=colours[name], label=f"{name}, formula")
     for (name, curve), marker in zip(measured.items(), "os^Dv<>X", strict=False):
-        places = sorted(curve)
-        values = [curve[place] for place in places]
-        axes.plot(places, values, marker, color=colours[name], markersize=9, label=f"{name}, measured")
+        xs = sorted(curve)
+        axes.plot(xs, [curve[x] for x in xs], marker, color=colours[name], markersize=9, label=f"{name}, measured")
     axes.set_ylim(bottom=0)
-    if all(float(place).is_integer() for curve in measured.values() for place in curve):
+    if all(float(x).is_integer() for curve in measured.values() for x in curve):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    label_axes(axes, "", x, y)
+    label_axes(axes, "", x_label, y_label)
     legend_below(axes)
     return fig
 
 
-def bytes_over_moments(curves: Mapping[str, Sequence[int]], title: str, x: str) -> CourseFigure:
-    """Bytes that were held at successive moments of a step, ``{name: [bytes, ...]}``, as lines with steps.
+def bytes_over_step(curves: Mapping[str, Sequence[int]], title: str, x_label: str) -> CourseFigure:
+    """Draw how many bytes were held over the course of a step, as lines with steps.
 
-    Curves may have different numbers of moments; each is stretched over the axis, from the step's begin to its end.
-    Raises :class:`UserError` where there is nothing to draw.
+    Curves may have different numbers of samples. Each is stretched from the start of the step to its end.
+
+    Args:
+        curves: ``{name: [bytes, bytes, ...]}``.
+        title: The figure's title.
+        x_label: What happens along the axis.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: All curves are empty.
     """
     if not any(curves.values()):
-        raise UserError("there are no moments to draw")
+        raise UserError("bytes_over_step: there are no samples to draw")
     unit = unit_for(max(curve) for curve in curves.values() if curve)
     fig = new_figure(title, width=11, height=4.8)
     axes = fig.subplots()
     for (name, curve), colour in zip(curves.items(), RANK_COLOURS, strict=False):
-        places = [place / max(1, len(curve) - 1) for place in range(len(curve))]
+        xs = [sample / max(1, len(curve) - 1) for sample in range(len(curve))]
         axes.plot(
-            places, [size / unit.size for size in curve], color=colour, linewidth=2, drawstyle="steps-post", label=name
+            xs, [size / unit.size for size in curve], color=colour, linewidth=2, drawstyle="steps-post", label=name
         )
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, 1)
     axes.set_xticks([])
-    label_axes(axes, "", x, unit.name)
+    label_axes(axes, "", x_label, unit.name)
     legend_below(axes)
     return fig

@@ -1,4 +1,4 @@
-"""Which rank holds which part of a matrix."""
+"""Draw which rank holds which part of a matrix."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -10,29 +10,40 @@ from matplotlib.patches import Rectangle
 from helpers.errors import UserError
 from helpers.plots.style import GREY, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, CourseFigure, ink_on, new_figure
 
-LONGEST = 1.0  # side of the longest matrix; others by the square root of their size, so that small ones are seen
+LONGEST_SIDE = 1.0  # of the largest matrix; other sides scale with the square root, so that small ones stay visible
 GAP = 0.35
-LABEL = 0.3  # above a matrix, for its name and size
+LABEL_HEIGHT = 0.3  # above a matrix, for its name and size
 
 
 def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> CourseFigure:
-    """Matrices side by side, each part in the colour of its rank: ``{name: [what rank 0 holds, rank 1, …]}``.
+    """Draw matrices side by side, with each part in the colour of the rank that holds it.
 
-    What a rank holds is an array of the matrix's shape, true where it has the element. A part that several ranks hold
-    is striped and bears all their numbers; one that all hold is grey. Raises :class:`UserError` where there is nothing
-    to draw or the shapes of a matrix differ.
+    A part that several ranks hold is striped and shows all their numbers; a part that all ranks hold is grey.
+
+    Args:
+        held: ``{matrix: [mask of rank 0, of rank 1, ...]}``; a mask [rows, columns] is true if the rank holds the
+            element.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``held`` is empty, or the masks of a matrix differ in shape.
     """
     if not held:
-        raise UserError("there are no matrices to draw")
+        raise UserError("matrix_parts: there are no matrices to draw")
     for name, masks in held.items():
         if len({np.shape(mask) for mask in masks}) != 1 or np.ndim(masks[0]) != 2:
-            raise UserError(f"{name}: give one array for each rank, all of the matrix's two dimensions")
+            raise UserError(f"matrix_parts: {name}: give one mask [rows, columns] per rank, all of one shape")
     longest = max(max(np.shape(masks[0])) for masks in held.values())
-    sides = {name: [LONGEST * (size / longest) ** 0.5 for size in np.shape(masks[0])] for name, masks in held.items()}
-    slots = {name: max(width, 0.055 * len(name)) for name, (_, width) in sides.items()}  # a name needs room as well
+    sides = {
+        name: [LONGEST_SIDE * (size / longest) ** 0.5 for size in np.shape(masks[0])] for name, masks in held.items()
+    }
+    slots = {name: max(width, 0.055 * len(name)) for name, (_, width) in sides.items()}  # at least as wide as the name
     total = sum(slots.values()) + GAP * (len(held) - 1)
     tallest = max(height for height, _ in sides.values())
-    fig = new_figure(title, width=13, height=min(5.2, 1.0 + 12.5 * (tallest + LABEL) / total))
+    fig = new_figure(title, width=13, height=min(5.2, 1.0 + 12.5 * (tallest + LABEL_HEIGHT) / total))
     axes = fig.subplots()
     left = 0.0
     for name, masks in held.items():
@@ -48,14 +59,14 @@ def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> Course
             _draw_block(axes, corner, size, ranks, len(masks))
         left += slots[name] + GAP
     axes.set_xlim(-0.05, total + 0.05)
-    axes.set_ylim(tallest + 0.03, -LABEL)
+    axes.set_ylim(tallest + 0.03, -LABEL_HEIGHT)
     axes.set_aspect("equal")
     axes.axis("off")
     return fig
 
 
 def _blocks(masks: np.ndarray) -> list[tuple[int, int, int, int, tuple[int, ...]]]:
-    """(top, bottom, first column, last column, ranks) of the rectangles that the same ranks hold."""
+    """List the rectangles that the same ranks hold: (top, bottom, first column, last column, ranks)."""
     edges = []
     for axis in (1, 2):
         changes = np.diff(masks.astype(np.int8), axis=axis).any(axis=(0, 3 - axis))
@@ -69,14 +80,14 @@ def _blocks(masks: np.ndarray) -> list[tuple[int, int, int, int, tuple[int, ...]
 
 
 def _draw_block(
-    axes: Axes, corner: tuple[float, float], size: tuple[float, float], ranks: tuple[int, ...], among: int
+    axes: Axes, corner: tuple[float, float], size: tuple[float, float], ranks: tuple[int, ...], world_size: int
 ) -> None:
     colours = [RANK_COLOURS[rank % len(RANK_COLOURS)] for rank in ranks]
-    everyone = len(ranks) == among > 1
-    colour = GREY if everyone else colours[0] if colours else "white"
+    held_by_all = len(ranks) == world_size > 1
+    colour = GREY if held_by_all else colours[0] if colours else "white"
     axes.add_patch(Rectangle(corner, *size, facecolor=colour, edgecolor="white", linewidth=1.5))
-    text = "all" if everyone else ", ".join(map(str, ranks))
-    if len(colours) > 1 and not everyone:
+    text = "all" if held_by_all else ", ".join(map(str, ranks))
+    if len(colours) > 1 and not held_by_all:
         stripes = Rectangle(corner, *size, facecolor="none", edgecolor=colours[1], hatch="//", linewidth=0)
         axes.add_patch(stripes)
     if min(size) > 0.03:

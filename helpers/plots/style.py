@@ -1,15 +1,17 @@
-"""What the figures share: palette, text sizes, and the figure that a notebook shows as PNG."""
+"""Share one style among all figures: palette, text sizes, and a figure that notebooks show as PNG."""
 
 import io
 from pathlib import Path
+from typing import cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from helpers.errors import UserError
 from helpers.files import atomic_write
 
-# Okabe and Ito's palette (Color Universal Design, 2008), its yellow, which is too pale for lines, replaced by grey.
+# Okabe and Ito's palette (Color Universal Design, 2008), with grey instead of yellow, which is too pale for lines.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY = (
     "#0072B2",
     "#D55E00",
@@ -21,7 +23,7 @@ BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY = (
     "#8C8C8C",
 )
 RANK_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY)
-# Where the bytes go: the same colour for the same category in every chapter.
+# A category of memory has the same colour in every chapter.
 CATEGORY_COLOURS = {
     "parameters": BLUE,
     "gradients": ORANGE,
@@ -30,7 +32,7 @@ CATEGORY_COLOURS = {
     "communication buffers": PURPLE,
     "buffers": SKY,
     "other": GREY,
-    # What only a prediction, or only a measurement, tells apart: tints of what it is near to, greys, browns.
+    # Categories that only predictions or only measurements distinguish: tints of the nearest category, greys, browns.
     "logits and loss": "#F4B183",
     "not counted: temporaries": "#F0E442",
     "allocator rounding": "#E3E3E3",
@@ -48,7 +50,7 @@ DPI = 110
 
 
 class CourseFigure(Figure):
-    """A figure that notebooks show as PNG by itself."""
+    """A matplotlib figure that notebooks display as PNG, without pyplot."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -57,7 +59,15 @@ class CourseFigure(Figure):
 
 
 def save_figure(fig: Figure, path: str | Path) -> None:
-    """Write ``fig`` in the format of the path's suffix (.png, .svg, .pdf); an older file stays until it is whole."""
+    """Write a figure to a file, atomically: until it is complete, an older file stays.
+
+    Args:
+        fig: The figure.
+        path: Of the file; the suffix selects the format (.png, .svg, .pdf).
+
+    Raises:
+        UserError: Matplotlib cannot write this format.
+    """
     suffix = Path(path).suffix.lstrip(".").lower()
     if suffix not in fig.canvas.get_supported_filetypes():
         raise UserError(f"cannot write a figure to {path}: give a name that ends in .png, .svg or .pdf")
@@ -66,22 +76,24 @@ def save_figure(fig: Figure, path: str | Path) -> None:
 
 
 def new_figure(title: str, width: float, height: float) -> CourseFigure:
-    fig = CourseFigure(figsize=(width, height), layout="constrained")
-    fig.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    """Make an empty figure; ``width`` and ``height`` are in inches."""
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)
+    fig = CourseFigure(figsize=(width, height), layout=layout)
     fig.suptitle(title, fontsize=TITLE_SIZE, fontweight="bold")
     return fig
 
 
 def ink_on(colour: str) -> str:
-    """Black on pale colours, white on dark ones (relative luminance, WCAG 2)."""
-    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    """Choose black text on pale colours and white text on dark ones, by relative luminance (WCAG 2)."""
+    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
     return BLACK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.35 else "white"
 
 
-def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
+def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Set title and labels, a horizontal grid, and no frame at the top and right."""
     axes.set_title(title, fontsize=TEXT_SIZE)
-    axes.set_xlabel(x, fontsize=TEXT_SIZE)
-    axes.set_ylabel(y, fontsize=TEXT_SIZE)
+    axes.set_xlabel(x_label, fontsize=TEXT_SIZE)
+    axes.set_ylabel(y_label, fontsize=TEXT_SIZE)
     axes.tick_params(labelsize=SMALL_SIZE)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -89,18 +101,19 @@ def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def grid_along_x(axes: Axes) -> None:
-    """Grid lines where values run to the right, as lying bars do, instead of :func:`label_axes`'s."""
+    """Draw vertical grid lines, for horizontal bars, instead of the horizontal ones of :func:`label_axes`."""
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
 
 
 def legend_below(axes: Axes) -> None:
-    """A legend under the axis label, in as many columns as fit: it never covers a curve."""
+    """Put the legend below the x label, where it covers no curve, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
-    figure_width = axes.figure.get_figwidth() / axes.get_gridspec().ncols
-    columns = max(1, int(figure_width * 72 / (SMALL_SIZE * (4 + 0.55 * max(map(len, labels))))))
+    grid = axes.get_gridspec()
+    width = cast(Figure, axes.figure).get_figwidth() / (grid.ncols if grid else 1)  # inches
+    columns = max(1, int(width * 72 / (SMALL_SIZE * (4 + 0.55 * max(map(len, labels))))))
     axes.legend(
         handles,
         labels,

@@ -1,4 +1,4 @@
-"""Figures of a fine-tune: loss and memory over the steps, lengths of its rows, scores before and after."""
+"""Draw a fine-tune: loss and memory over the steps, lengths of the examples, scores before and after."""
 
 import math
 import re
@@ -22,16 +22,25 @@ from helpers.plots.style import (
     new_figure,
 )
 
-FEW_POINTS = 40  # up to here every point gets a marker, and no smoothing
+FEW_POINTS = 40  # up to this number every point gets a marker and the curve is not smoothed
 
 
 def loss_and_memory(metrics: Sequence[Mapping], title: str) -> CourseFigure:
-    """Loss on the left and memory per rank on the right, over the optimizer step.
+    """Draw the loss on the left and the memory per rank on the right, over the optimizer steps.
 
-    ``metrics`` are the records of a run's metrics.jsonl: ``step`` and, where measured, ``loss``, ``eval_loss``,
-    ``nvml_used_gib`` and ``resident_gib`` (lists, one value per rank). Where a step comes twice (a run resumed from an
-    earlier checkpoint), the later record counts. Memory is NVML's where any rank has it, else the resident memory of
-    the processes. Raises :class:`UserError` when there is no record.
+    If a step is logged twice, because a run was resumed from an earlier checkpoint, the later record counts. The memory
+    is NVML's if any rank has a value, otherwise the resident memory of the processes.
+
+    Args:
+        metrics: The records of a run's metrics.jsonl: ``step`` and, if measured, ``loss``, ``eval_loss``, and the lists
+            ``nvml_used_gib`` and ``resident_gib`` with one value per rank.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``metrics`` is empty.
     """
     if not metrics:
         raise UserError("there are no metrics to draw: the run has not logged a step (see logging_steps)")
@@ -47,7 +56,7 @@ def loss_and_memory(metrics: Sequence[Mapping], title: str) -> CourseFigure:
 
 
 def _by_step(metrics: Sequence[Mapping]) -> dict[int, dict]:
-    """Records of one step joined, in order of steps; values that are None are left out."""
+    """Merge the records of each step, in the order of steps; leave out values that are None."""
     records: dict[int, dict] = {}
     for record in metrics:
         known = {key: value for key, value in record.items() if value is not None}
@@ -59,10 +68,10 @@ def _draw_loss(axes: Axes, records: Mapping[int, Mapping]) -> None:
     train = {step: record["loss"] for step, record in records.items() if "loss" in record}
     dev = {step: record["eval_loss"] for step, record in records.items() if "eval_loss" in record}
     broken = [step for step, loss in train.items() if not math.isfinite(loss)]
-    # NaN leaves a gap in the line, where leaving the step out would draw across it.
+    # NaN leaves a gap in the line. Without the step, the line would be drawn across it.
     losses = [loss if math.isfinite(loss) else math.nan for loss in train.values()]
     if len(train) == len(broken):
-        axes.set_yticks([])  # there is no scale where there is no number
+        axes.set_yticks([])  # no finite value defines a scale
     elif len(train) <= FEW_POINTS:
         axes.plot(list(train), losses, "o-", color=BLUE, linewidth=1.6, label="loss")
     else:
@@ -86,10 +95,16 @@ def _draw_loss(axes: Axes, records: Mapping[int, Mapping]) -> None:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """At each place the value of the straight line fitted to a tenth of ``values`` around it (least squares).
+    """Smooth a curve: fit a straight line to the tenth of the values around each point, and take its value there.
 
-    Unlike a running mean it is neither late where the curve falls nor drawn to the last value where it ends. NaN
-    stays NaN and enters no fit.
+    This is local linear regression by least squares. Unlike a running mean it does not lag behind a falling curve,
+    and the last value does not bend the end.
+
+    Args:
+        values: The curve; NaN stays NaN and is not used in a fit.
+
+    Returns:
+        The smoothed values [len(values)].
     """
     y = np.asarray(values, dtype=float)
     known = ~np.isnan(y)
@@ -101,7 +116,7 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
         total = np.concatenate([[0.0], np.cumsum(np.where(known, terms, 0.0))])
         return total[high] - total[low]
 
-    # Places count from -1 to 1 and values from their mean, so that differences of the sums lose no digits.
+    # x runs from -1 to 1, and the mean is subtracted from y, so that differences of the sums lose no digits.
     x = np.linspace(-1.0, 1.0, len(y))
     mean = np.nanmean(y)
     count, sum_x, sum_y = window_sum(np.ones_like(y)), window_sum(x), window_sum(y - mean)
@@ -116,8 +131,8 @@ def _draw_rank_memory(axes: Axes, records: Mapping[int, Mapping]) -> None:
     from_nvml = any(value is not None for record in records.values() for value in record.get("nvml_used_gib", []))
     key = "nvml_used_gib" if from_nvml else "resident_gib"
     measured = {step: record[key] for step, record in records.items() if key in record}
-    ranks = max((len(values) for values in measured.values()), default=0)
-    for rank in range(ranks):
+    world_size = max((len(values) for values in measured.values()), default=0)
+    for rank in range(world_size):
         values = [row[rank] if rank < len(row) and row[rank] is not None else math.nan for row in measured.values()]
         highest = max((value for value in values if not math.isnan(value)), default=math.nan)
         axes.plot(
@@ -126,8 +141,8 @@ def _draw_rank_memory(axes: Axes, records: Mapping[int, Mapping]) -> None:
             marker="o" if len(measured) <= FEW_POINTS else None,
             label=f"rank {rank}, at most {highest:.1f} GiB",
             color=RANK_COLOURS[rank % len(RANK_COLOURS)],
-            # Ranks that do the same lie on one another: later ones are thinner, so that each stays visible.
-            linewidth=1.5 + (4.0 * (ranks - 1 - rank) / (ranks - 1) if ranks > 1 else 1.0),
+            # Curves of ranks that do the same coincide: later ones are thinner, so that each stays visible.
+            linewidth=1.5 + (4.0 * (world_size - 1 - rank) / (world_size - 1) if world_size > 1 else 1.0),
         )
     top = axes.get_ylim()[1]
     axes.set_ylim(0, 1.05 * top)
@@ -139,12 +154,22 @@ def _draw_rank_memory(axes: Axes, records: Mapping[int, Mapping]) -> None:
 
 
 def token_lengths(lengths: Sequence[int], limit: int, title: str) -> CourseFigure:
-    """How long the rows of a data set are, in tokens, and where they are cut (``limit``)."""
+    """Draw a histogram of how many tokens the examples of a data set have, with the mean and the limit.
+
+    Args:
+        lengths: Tokens per example.
+        limit: Number of tokens at which examples are truncated; not drawn if it is far above all lengths.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
     fig = new_figure(title, width=9, height=4.4)
     axes = fig.subplots()
-    # Bars of whole tokens: with others, some would count one length more than their neighbours do.
+    # Every bar covers the same whole number of lengths; otherwise some would count one more than their neighbours.
     width = -(-(max(lengths) - min(lengths) + 1) // 40)
-    axes.hist(lengths, bins=np.arange(min(lengths), max(lengths) + width + 1, width) - 0.5, color=BLUE)
+    edges = [edge - 0.5 for edge in range(min(lengths), max(lengths) + width + 1, width)]
+    axes.hist(lengths, bins=edges, color=BLUE)
     mean = sum(lengths) / len(lengths)
     axes.axvline(mean, color=BLACK, linewidth=2, label=f"mean, {mean:.0f} tokens")
     if limit <= 1.5 * max(lengths):
@@ -155,10 +180,17 @@ def token_lengths(lengths: Sequence[int], limit: int, title: str) -> CourseFigur
 
 
 def score_bars(base: Mapping[str, float], tuned: Mapping[str, float]) -> CourseFigure:
-    """The base model's and the tuned model's scores side by side, one group per metric, all on 0-100.
+    """Draw the scores of the base model and the tuned model side by side, one group per metric.
 
-    Keys name the metrics ("rouge-l", "bleu-4") and must be the same in both. Raises :class:`UserError` where they are
-    not, or where a score is no number from 0 to 100.
+    Args:
+        base: ``{metric: score}`` from 0 to 100, with metrics such as "rouge-l" and "bleu-4".
+        tuned: The same metrics of the tuned model.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: The metrics differ, or a score is not from 0 to 100.
     """
     if set(base) != set(tuned) or not base:
         raise UserError(f"scores of different metrics: base has {sorted(base)}, tuned has {sorted(tuned)}")
@@ -170,7 +202,7 @@ def score_bars(base: Mapping[str, float], tuned: Mapping[str, float]) -> CourseF
     axes = fig.subplots()
     width = 0.38
     for offset, label, scores, colour in ((-width / 2, "base", base, GREY), (width / 2, "tuned", tuned, BLUE)):
-        positions = [place + offset for place in range(len(base))]
+        positions = [group + offset for group in range(len(base))]
         bars = axes.bar(positions, [scores[metric] for metric in base], width, color=colour, label=label)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=TEXT_SIZE)
     label_axes(axes, "", "", "score (0-100, higher is better)")
@@ -181,5 +213,5 @@ def score_bars(base: Mapping[str, float], tuned: Mapping[str, float]) -> CourseF
 
 
 def _metric_name(key: str) -> str:
-    """ "rouge-l", "rouge_l" and "rougeL" are all ROUGE-L."""
+    """Write a metric for the axis: "rouge-l", "rouge_l" and "rougeL" are all ROUGE-L."""
     return re.sub(r"(ROUGE|BLEU)[-_]?", r"\1-", key.upper())

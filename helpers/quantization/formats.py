@@ -24,10 +24,10 @@ class QuantizedMatrix:
     """A quantized matrix.
 
     Attributes:
-        codes: index into the codebook, per weight [rows, columns], uint8.
-        scales: one per group of equally many consecutive weights, fp32 [groups]. A group is a row, or a block.
-        codebook: the values that a weight can take before scaling, fp32, at most 256.
-        shape: of the matrix, (rows, columns).
+        codes: Index into the codebook, per weight [rows, columns], uint8.
+        scales: One per group of equally many consecutive weights, fp32 [groups]. A group is a row, or a block.
+        codebook: The values that a weight can take before scaling, fp32, at most 256.
+        shape: Of the matrix, (rows, columns).
     """
 
     codes: Tensor
@@ -77,7 +77,7 @@ def nf4(weight: Tensor, block_size: int = BLOCK_SIZE) -> QuantizedMatrix:
     """Quantize ``weight`` [rows, columns] to NF4, with a scale per ``block_size`` consecutive weights.
 
     Raises:
-        ValueError: the weights do not divide into blocks.
+        ValueError: The weights do not divide into blocks.
     """
     if weight.numel() % block_size:
         raise ValueError(f"{weight.numel():,} weights do not divide into blocks of {block_size}")

@@ -16,7 +16,7 @@ def quantization_config(quantization_bits: int, compute_dtype: torch.dtype) -> B
     Args:
         quantization_bits: 8 for int8 with a scale per row; 4 for NF4 with a scale per 64 weights and the scales
             quantized again (QLoRA, section 3).
-        compute_dtype: dtype of the matmuls with 4-bit weights.
+        compute_dtype: Dtype of the matmuls with 4-bit weights.
 
     Returns:
         The configuration.
@@ -38,7 +38,7 @@ def keep_layout(model: nn.Module) -> None:
     later training gets no gradient through the repacked weights.
 
     Args:
-        model: the model whose weights keep their layout.
+        model: The model whose weights keep their layout.
     """
     for module in model.modules():
         if hasattr(module, _REPACKS_FOR_AVX512):
@@ -58,7 +58,7 @@ def exclude_frozen_from_ddp(model: nn.Module) -> None:
     combine the codes of rank 0 with its own scales.
 
     Args:
-        model: the model that DDP will wrap.
+        model: The model that DDP will wrap.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -27,11 +27,11 @@ def build_quantized(
     """Build a frozen network with random weights.
 
     Args:
-        shape: the model.
-        quantization_bits: of the matrices inside the layers: 16 (not quantized), 8 or 4.
-        device: where to build it.
-        dtype: of all other parameters, and of the matmuls.
-        seed: a seed gives the same weights before quantization, whatever ``quantization_bits`` is.
+        shape: The model.
+        quantization_bits: Of the matrices inside the layers: 16 (not quantized), 8 or 4.
+        device: Where to build it.
+        dtype: Of all other parameters, and of the matmuls.
+        seed: A seed gives the same weights before quantization, whatever ``quantization_bits`` is.
 
     Returns:
         The network on ``device``.

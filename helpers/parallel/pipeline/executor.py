@@ -22,8 +22,8 @@ class StepResult:
     """What :meth:`Executor.step` returns on one rank.
 
     Attributes:
-        loss: mean loss over all sequences, on the rank with the last stage; None on the others.
-        spans: what ran when on this rank; all ranks of a machine share the clock.
+        loss: Mean loss over all sequences, on the rank with the last stage; None on the others.
+        spans: What ran when on this rank; all ranks of a machine share the clock.
     """
 
     loss: float | None
@@ -41,15 +41,15 @@ class Executor:
     Every rank of the group constructs one, with the same schedule.
 
     Args:
-        schedule: the actions of each rank.
-        stages: this rank's stages, by number.
-        group: the ranks of the pipeline; all ranks by default.
-        pace: least seconds that an action lasts, by kind. The rest is slept away, so that ranks that share a core keep
+        schedule: The actions of each rank.
+        stages: This rank's stages, by number.
+        group: The ranks of the pipeline; all ranks by default.
+        pace: Least seconds that an action lasts, by kind. The rest is slept away, so that ranks that share a core keep
             the same relative speed.
-        loss: the mean loss of a micro-batch, from the last stage's output and the labels.
+        loss: The mean loss of a micro-batch, from the last stage's output and the labels.
 
     Raises:
-        UserError: the schedule cannot run, or does not match the group or the stages.
+        UserError: The schedule cannot run, or does not match the group or the stages.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Executor:
             The loss and the recorded times.
 
         Raises:
-            UserError: the sequences do not divide into the schedule's micro-batches.
+            UserError: The sequences do not divide into the schedule's micro-batches.
         """
         if len(input_ids) % self._micro_batches:
             raise UserError(

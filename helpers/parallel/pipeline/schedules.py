@@ -18,8 +18,8 @@ class Action(NamedTuple):
     Attributes:
         kind: "F" forward; "B" full backward; or its two halves, "I" for the gradient of the stage's input and "W" for
             the gradients of its weights.
-        stage: number of the stage, from 0.
-        micro_batch: number of the micro-batch, from 0.
+        stage: Number of the stage, from 0.
+        micro_batch: Number of the micro-batch, from 0.
     """
 
     kind: str
@@ -37,14 +37,14 @@ def gpipe(world_size: int, micro_batches: int) -> Schedule:
     """Build GPipe's schedule: all micro-batches forward, then all backward (Huang et al. 2019).
 
     Args:
-        world_size: number of pipeline ranks, with one stage each.
-        micro_batches: number of micro-batches per step.
+        world_size: Number of pipeline ranks, with one stage each.
+        micro_batches: Number of micro-batches per step.
 
     Returns:
         The actions of each rank.
 
     Raises:
-        UserError: a number is below 1.
+        UserError: A number is below 1.
     """
     _check_positive(world_size=world_size, micro_batches=micro_batches)
     numbers = range(micro_batches)
@@ -57,14 +57,14 @@ def one_f_one_b(world_size: int, micro_batches: int) -> Schedule:
     Rank r of p then keeps the activations of at most p - r micro-batches, however many there are.
 
     Args:
-        world_size: number of pipeline ranks, with one stage each.
-        micro_batches: number of micro-batches per step.
+        world_size: Number of pipeline ranks, with one stage each.
+        micro_batches: Number of micro-batches per step.
 
     Returns:
         The actions of each rank.
 
     Raises:
-        UserError: a number is below 1.
+        UserError: A number is below 1.
     """
     _check_positive(world_size=world_size, micro_batches=micro_batches)
     schedule = []
@@ -83,15 +83,15 @@ def interleaved(world_size: int, micro_batches: int, chunks: int = 2) -> Schedul
     so on (Narayanan et al. 2021, section 2.2).
 
     Args:
-        world_size: number of pipeline ranks.
-        micro_batches: number of micro-batches per step, a multiple of ``world_size``.
-        chunks: number of stages per rank.
+        world_size: Number of pipeline ranks.
+        micro_batches: Number of micro-batches per step, a multiple of ``world_size``.
+        chunks: Number of stages per rank.
 
     Returns:
         The actions of each rank.
 
     Raises:
-        UserError: a number is below 1, or the micro-batches do not divide into groups.
+        UserError: A number is below 1, or the micro-batches do not divide into groups.
     """
     _check_positive(world_size=world_size, micro_batches=micro_batches, chunks=chunks)
     if micro_batches % world_size:
@@ -123,14 +123,14 @@ def zero_bubble(world_size: int, micro_batches: int) -> Schedule:
     which 1F1B is idle. No rank keeps more micro-batches than rank 0 does under 1F1B.
 
     Args:
-        world_size: number of pipeline ranks, with one stage each.
-        micro_batches: number of micro-batches per step.
+        world_size: Number of pipeline ranks, with one stage each.
+        micro_batches: Number of micro-batches per step.
 
     Returns:
         The actions of each rank.
 
     Raises:
-        UserError: a number is below 1.
+        UserError: A number is below 1.
     """
     _check_positive(world_size=world_size, micro_batches=micro_batches)
     schedule = []

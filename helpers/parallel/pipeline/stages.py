@@ -19,8 +19,8 @@ def flops_per_token(shape: ModelShape, sequence_length: int) -> dict[str, int]:
     look-up and multiplies nothing. Backward costs twice as much in every part, so it does not change the ratios.
 
     Args:
-        shape: the model.
-        sequence_length: tokens per sequence.
+        shape: The model.
+        sequence_length: Tokens per sequence.
 
     Returns:
         FLOPs by part: "embedding", "layer" (a single one) and "head".
@@ -39,15 +39,15 @@ def partition_layers(shape: ModelShape, num_stages: int, sequence_length: int) -
     the least work so far. Ties go to the later stage, because early stages keep more micro-batches alive.
 
     Args:
-        shape: the model.
-        num_stages: number of stages.
-        sequence_length: tokens per sequence; attention gets more expensive with it.
+        shape: The model.
+        num_stages: Number of stages.
+        sequence_length: Tokens per sequence; attention gets more expensive with it.
 
     Returns:
         The layer numbers of each stage.
 
     Raises:
-        UserError: there is not at least one layer per stage.
+        UserError: There is not at least one layer per stage.
     """
     if not 1 <= num_stages <= shape.layers:
         raise UserError(
@@ -81,8 +81,8 @@ class Stage(nn.Module):
     ``full_model`` afterwards to free the layers of the other stages.
 
     Args:
-        full_model: the model to take the layers from.
-        layers: numbers of the layers of this stage.
+        full_model: The model to take the layers from.
+        layers: Numbers of the layers of this stage.
     """
 
     lm_head: nn.Module
@@ -104,7 +104,7 @@ class Stage(nn.Module):
         """Run the stage.
 
         Args:
-            x: hidden states of the previous stage [sequences, tokens, hidden]; for the first stage token ids
+            x: Hidden states of the previous stage [sequences, tokens, hidden]; for the first stage token ids
                 [sequences, tokens].
 
         Returns:
@@ -124,7 +124,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: [sequences, tokens, vocabulary].
-        labels: token ids [sequences, tokens], not shifted; -100 is ignored.
+        labels: Token ids [sequences, tokens], not shifted; -100 is ignored.
 
     Returns:
         The loss, a scalar.
@@ -139,9 +139,9 @@ def build_stages(
     """Build the stages of one rank.
 
     Args:
-        full_model: the model to take the layers from.
-        partition: the layer numbers of every stage, from :func:`partition_layers`.
-        stage_numbers: which stages to build.
+        full_model: The model to take the layers from.
+        partition: The layer numbers of every stage, from :func:`partition_layers`.
+        stage_numbers: Which stages to build.
 
     Returns:
         The stages by number.

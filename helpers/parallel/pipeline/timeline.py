@@ -52,14 +52,14 @@ def simulate(schedule: Schedule, seconds: Callable[[Action], float]) -> Schedule
     """Run a schedule on ideal ranks: each action starts as soon as it can, and sending takes no time.
 
     Args:
-        schedule: the actions of each rank.
-        seconds: duration of an action.
+        schedule: The actions of each rank.
+        seconds: Duration of an action.
 
     Returns:
         When each action runs, from second 0.
 
     Raises:
-        UserError: an action is missing or listed twice, a stage is on two ranks, or the ranks wait for each other
+        UserError: An action is missing or listed twice, a stage is on two ranks, or the ranks wait for each other
             forever.
     """
     last_stage = max(ranks_of_stages(schedule))
@@ -108,7 +108,7 @@ def ranks_of_stages(schedule: Schedule) -> dict[int, int]:
     """Map each stage to its rank.
 
     Raises:
-        UserError: a stage is on two ranks, or the schedule is empty.
+        UserError: A stage is on two ranks, or the schedule is empty.
     """
     ranks: dict[int, int] = {}
     for rank, actions in enumerate(schedule):

@@ -49,8 +49,8 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gather the tokens of all ranks; backward sums the gradients and keeps those of this rank's tokens.
 
     Args:
-        x: this rank's tokens [sequences, tokens / world_size, ...].
-        group: the ranks that share the sequence.
+        x: This rank's tokens [sequences, tokens / world_size, ...].
+        group: The ranks that share the sequence.
 
     Returns:
         All tokens [sequences, tokens, ...].
@@ -62,14 +62,14 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum ``x`` over the group and keep this rank's tokens; backward gathers the gradients of all tokens.
 
     Args:
-        x: this rank's part of the sum [sequences, tokens, ...].
-        group: the ranks that share the sequence.
+        x: This rank's part of the sum [sequences, tokens, ...].
+        group: The ranks that share the sequence.
 
     Returns:
         The sum for this rank's tokens [sequences, tokens / world_size, ...].
 
     Raises:
-        UserError: the tokens do not divide evenly.
+        UserError: The tokens do not divide evenly.
     """
     world_size, tokens = dist.get_world_size(group), x.shape[TOKEN_DIM]
     if tokens % world_size:

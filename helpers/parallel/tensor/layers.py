@@ -19,7 +19,7 @@ class ColumnParallelLinear(nn.Module):
     ``gather`` before them serves them all.
 
     Args:
-        weight: this rank's rows [output / world_size, input]. The paper writes X A with A = weight.T, so there they
+        weight: This rank's rows [output / world_size, input]. The paper writes X A with A = weight.T, so there they
             are columns of A.
         bias: [output / world_size].
     """
@@ -44,9 +44,9 @@ class RowParallelLinear(nn.Module):
     Each rank computes a part of the sum for every output; ``leave`` adds the parts up.
 
     Args:
-        weight: this rank's columns [output, input / world_size].
+        weight: This rank's columns [output, input / world_size].
         bias: [output], equal on all ranks; it is added once, after the sum.
-        group: the ranks that share the matrix.
+        group: The ranks that share the matrix.
         leave: ``reduce``, or ``reduce_scatter`` with sequence parallelism.
     """
 
@@ -72,10 +72,10 @@ class VocabParallelEmbedding(nn.Module):
     is the embedding.
 
     Args:
-        weight: this rank's rows [vocabulary / world_size, width].
-        padding_idx: token that gets no gradient, a number of the full vocabulary.
-        group: the ranks that share the vocabulary.
-        leave: the sum over the ranks; None leaves it to the next module.
+        weight: This rank's rows [vocabulary / world_size, width].
+        padding_idx: Token that gets no gradient, a number of the full vocabulary.
+        group: The ranks that share the vocabulary.
+        leave: The sum over the ranks; None leaves it to the next module.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ def gather_with_recompute(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     there the matrices keep a copy in the lower precision.
 
     Args:
-        x: this rank's tokens [sequences, tokens / world_size, width].
-        group: the ranks that share the sequence.
+        x: This rank's tokens [sequences, tokens / world_size, width].
+        group: The ranks that share the sequence.
 
     Returns:
         All tokens [sequences, tokens, width].

@@ -18,10 +18,10 @@ def vocab_parallel_cross_entropy(
     needs three numbers all-reduced: m, the sum, and z_y, which only one rank knows. Backward needs no communication.
 
     Args:
-        logits: this rank's part of the vocabulary, in the order of ranks [tokens, vocabulary / world_size].
-        targets: token ids [tokens], equal on all ranks.
-        group: the ranks that share the vocabulary.
-        ignore_index: target of tokens that do not count.
+        logits: This rank's part of the vocabulary, in the order of ranks [tokens, vocabulary / world_size].
+        targets: Token ids [tokens], equal on all ranks.
+        group: The ranks that share the vocabulary.
+        ignore_index: Target of tokens that do not count.
 
     Returns:
         The loss of each token [tokens]; 0 if its target is ``ignore_index``.
@@ -39,11 +39,11 @@ def vocab_parallel_causal_lm_loss(
     """Compute the loss of predicting each next token, as transformers' ``ForCausalLMLoss`` does with all logits.
 
     Args:
-        logits: this rank's part of the vocabulary [sequences, tokens, vocabulary / world_size].
-        labels: token ids [sequences, tokens], not shifted, equal on all ranks.
-        group: the ranks that share the vocabulary.
-        num_items_in_batch: number to divide the sum by; by default the number of targets, which gives the mean.
-        ignore_index: label of tokens that do not count.
+        logits: This rank's part of the vocabulary [sequences, tokens, vocabulary / world_size].
+        labels: Token ids [sequences, tokens], not shifted, equal on all ranks.
+        group: The ranks that share the vocabulary.
+        num_items_in_batch: Number to divide the sum by; by default the number of targets, which gives the mean.
+        ignore_index: Label of tokens that do not count.
 
     Returns:
         The loss, a scalar, equal on all ranks.

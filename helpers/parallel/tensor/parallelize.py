@@ -46,16 +46,16 @@ def parallelize(
     may be taken from the model afterwards. Generation and a key-value cache are not supported.
 
     Args:
-        model: the model to shard.
-        group: the ranks that share it; all ranks by default.
-        sequence_parallel: also shard the tokens between the blocks, for the same traffic (Korthikanti et al. 2022,
+        model: The model to shard.
+        group: The ranks that share it; all ranks by default.
+        sequence_parallel: Also shard the tokens between the blocks, for the same traffic (Korthikanti et al. 2022,
             section 4.2). The number of tokens per sequence must then divide by the number of ranks.
-        recompute_all_gather: with ``sequence_parallel``, gather the inputs of attention and MLP a second time in
+        recompute_all_gather: With ``sequence_parallel``, gather the inputs of attention and MLP a second time in
             backward instead of keeping them. A layer then sends 10 instead of 8 times bsh(t - 1)/t elements, with b
             sequences of s tokens, hidden size h and t ranks.
 
     Raises:
-        UserError: the model does not divide evenly, or is sharded already. Nothing is changed then.
+        UserError: The model does not divide evenly, or is sharded already. Nothing is changed then.
     """
     group = _resolve_group(group)
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -133,8 +133,8 @@ def full_weights(module: nn.Module, group: dist.ProcessGroup | None = None) -> d
     """Gather copies of the full parameters on the CPU of every rank; all ranks of the group call it.
 
     Args:
-        module: a model that :func:`parallelize` sharded, or a part of it.
-        group: the ranks that share it; all ranks by default.
+        module: A model that :func:`parallelize` sharded, or a part of it.
+        group: The ranks that share it; all ranks by default.
 
     Returns:
         The parameters by name.

@@ -16,10 +16,10 @@ class Shard:
     """Shard a tensor along one dimension, as DTensor's ``Shard(dim)`` does, with the two extensions ChatGLM3 needs.
 
     Attributes:
-        dim: the dimension to shard.
-        fused: number of matrices concatenated along ``dim``, each of which is sharded on its own. The gated MLP fuses
+        dim: The dimension to shard.
+        fused: Number of matrices concatenated along ``dim``, each of which is sharded on its own. The gated MLP fuses
             gate and up, and a rank needs its part of both.
-        copies: number of neighbouring ranks that hold the same shard. Keys and values need this if there are more
+        copies: Number of neighbouring ranks that hold the same shard. Keys and values need this if there are more
             ranks than key-value heads.
     """
 
@@ -48,14 +48,14 @@ def shard_plan(config: GlmConfig, world_size: int) -> Mapping[str, Shard]:
     X A with A = weight.T (Shoeybi et al. 2019, section 3).
 
     Args:
-        config: the model's configuration.
-        world_size: number of ranks that share the model.
+        config: The model's configuration.
+        world_size: Number of ranks that share the model.
 
     Returns:
         The plan.
 
     Raises:
-        UserError: the model does not divide evenly among ``world_size`` ranks.
+        UserError: The model does not divide evenly among ``world_size`` ranks.
     """
     for name, size in (
         ("num_attention_heads", config.num_attention_heads),

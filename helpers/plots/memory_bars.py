@@ -1,0 +1,171 @@
+"""Draw memory as stacked bars: per configuration, per source, per step."""
+
+from collections.abc import Mapping
+from itertools import cycle
+
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from helpers.errors import UserError
+from helpers.memory.units import Unit, unit_for
+from helpers.plots.style import (
+    CATEGORY_COLOURS,
+    GREY,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    CourseFigure,
+    grid_along_x,
+    label_axes,
+    new_figure,
+)
+
+
+def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str) -> CourseFigure:
+    """Draw one stacked bar per configuration, with its sum at the end.
+
+    Args:
+        bars: ``{configuration: {category: GiB}}``. Categories keep the order of the first bar. They have the colours of
+            ``CATEGORY_COLOURS``, or shades of grey if they are not in it.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``bars`` is empty, or a category is negative.
+    """
+    if not bars:
+        raise UserError("memory_bars: there are no bars to draw")
+    categories = list(dict.fromkeys(category for parts in bars.values() for category in parts))
+    fig = new_figure(title, width=13, height=1.9 + 0.75 * len(bars))
+    axes = fig.subplots()
+    greys = cycle(("#8C8C8C", "#BDBDBD", "#DADADA"))
+    left = dict.fromkeys(bars, 0.0)
+    for category in categories:
+        widths = [parts.get(category, 0.0) for parts in bars.values()]
+        if min(widths) < 0:
+            raise UserError(f"memory_bars: {category!r} is {min(widths):.2f} GiB; memory cannot be negative")
+        colour = CATEGORY_COLOURS.get(category) or next(greys)
+        axes.barh(list(bars), widths, left=list(left.values()), color=colour, height=0.62, label=category)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
+    for row, total in enumerate(left.values()):
+        axes.text(total, row, f" {total:.1f} GiB", va="center", fontsize=TEXT_SIZE)
+    _finish_bars(fig, axes, "GPU memory (GiB)", 1.12 * max(left.values()), len(categories))
+    return fig
+
+
+def memory_sources(ranks: Mapping[str, Mapping[str, Mapping[str, int] | None]], title: str) -> CourseFigure:
+    """Draw the memory of one configuration as each source reports it: stacked bars, one panel per rank.
+
+    All panels share one axis in GiB, MiB or KiB, and the colours of ``CATEGORY_COLOURS``.
+
+    Args:
+        ranks: ``{"rank 0": {"predicted": {category: bytes}, "counted": ..., "NVML": None}}``, as
+            :attr:`helpers.memory.report.RankReport.bars` returns them. None is drawn as "not available".
+        title: The figure's title.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``ranks`` is empty, or a category is negative or has no colour.
+    """
+    if not ranks:
+        raise UserError("memory_sources: there is no rank to draw")
+    bars = [parts or {} for sources in ranks.values() for parts in sources.values()]
+    for category, size in (pair for parts in bars for pair in parts.items()):
+        if category not in CATEGORY_COLOURS:
+            raise UserError(f"memory_sources: {category!r} has no colour; use some of {', '.join(CATEGORY_COLOURS)}")
+        if size < 0:
+            raise UserError(f"memory_sources: {category!r} is {size} bytes; memory cannot be negative")
+    unit = unit_for(sum(parts.values()) for parts in bars)
+    rows = -(-len(ranks) // 2)
+    fig = new_figure(title, width=8 if len(ranks) == 1 else 13, height=1.9 + 3.9 * rows)
+    panels = fig.subplots(rows, 2 if len(ranks) > 1 else 1, squeeze=False, sharey=True).flatten()
+    for axes, (name, sources) in zip(panels, ranks.items(), strict=False):
+        _draw_sources(axes, sources, unit)
+        label_axes(axes, name, "", f"memory ({unit.name})")
+        axes.tick_params(axis="x", length=0)
+        axes.tick_params(axis="y", labelleft=True)
+        axes.set_ylim(0, 1.1 * max(max(sum(parts.values()) for parts in bars) / unit.size, 0.01))
+    for axes in panels[len(ranks) :]:
+        axes.set_visible(False)
+    present = {category for parts in bars for category, size in parts.items() if size}
+    patches = [Patch(color=colour, label=name) for name, colour in CATEGORY_COLOURS.items() if name in present]
+    fig.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
+    return fig
+
+
+def _draw_sources(axes: Axes, sources: Mapping[str, Mapping[str, int] | None], unit: Unit) -> None:
+    for column, parts in enumerate(sources.values()):
+        bottom = 0.0
+        for category in CATEGORY_COLOURS:
+            height = (parts or {}).get(category, 0) / unit.size
+            if height:
+                colour = CATEGORY_COLOURS[category]
+                axes.bar(column, height, 0.72, bottom, color=colour, edgecolor="white", linewidth=0.6)
+                bottom += height
+        label = unit.amount(sum(parts.values())) if parts is not None else "not\navailable"
+        axes.text(column, bottom, label, ha="center", va="bottom", fontsize=SMALL_SIZE)
+    axes.set_xticks(range(len(sources)), list(sources))
+    axes.set_xlim(-0.6, len(sources) - 0.4)
+
+
+def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, source: str) -> CourseFigure:
+    """Draw what a process holds after each of its first steps: one stacked bar per step.
+
+    The text at the end of a bar is its sum and what the step added. Categories that are always 0 are left out.
+
+    Args:
+        steps: ``{step: {category: bytes}}``.
+        title: The figure's title.
+        source: What the bytes are and who counted them, for the axis.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``steps`` is empty.
+    """
+    if not steps:
+        raise UserError("memory_steps: there are no steps to draw")
+    unit = unit_for(sum(parts.values()) for parts in steps.values())
+    fig = new_figure(title, width=13, height=1.7 + 0.5 * len(steps))
+    axes = fig.subplots()
+    categories = [
+        category
+        for category in dict.fromkeys(category for parts in steps.values() for category in parts)
+        if any(parts.get(category) for parts in steps.values())
+    ]
+    left = [0.0] * len(steps)
+    for category in categories:
+        widths = [parts.get(category, 0) / unit.size for parts in steps.values()]
+        axes.barh(
+            list(steps), widths, left=left, height=0.66, color=CATEGORY_COLOURS.get(category, GREY), label=category
+        )
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    # As many decimals as a reader can use.
+    digits = 2 if max(left) < 20 else 1 if max(left) < 200 else 0
+    for row, (total, previous) in enumerate(zip(left, [0.0, *left], strict=False)):
+        text = f" {total:,.{digits}f}  ({total - previous:+,.{digits}f})"
+        axes.text(total, row, text, va="center", fontsize=SMALL_SIZE)
+    kinds = len(categories) if len(categories) > 1 else 0
+    _finish_bars(fig, axes, f"{source} ({unit.name}; in brackets what the step added)", 1.18 * max(left), kinds)
+    return fig
+
+
+def _finish_bars(fig: CourseFigure, axes: Axes, x_label: str, x_end: float, kinds: int) -> None:
+    """Finish horizontal bars: the first one on top, a vertical grid, and a legend if there are several kinds."""
+    axes.invert_yaxis()
+    axes.set_xlim(0, x_end)
+    label_axes(axes, "", x_label, "")
+    grid_along_x(axes)
+    axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
+    if kinds:
+        fig.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=min(4, kinds),
+            fontsize=SMALL_SIZE,
+            frameon=False,
+        )
