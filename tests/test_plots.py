@@ -474,7 +474,7 @@ def test_ranks_share_an_axis_and_no_label_overlaps_another(ranks):
     [
         ({}, "no rank"),
         ({"rank 0": {"counted": {"parameters": -1}}}, "memory cannot be negative"),
-        ({"rank 0": {"counted": {"weights": 1}}}, "'weights' of a bar has no colour"),
+        ({"rank 0": {"counted": {"weights": 1}}}, "memory_sources: 'weights' has no colour"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(ranks, says):
