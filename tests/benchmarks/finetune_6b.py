@@ -2,8 +2,8 @@
 
     python tests/benchmarks/finetune_6b.py CHECKPOINT [--results notebooks/results/finetune_6b.json]
 
-CHECKPOINT is a folder in the published layout; where it does not exist, one with random weights is written there.
-The rows are as long as AdvertiseGen's (about 140 tokens), made of the embedded data set's. Needs a GPU of 40 GiB.
+CHECKPOINT is a folder in the published layout; if it does not exist, one with random weights is written there. The
+examples are as long as AdvertiseGen's (about 140 tokens), made from the embedded data set. Needs a GPU with 40 GiB.
 """
 
 import argparse
@@ -30,8 +30,7 @@ from helpers.finetune.torchrun import run_command, torchrun_command
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LOGGING_STEPS, WARM_UP_INTERVALS = 35, 5, 2
-# What transformers does where nothing is said, as at the time of the published recipe: the logits of all tokens at
-# once, and a mask of the padding.
+# transformers' defaults at the time of the published recipe: the logits of all tokens at once, and a padding mask.
 PLAIN = {"loss_chunk": 0, "padding_mask": True}
 RUNS = {
     "DDP": None,
@@ -42,15 +41,15 @@ RUNS = {
 
 
 def ensure_checkpoint(folder: Path) -> None:
-    """Write a checkpoint with random weights where there is none."""
+    """Write a checkpoint with random weights if there is none."""
     if not folder.exists():
-        # In a process of its own, so that nothing of it is left on the GPU that is measured.
+        # In its own process, so that nothing of it stays on the GPU that is measured.
         subprocess.run([sys.executable, "-m", "helpers.chatglm3.random_weights", str(folder)], check=True)
-        os.sync()  # or the first run is measured while 12 GB are still on their way to the disk
+        os.sync()  # otherwise 12 GB are still being written to disk while the first run is measured
 
 
 def write_rows(folder: Path) -> None:
-    """Two rows of the embedded set in one: AdvertiseGen's length of about 140 tokens."""
+    """Join every two examples of the embedded set into one, of AdvertiseGen's length."""
     rows = [json.loads(line) for line in (TINY_DATA / "train.json").read_text(encoding="utf-8").splitlines()]
     joined = [{key: a[key] + b[key] for key in a} for a, b in zip(rows[::2], rows[1::2], strict=False)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in joined)
@@ -68,7 +67,7 @@ def write_config(path: Path, base: str, training: dict[str, Any], speed: dict[st
 
 
 def summary(output_dir: Path) -> dict[str, Any]:
-    """What one run measured: peaks over the whole run; speeds as medians, without the warm-up."""
+    """Summarise one run: peaks over the whole run; speeds as medians, without the warm-up."""
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if "tokens_per_second" in r]
     run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     deepspeed = run["deepspeed"] or {}
@@ -101,12 +100,12 @@ def summary(output_dir: Path) -> dict[str, Any]:
 
 
 def mean_tokens(run: dict[str, Any]) -> float:
-    """Tokens of a row, padding not counted."""
+    """Return the tokens per example, without padding."""
     return run["tokens_per_second_per_gpu"] * run["ranks"] / run["samples_per_second"]
 
 
 def write_results(path: Path, checkpoint: Path, runs: dict[str, dict[str, Any]], **facts: float) -> None:
-    """The runs so far and what they have in common; a checkpoint without the published tokenizer has random weights."""
+    """Write the runs so far. A checkpoint without the published tokenizer counts as random weights."""
     machine = next(iter(runs.values()))["machine"]
     content = {
         "random_weights": not is_published_tokenizer(checkpoint / "tokenizer.model"),

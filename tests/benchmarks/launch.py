@@ -1,9 +1,9 @@
-"""What a launch costs: ranks from the rank server against torchrun, and the NVML sampler against a training step.
+"""Measure what a launch costs: the rank server against torchrun, and the NVML sampler against a training step.
 
     python tests/benchmarks/launch.py [--results notebooks/results/launch.json]
 
-Everything that is compared is measured in this one run: the ranks against torchrun on a machine without a GPU, the
-sampler's cost on one that has some.
+Everything that is compared is measured in this one run: the launch on a machine without a GPU, the sampler on a
+machine with one.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def train(steps: int = STEPS) -> float:
 
 
 def from_torchrun() -> None:
-    """What one rank of torchrun does with the same function."""
+    """Run the same function in one rank of torchrun."""
     dist.init_process_group("gloo")
     train()
     dist.destroy_process_group()
 
 
 def against_torchrun() -> dict[str, float]:
-    """Wall seconds of the same training on eight gloo ranks, by the rank server and by torchrun."""
+    """Time the same training on eight gloo ranks, by the rank server and by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={CPU_RANKS}"]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     begin = time.perf_counter()
@@ -68,7 +68,7 @@ def against_torchrun() -> dict[str, float]:
 
 
 def start_seconds(nprocs: int) -> list[float]:
-    """Seconds until all ranks are ready and have used their process group, of several launches."""
+    """Time several launches until all ranks have used their process group; return the seconds."""
     found = []
     for _ in range(LAUNCHES):
         result = run(lambda: dist.all_reduce(torch.ones(1, device=device())) or None, nprocs)
@@ -76,7 +76,7 @@ def start_seconds(nprocs: int) -> list[float]:
     return found
 
 
-# Samples from one line of input to the next, in a process that has nothing else to do: as run() does.
+# Samples from one line of input to the next, in its own process, as run() does.
 SAMPLE_ON_DEMAND = """
 import sys
 from helpers.memory.nvml import Sampler
@@ -89,7 +89,7 @@ while sys.stdin.readline():
 
 
 def sampler_cost() -> dict[str, float]:
-    """How much longer a step takes while another process samples NVML at 100 Hz: alternating blocks of one run."""
+    """Compare steps with and without another process sampling NVML at 100 Hz, in alternating blocks."""
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, device="cuda") for _ in range(8)))
     x = torch.randn(512, 2048, device="cuda")
 

@@ -3,10 +3,10 @@
     python tests/benchmarks/offload_6b.py [--results notebooks/results/offload_6b.json] [--only TEXT]
     python tests/benchmarks/offload_6b.py --tiny --results FILE      a small network on two CPU ranks: does it run?
 
-Three settings: as fast as 24 GiB of each card allow, in as little of a card's memory as it can be made, both DeepSpeed
-ZeRO-3 with the files in configs/, and helpers.parallel.offload within 24 GiB. Random weights, random tokens, bf16,
-checkpointing, a loss that never has all logits. On two GPUs it needs about 180 GiB of host memory and four minutes;
-where DeepSpeed's CPU Adam has not been built yet, a minute more.
+Three settings: DeepSpeed ZeRO-3 with the files in configs/, once as fast as 24 GiB per GPU allow and once in as little
+GPU memory as possible, and helpers.parallel.offload within 24 GiB. Random weights, random tokens, bf16, checkpointing,
+a chunked loss. On two GPUs it needs about 180 GiB of host memory and four minutes, and a minute more if DeepSpeed's CPU
+Adam has not been built yet.
 """
 
 import argparse
@@ -40,20 +40,26 @@ CONFIGS = ROOT / "configs"
 RESULTS = ROOT / "notebooks" / "results" / "offload_6b.json"
 TIMEOUT_SECONDS = 170
 ALLOCATOR = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True")
-# NCCL's buffers are part of what NVML sees: fewer channels with smaller ones.
+# NVML's reading includes NCCL's buffers: use fewer channels, with smaller buffers.
 SMALL_NCCL = {"NCCL_BUFFSIZE": "1048576", "NCCL_MAX_NCHANNELS": "4"}
-CONTEXT_AND_NCCL = int(
-    2.25 * GIB
-)  # what a rank's GPU holds beside torch's memory (2 H100, measured 1.9 GiB), with room
+# What a GPU holds outside torch's allocator: 1.9 GiB measured on two H100s, plus a margin.
+CONTEXT_AND_NCCL = int(2.25 * GIB)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """``deepspeed`` is a file of configs/, None the chapter's own code. ``chunk`` tokens have logits at one time.
+    """One run. The field names are keys of the results file.
 
-    A step is ``accumulation`` micro-batches of ``rows`` x ``length`` tokens on each rank. With ``budget_bytes`` torch
-    may use that much of the card, less what lies outside of its memory. ``norm_buffer`` elements of a gradient are
-    converted at one time when DeepSpeed forms its norm, in fp64.
+    Attributes:
+        deepspeed: A file of configs/; None uses helpers.parallel.offload.
+        rows: Sequences per micro-batch on one rank.
+        length: Tokens per sequence.
+        accumulation: Micro-batches per optimizer step.
+        chunk: Tokens whose logits exist at the same time.
+        budget_bytes: Limit on a GPU's memory, including what is outside torch's allocator.
+        norm_buffer: Elements of a gradient that DeepSpeed converts to fp64 at a time, for its norm.
+        environment: Environment variables of the ranks.
+        steps: Optimizer steps.
     """
 
     deepspeed: str | None
@@ -68,7 +74,7 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a rank in a step."""
+        """Tokens per rank and step."""
         return self.rows * self.length * self.accumulation
 
 
@@ -82,7 +88,7 @@ SETTINGS = {
 
 
 class Head(nn.Module):
-    """The output layer and the loss in one module, so that ZeRO-3 gathers its weight around both."""
+    """Put the output layer and the loss into one module, so that ZeRO-3 gathers the weight around both."""
 
     def __init__(self, weight: nn.Parameter, chunk: int) -> None:
         super().__init__()
@@ -97,7 +103,7 @@ class Head(nn.Module):
 
 
 class WithLoss(nn.Module):
-    """A Glm network whose output is its loss."""
+    """Make a Glm network return its loss."""
 
     def __init__(self, network: nn.Module, chunk: int) -> None:
         super().__init__()
@@ -105,12 +111,12 @@ class WithLoss(nn.Module):
         self.head = Head(network.lm_head.weight, chunk)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The mean loss of ``ids`` [rows, length]."""
+        """Return the mean loss of ``ids`` [sequences, tokens]."""
         return self.head(self.layers(input_ids=ids, use_cache=False).last_hidden_state, ids)
 
 
 def deepspeed_config(setting: Setting) -> dict[str, Any]:
-    """The setting's file, with a value for every "auto"."""
+    """Read the setting's file, with a value for every "auto"."""
     from helpers.config.deepspeed import fill_auto
 
     content = json.loads((CONFIGS / setting.deepspeed).read_text(encoding="utf-8"))
@@ -125,7 +131,7 @@ def deepspeed_config(setting: Setting) -> dict[str, Any]:
 
 
 def build(shape: ModelShape, setting: Setting) -> nn.Module:
-    """The network with random weights on this rank's device, or in ZeRO-3's partitions where one is active."""
+    """Build the network with random weights on this rank's device, or partitioned if ZeRO-3 is active."""
     from helpers.memory.predict.build import base_model
 
     # The checkpointing switch is the model's own; its name differs between transformers' versions.
@@ -136,7 +142,7 @@ def build(shape: ModelShape, setting: Setting) -> nn.Module:
 
 
 def host_adam(parameters: Iterator[nn.Parameter], prefer_deepspeed: bool) -> torch.optim.Optimizer:
-    """DeepSpeed's CPU Adam where it can be built, else torch's fused one, which works on the CPU as well."""
+    """Create DeepSpeed's CPU Adam if it can be built, otherwise torch's fused one, which works on the CPU as well."""
     parameters = list(parameters)
     if prefer_deepspeed:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -150,7 +156,7 @@ def host_adam(parameters: Iterator[nn.Parameter], prefer_deepspeed: bool) -> tor
 
 
 def with_deepspeed(shape: ModelShape, setting: Setting, prefer_deepspeed: bool) -> tuple[Any, Any, str]:
-    """(loss of a batch, what follows it: backward and step, the optimizer's class)."""
+    """Return the model, the engine (backward and step) and the name of the optimizer's class."""
     from helpers.libraries.deepspeed import configure_deepspeed
 
     configure_deepspeed(device())
@@ -165,14 +171,14 @@ def with_deepspeed(shape: ModelShape, setting: Setting, prefer_deepspeed: bool) 
     alive = HfDeepSpeedConfig(config)  # transformers partitions what it makes as long as this object lives
     model = build(shape, setting)
     del alive
-    say("partitioned")
+    print_progress("partitioned")
     optimizer = host_adam(model.parameters(), prefer_deepspeed)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
     return engine, engine, type(optimizer).__name__
 
 
 class ByHand:
-    """helpers.parallel.offload with the engine's two methods."""
+    """Give helpers.parallel.offload the engine's two methods."""
 
     def __init__(self, model: nn.Module, accumulation: int) -> None:
         from helpers.parallel.offload import OffloadedAdamW
@@ -182,18 +188,18 @@ class ByHand:
         self._micro_batches = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients to those on the host."""
+        """Accumulate this micro-batch's gradients on the host."""
         (loss / self._accumulation).backward()
 
     def step(self) -> None:
-        """Update after the last micro-batch; nothing before."""
+        """Update after the last micro-batch; do nothing before."""
         self._micro_batches += 1
         if self._micro_batches % self._accumulation == 0:
             self._optimizer.step()
 
 
-def own_cores() -> None:
-    """Keep this rank to its share of the processors, so that its host memory lies near its threads."""
+def pin_to_cores() -> None:
+    """Restrict this rank to its share of the CPU cores, so that its host memory is close to its threads."""
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -202,33 +208,33 @@ def own_cores() -> None:
         os.sched_setaffinity(0, cores[dist.get_rank() * share : (dist.get_rank() + 1) * share])
 
 
-def say(text: str) -> None:
-    """A line of progress from rank 0."""
+def print_progress(text: str) -> None:
+    """Print a line on rank 0, with the time and the host memory in use."""
     if dist.get_rank() == 0:
         print(f"{time.strftime('%H:%M:%S')} {text}, host {host_bytes() / GIB:.0f} GiB", flush=True)
 
 
 def host_bytes() -> int:
-    """Host memory that this machine, or this container, uses now; a container's count has its file cache in it."""
+    """Return the host memory in use by this machine or container; a container's count includes its file cache."""
     counter = Path("/sys/fs/cgroup/memory.current")
     return int(counter.read_text()) if counter.is_file() else psutil.virtual_memory().used
 
 
 def now() -> float:
-    """Seconds, after the device has done what it was given."""
+    """Return the time in seconds, after the device has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def train(shape: ModelShape, settings: dict[str, Any], prefer_deepspeed: bool) -> dict[str, Any]:
-    """Train a few steps on this rank; losses, and for each step the seconds of its parts."""
+    """Train a few steps on this rank; return losses, the seconds of each step's parts, and peaks of memory."""
     setting = Setting(**settings)
-    own_cores()
+    pin_to_cores()
     host_before = host_bytes()
-    here = device()
-    if setting.budget_bytes and here.type == "cuda":
-        total = torch.cuda.get_device_properties(here).total_memory
+    rank_device = device()
+    if setting.budget_bytes and rank_device.type == "cuda":
+        total = torch.cuda.get_device_properties(rank_device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (setting.budget_bytes - CONTEXT_AND_NCCL) / total))
     torch.manual_seed(0)
     begin = now()
@@ -239,24 +245,24 @@ def train(shape: ModelShape, settings: dict[str, Any], prefer_deepspeed: bool) -
             model = build(shape, setting)
             engine, adam = ByHand(model, setting.accumulation), "AdamW"
     loading = now() - begin
-    say(f"ready after {loading:.0f} s, {adam}, {torch.get_num_threads()} threads a rank")
+    print_progress(f"ready after {loading:.0f} s, {adam}, {torch.get_num_threads()} threads per rank")
     steps, losses, host_peak = [], [], 0
     generator = torch.Generator().manual_seed(dist.get_rank())
     for number in range(setting.steps):
         seconds = {"forward": 0.0, "backward": 0.0, "step": 0.0}
         for _ in range(setting.accumulation):
-            ids = torch.randint(1, shape.vocab, (setting.rows, setting.length), generator=generator).to(here)
-            moments = [now()]
+            ids = torch.randint(1, shape.vocab, (setting.rows, setting.length), generator=generator).to(rank_device)
+            timestamps = [now()]
             with phase("forward"):
                 loss = model(ids)
-            moments.append(now())
+            timestamps.append(now())
             with phase("backward"):
                 engine.backward(loss)
-            moments.append(now())
+            timestamps.append(now())
             with phase("step"):
                 engine.step()
-            moments.append(now())
-            for part, earlier, later in zip(seconds, moments, moments[1:], strict=False):
+            timestamps.append(now())
+            for part, earlier, later in zip(seconds, timestamps, timestamps[1:], strict=False):
                 seconds[part] += later - earlier
         losses.append(loss.item())
         del loss
@@ -264,8 +270,10 @@ def train(shape: ModelShape, settings: dict[str, Any], prefer_deepspeed: bool) -
         steps.append(seconds)
         speed = setting.tokens / sum(seconds.values())
         parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-        say(f"step {number + 1} of {setting.steps}: {speed:,.0f} tokens/s a GPU, loss {losses[-1]:.2f}, {parts}")
-    on_gpu = here.type == "cuda"
+        print_progress(
+            f"step {number + 1} of {setting.steps}: {speed:,.0f} tokens/s per GPU, loss {losses[-1]:.2f}, {parts}"
+        )
+    on_gpu = rank_device.type == "cuda"
     return {
         "adam": adam,
         "threads": torch.get_num_threads(),
@@ -280,7 +288,7 @@ def train(shape: ModelShape, settings: dict[str, Any], prefer_deepspeed: bool) -
 
 
 def summary(setting: Setting, outcome: list[dict[str, Any]], nvml: list[int | None]) -> dict[str, Any]:
-    """What is recorded: peaks over the whole run, loading included; speed without the first step, which warms up."""
+    """Summarise a run: peaks over the whole run, loading included; speed without the first step, which warms up."""
     first = outcome[0]
     steady = first["steps"][1:] or first["steps"]
     seconds = [sum(step.values()) for step in steady]
@@ -297,7 +305,7 @@ def summary(setting: Setting, outcome: list[dict[str, Any]], nvml: list[int | No
 
 
 def measure(shape: ModelShape, setting: Setting, ranks: int, prefer_deepspeed: bool) -> dict[str, Any]:
-    """One setting's entry; where a rank fails, what it said under "failed"."""
+    """Run one setting; if a rank fails, the entry has its error under "failed"."""
     threads = {"OMP_NUM_THREADS": str(max(1, describe_machine().cpu_cores // ranks))}
     with environment(ALLOCATOR | threads | setting.environment):
         try:
@@ -315,7 +323,7 @@ def measure(shape: ModelShape, setting: Setting, ranks: int, prefer_deepspeed: b
 
 
 def build_adam() -> tuple[str, float]:
-    """Compile DeepSpeed's CPU Adam once, in one rank; the class that can be used, and the seconds it took."""
+    """Compile DeepSpeed's CPU Adam once, in one rank; return the class that works, and the seconds it took."""
     import deepspeed
 
     from helpers.libraries.deepspeed import skip_cpu_collectives
@@ -325,20 +333,20 @@ def build_adam() -> tuple[str, float]:
     deepspeed.utils.logger.setLevel("ERROR")
     adam = host_adam(iter([nn.Parameter(torch.zeros(8))]), prefer_deepspeed=True)
     name, seconds = type(adam).__name__, time.perf_counter() - begin
-    print(f"{name} is there after {seconds:.0f} s", flush=True)
+    print(f"{name} is ready after {seconds:.0f} s", flush=True)
     return name, seconds
 
 
 def line(name: str, entry: dict[str, Any]) -> str:
-    """One setting for the terminal."""
+    """Format one setting for the terminal."""
     if "failed" in entry:
         return f"{name:24} failed: {entry['failed'].strip().splitlines()[-1]}"
     peaks = [peak for peak in entry["nvml_peak"] if peak is not None]
     nvml = f"{max(peaks) / GIB:.2f} GiB" if peaks else "not available"
     parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in entry["seconds"].items())
     return (
-        f"{name:24} NVML peak {nvml}, {entry['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, "
-        f"{entry['step_seconds']:.2f} s a step ({parts}), host {entry['host_bytes'] / GIB:.1f} GiB"
+        f"{name:24} NVML peak {nvml}, {entry['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, "
+        f"{entry['step_seconds']:.2f} s per step ({parts}), host {entry['host_bytes'] / GIB:.1f} GiB"
     )
 
 
@@ -367,7 +375,7 @@ def main() -> None:
     for name, setting in chosen.items():
         if arguments.tiny:
             setting = dataclasses.replace(setting, rows=2, length=32, accumulation=2, chunk=24, steps=2)
-        print(f"{name}: {setting.tokens:,} tokens a GPU and step", flush=True)
+        print(f"{name}: {setting.tokens:,} tokens per GPU and step", flush=True)
         content["settings"][name] = measure(shape, setting, ranks, prefer_deepspeed)
         print(line(name, content["settings"][name]), flush=True)
         with atomic_write(arguments.results) as temporary:

@@ -1,7 +1,7 @@
-"""Predicted beside measured GPU memory, for many configurations, on every GPU of this machine.
+"""Compare predicted and measured GPU memory for many configurations, on every GPU of this machine.
 
     python tests/benchmarks/prediction.py [--results notebooks/results/prediction.json] [--only TEXT]
-    python tests/benchmarks/prediction.py --again      the recorded runs, predicted by today's formulas; needs no GPU
+    python tests/benchmarks/prediction.py --again      predict the recorded runs with the current formulas; needs no GPU
 
 Each configuration trains a few steps in fresh processes: models of 0.7 to 1.4 billion parameters, and ChatGLM3-6B's
 full size with LoRA, all with random weights made on the GPU. Once with expandable segments, and once with the
@@ -30,7 +30,7 @@ from helpers.memory.units import GIB
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "prediction.json"
 TIMEOUT_SECONDS = 60
-# Adam's states are there from the second step on.
+# Adam creates its states in the first step, so only later steps show the peak.
 STEPS = 3
 # Under DDP a peak depends on when NCCL's watchdog looks (helpers/memory/predict/states.py): the largest of these runs.
 RUNS_UNDER_DDP = 3
@@ -46,7 +46,7 @@ SMALL_BUCKET = 4_000_000
 
 
 def configurations(world_size: int) -> dict[str, Configuration]:
-    """What is measured, by name; on one GPU DDP and ZeRO run with one rank."""
+    """Name the configurations to measure; on one GPU, DDP and ZeRO run with one rank."""
 
     def medium(
         lora: bool = False,
@@ -107,7 +107,7 @@ def configurations(world_size: int) -> dict[str, Configuration]:
 
 
 def build(configuration: Configuration, device: torch.device) -> torch.nn.Module:
-    """The model, made on ``device`` with random weights, with its adapter."""
+    """Build the model on ``device`` with random weights, and its adapter."""
     from helpers.memory.predict.build import base_model, with_adapter  # with transformers and peft: in the ranks
 
     model = base_model(configuration, device)
@@ -174,7 +174,7 @@ def train(configuration: Configuration) -> dict[str, Any]:
 
 
 def deepspeed_config(c: Configuration) -> dict[str, Any]:
-    """The DeepSpeed file of a configuration."""
+    """Return the DeepSpeed settings of a configuration."""
     strategy = c.strategy
     return {
         "train_micro_batch_size_per_gpu": c.micro_batch_size,
@@ -191,7 +191,7 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
 
 
 def prepare_deepspeed() -> None:
-    """What has to be settled before DeepSpeed starts."""
+    """Configure DeepSpeed before it starts."""
     from helpers.launch import device
     from helpers.libraries.deepspeed import configure_deepspeed
 
@@ -207,7 +207,7 @@ def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.
 
 
 def record(configuration: Configuration, measured: list[dict[str, int | None]], outcome: dict[str, Any]) -> dict:
-    """One configuration's entry: its prediction, each rank's measured bytes, the errors in percent."""
+    """Return one configuration's entry: its prediction, each rank's measured bytes, the errors in percent."""
     prediction = predict(configuration)
     assert outcome["trained_parameters"] == configuration.trainable_parameters, (
         outcome,
@@ -236,7 +236,7 @@ def record(configuration: Configuration, measured: list[dict[str, int | None]], 
 
 
 def predicted_again(content: dict[str, Any]) -> dict[str, Any]:
-    """A results file's ``content`` with the same measurements and what the formulas say today."""
+    """Return a results file's ``content`` with the same measurements and the current predictions."""
     configurations_then = configurations(len(content["machine"]["gpus"]))
 
     def again(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def allocator(expandable: bool) -> Iterator[None]:
 
 
 def measure(configuration: Configuration) -> dict[str, Any]:
-    """One configuration's entry; where a rank fails, what it said under "failed"."""
+    """Measure one configuration; if a rank fails, the entry has its error under "failed"."""
     strategy = configuration.strategy
     results = []
     for _ in range(RUNS_UNDER_DDP if strategy.kind == "ddp" else 1):
@@ -287,12 +287,12 @@ def measure(configuration: Configuration) -> dict[str, Any]:
 
 
 def warm_up() -> None:
-    """Something tiny on the device, so that the first configuration does not meet a cold machine."""
+    """Use the device once, so that the first configuration is not measured on a cold machine."""
     torch.ones(1, device="cuda").item()
 
 
 def line(name: str, entry: dict[str, Any]) -> str:
-    """One configuration for the terminal, in GiB; or the last line of its failure."""
+    """Format one configuration for the terminal, in GiB; or the last line of its failure."""
     parts = [f"{name:34}"]
     if "failed" in entry:
         return f"{parts[0]}failed: {entry['failed'].strip().splitlines()[-1]}"

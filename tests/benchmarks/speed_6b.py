@@ -2,10 +2,10 @@
 
     python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--results notebooks/results/speed_6b.json]
 
-Every run is the ordinary command on the same rows, of AdvertiseGen's length, and is measured in the same way, in one
-go; ``python -m helpers.finetune.results`` then draws the figure and writes the README's table. CHECKPOINT is a folder
-in the published layout; where it does not exist, one with random weights is written there. Needs a GPU of 80 GiB for
-two packs of 4,096 tokens at once. ``--only`` runs those whose names contain one of the texts.
+Every run is the ordinary command on the same examples, of AdvertiseGen's length, one run after the other;
+``python -m helpers.finetune.results`` then draws the figure and writes the README's table. CHECKPOINT is a folder in
+the published layout; if it does not exist, one with random weights is written there. Needs a GPU with 80 GiB for two
+packs of 4,096 tokens at once. ``--only`` selects the runs whose names contain one of the texts.
 """
 
 import argparse
@@ -26,16 +26,23 @@ from helpers.memory.predict import ModelShape
 
 PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"
 STEPS, LOGGING_STEPS = 30, 5
-# What the Trainer does where nothing is said, as at the time of the published recipe.
+# The Trainer's defaults at the time of the published recipe.
 WAITING = {"accelerator_config": {"non_blocking": False}, "logging_nan_inf_filter": True}
 FAST = "lora_fast.yaml"
 
 
 @dataclass(frozen=True)
 class Run:
-    """``config`` with changes in ``speed`` and ``training``; ``ranks`` None is every GPU.
+    """One run: a configuration with changes.
 
-    ``packs`` is how many a step takes on all GPUs together, in fewer steps.
+    Attributes:
+        name: Label in tables and figures.
+        config: A file of configs/.
+        speed: Changes in its ``speed`` block.
+        training: Changes in its ``training_args``.
+        deepspeed: DeepSpeed JSON, or None.
+        ranks: Number of ranks; None uses every GPU.
+        packs: Packs per step on all GPUs together, in fewer steps; None keeps the configuration's batch.
     """
 
     name: str
@@ -47,7 +54,7 @@ class Run:
     packs: int | None = None
 
 
-# From the published recipe to all together, a step each; then each alone; then two GPUs; then little memory.
+# From the published recipe to everything together, one change at a time; then each alone; two GPUs; little memory.
 RUNS = [
     Run("published recipe", speed=PLAIN, training=WAITING, deepspeed=PUBLISHED_ZERO_2),
     Run("no DeepSpeed, no waiting", speed={"loss_chunk": 0}),
@@ -66,7 +73,7 @@ RUNS = [
 
 
 def write_run(folder: Path, run: Run) -> Path:
-    """The run's configuration, cut to a few steps."""
+    """Write the run's configuration, limited to a few steps."""
     training = {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_strategy": "no"} | run.training
     if run.packs:
         ranks = run.ranks or torch.cuda.device_count()
@@ -75,8 +82,8 @@ def write_run(folder: Path, run: Run) -> Path:
     return write_config(path, run.config, training, run.speed)
 
 
-def product_rate() -> float:
-    """TFLOP/s of the 8192 x 8192 x 8192 product of bf16 matrices, measured on the first GPU in a process of its own."""
+def matmul_tflops() -> float:
+    """Measure a bf16 matmul of 8192 x 8192 matrices on the first GPU, in its own process; return TFLOP/s."""
     code = """
 import time, torch
 a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -92,8 +99,10 @@ print(sorted(rates[3:])[5])
 
 
 def share_of(rate: float, run: dict[str, Any]) -> float:
-    """Operations of a run by those of the product. A token costs 4 for each frozen parameter that is multiplied with,
-    which are all but the embedding's.
+    """Return a run's share of ``rate`` (TFLOP/s), the matmul's.
+
+    With frozen weights, a token costs 4 operations per parameter in a matmul: 2 forward, and 2 backward for the
+    gradient of the input. The embedding is looked up, not multiplied.
     """
     shape = ModelShape()
     return run["tokens_per_second_per_gpu"] * 4 * (shape.parameters - shape.embedding) / (rate * 1e12)
@@ -107,15 +116,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("no GPU here; this measures the 6B model on GPUs")
-    wanted = [run for run in RUNS if not arguments.only or any(text in run.name for text in arguments.only)]
+    chosen = [run for run in RUNS if not arguments.only or any(text in run.name for text in arguments.only)]
     ensure_checkpoint(arguments.checkpoint)
-    rate = product_rate()
+    rate = matmul_tflops()
     print(f"8192 x 8192 x 8192 in bf16: {rate:.0f} TFLOP/s", flush=True)
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)
-        for run in wanted:
+        for run in chosen:
             output_dir = folder / f"run-{len(runs)}"
             command = torchrun_command(
                 folder,
@@ -136,7 +145,7 @@ def main() -> None:
     for name, run in runs.items():
         print(
             f"{name:32} {run['tokens_per_second_per_gpu']:8,.0f} tokens/s per GPU, "
-            f"{run['share_of_product_rate']:.0%} of the product's rate, NVML {max(run['nvml_peak_gib']):.2f} GiB"
+            f"{run['share_of_product_rate']:.0%} of the matmul's rate, NVML {max(run['nvml_peak_gib']):.2f} GiB"
         )
 
 
