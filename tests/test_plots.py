@@ -142,6 +142,7 @@ def test_no_record_is_one_clear_line():
 FLOATS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=32))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40), FLOATS, FLOATS, st.lists(FLOATS, max_size=3)), min_size=1, max_size=30))
 def test_any_records_can_be_drawn(rows):
@@ -447,6 +448,7 @@ def test_a_source_without_a_number_says_so():
     assert axes.get_ylabel() == "memory (MiB)" and [text.get_text() for text in axes.texts][1] == "3.00"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_share_an_axis_and_no_label_overlaps_another(ranks):
     largest = {item: 1000 * GIB for item in CATEGORY_COLOURS}

@@ -223,6 +223,7 @@ def test_kernels():
 # The peak of the whole step, at the full size, with the operators of CUDA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "c",
     [
