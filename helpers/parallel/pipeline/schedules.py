@@ -36,19 +36,10 @@ Schedule = Sequence[Sequence[Action]]  # schedule[rank] lists the actions of tha
 def gpipe(world_size: int, micro_batches: int) -> Schedule:
     """Build GPipe's schedule: all micro-batches forward, then all backward (Huang et al. 2019).
 
-    Args:
-        world_size: Number of pipeline ranks, with one stage each.
-        micro_batches: Number of micro-batches per step.
-
-    Returns:
-        The actions of each rank.
-
-    Raises:
-        UserError: A number is below 1.
+    Arguments, result and errors are those of :func:`one_f_one_b`.
     """
     _check_positive(world_size=world_size, micro_batches=micro_batches)
-    numbers = range(micro_batches)
-    return [[Action(kind, rank, number) for kind in "FB" for number in numbers] for rank in range(world_size)]
+    return [_all("F", rank, micro_batches) + _all("B", rank, micro_batches) for rank in range(world_size)]
 
 
 def one_f_one_b(world_size: int, micro_batches: int) -> Schedule:
@@ -69,8 +60,7 @@ def one_f_one_b(world_size: int, micro_batches: int) -> Schedule:
     _check_positive(world_size=world_size, micro_batches=micro_batches)
     schedule = []
     for rank in range(world_size):
-        forward = [Action("F", rank, number) for number in range(micro_batches)]
-        backward = [Action("B", rank, number) for number in range(micro_batches)]
+        forward, backward = _all("F", rank, micro_batches), _all("B", rank, micro_batches)
         # The first backward reaches this rank after the world_size - 1 - rank stages behind it.
         schedule.append(_alternate(forward, backward, warm_up=world_size - 1 - rank))
     return schedule
@@ -122,21 +112,12 @@ def zero_bubble(world_size: int, micro_batches: int) -> Schedule:
     Other stages wait for I only, so rank r delays each W by r micro-batches. The delayed W fill the time at the end in
     which 1F1B is idle. No rank keeps more micro-batches than rank 0 does under 1F1B.
 
-    Args:
-        world_size: Number of pipeline ranks, with one stage each.
-        micro_batches: Number of micro-batches per step.
-
-    Returns:
-        The actions of each rank.
-
-    Raises:
-        UserError: A number is below 1.
+    Arguments, result and errors are those of :func:`one_f_one_b`.
     """
     _check_positive(world_size=world_size, micro_batches=micro_batches)
     schedule = []
     for rank in range(world_size):
-        forward = [Action("F", rank, number) for number in range(micro_batches)]
-        input_gradients = [Action("I", rank, number) for number in range(micro_batches)]
+        forward, input_gradients = _all("F", rank, micro_batches), _all("I", rank, micro_batches)
         actions = []
         for action in _alternate(forward, input_gradients, warm_up=world_size - 1 - rank):
             actions.append(action)
@@ -167,6 +148,11 @@ def zero_bubble_idle_fraction(world_size: int, micro_batches: int) -> float:
     ZB-H1 reduces the bubble of 1F1B from (p - 1)(F + I + W) to (p - 1)(F + I - W) (Qi et al. 2023, section 2): a third.
     """
     return (world_size - 1) / (3 * micro_batches + world_size - 1)
+
+
+def _all(kind: str, stage: int, micro_batches: int) -> list[Action]:
+    """List one kind of action of a stage for all micro-batches, in order."""
+    return [Action(kind, stage, number) for number in range(micro_batches)]
 
 
 def _alternate(forward: list[Action], backward: list[Action], warm_up: int) -> list[Action]:
