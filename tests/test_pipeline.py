@@ -416,7 +416,7 @@ def misfits():
 def test_what_does_not_fit_together_is_refused():
     assert all(error == "UserError" for rank in misfits.results for error, _ in rank)
     rows, ranks, stages, table, idle = (message for _, message in misfits.results[0])
-    assert rows == "4 rows do not divide into 3 micro-batches; change one of the two"
+    assert rows == "4 sequences do not divide into 3 micro-batches; change one of the two"
     assert ranks == "the schedule is for 4 ranks but the group has 2; build it for 2"
     assert stages == "rank 0 has the stages [1] but the schedule assigns it [0]"
     assert idle == "the schedule gives rank 0 nothing to do; build it for fewer ranks"

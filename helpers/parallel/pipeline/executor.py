@@ -97,11 +97,12 @@ class Executor:
         Raises:
             UserError: The sequences do not divide into the schedule's micro-batches.
         """
-        if len(input_ids) % self._micro_batches:
+        count = self._micro_batches
+        if len(input_ids) % count:
             raise UserError(
-                f"{len(input_ids)} rows do not divide into {self._micro_batches} micro-batches; change one of the two"
+                f"{len(input_ids)} sequences do not divide into {count} micro-batches; change one of the two"
             )
-        return _Run(self, input_ids.chunk(self._micro_batches), labels.chunk(self._micro_batches)).run()
+        return _Run(self, input_ids.chunk(count), labels.chunk(count)).run()
 
 
 class _Run:
