@@ -6,8 +6,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from one_process import TWO_LAYERS, make_optimizer
+from peft import LoraConfig, get_peft_model
+from shared_launch import SharedLaunches
+from torch.nn.parallel import DistributedDataParallel
 
-from helpers.launch import run
+from helpers.launch import device
 from helpers.memory.ledger import count_bytes
 from helpers.memory.predict import Configuration
 from helpers.memory.predict.saved_tensors import saved_by_bitsandbytes, total_bytes
@@ -15,21 +19,20 @@ from helpers.memory.predict.states import base_bytes, matrix_bytes
 from helpers.memory.saved_tensors import SavedTensors
 from helpers.parallel.network import TINY, batch, largest_difference
 from helpers.quantization.formats import int4_rows, int8_rows, nf4, nf4_codebook, relative_error
-from helpers.quantization.library import full_numel
+from helpers.quantization.library import exclude_frozen_from_ddp, full_numel
 from helpers.quantization.network import build_quantized
 
 STEPS, ROWS, LENGTH = 20, 4, 16
+shared = SharedLaunches(__name__)
 
 
 def normal(*shape, seed=0):
     return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def adapted(bits, seed=0, device="cpu"):
-    from peft import LoraConfig, get_peft_model
-
+def adapted(bits, seed=0, device="cpu", shape=TINY):
     lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = build_quantized(TINY, bits, device, torch.float32, seed)
+    model = build_quantized(shape, bits, device, torch.float32, seed)
     torch.manual_seed(7)
     return get_peft_model(model, lora).train()
 
@@ -177,18 +180,12 @@ def test_training_goes_on_after_an_evaluation(bits):
 
 def train(bits, alone, base_seed=False, ignore=True):
     """Adapter weights after ``STEPS`` steps under DDP, or of one process with all rows; the base's codes and scales."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    from helpers.launch import device
-    from helpers.parallel.network import EQUALITY_EPSILON
-    from helpers.quantization.library import exclude_frozen_from_ddp
-
     rank, n = dist.get_rank(), dist.get_world_size()
-    model = adapted(bits, seed=rank if base_seed else 0, device=device())
+    model = adapted(bits, rank if base_seed else 0, device(), TWO_LAYERS)
     if ignore:
         exclude_frozen_from_ddp(model)
     wrapped = model if alone else DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=EQUALITY_EPSILON)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     for step in range(STEPS if not base_seed else 0):
         rows = {k: v if alone else v.chunk(n)[rank] for k, v in batch(TINY, ROWS, LENGTH, step, device()).items()}
         wrapped(**rows).loss.backward()
@@ -201,18 +198,33 @@ def train(bits, alone, base_seed=False, ignore=True):
     }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_two_ranks_train_what_one_process_trains(bits):
-    ranks = run(train, 2, bits=bits, alone=False).results
-    single, _ = run(train, 2, bits=bits, alone=True).results[0]
-    assert largest_difference(ranks[0][0], ranks[1][0]) == 0
-    assert largest_difference(ranks[0][0], single) <= 1e-6
+def trained_by(bits, **options):
+    return shared.case(2, train, bits=bits, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("together", "alone"),
+    [pytest.param(trained_by(bits, alone=False), trained_by(bits, alone=True), id=str(bits)) for bits in (8, 4)],
+)
+def test_two_ranks_train_what_one_process_trains(together, alone):
+    first, second = (found for found, _ in together.results)
+    single, _ = alone.results[0]
+    assert largest_difference(first, second) == 0
+    assert largest_difference(first, single) <= 1e-6
     # The bound is far below what training does, so that it can fail.
     assert max(w.abs().max() for name, w in single.items() if "lora_B" in name) > 1e-3
 
 
-@pytest.mark.parametrize("ignore", [False, True])
-def test_ddp_broadcasts_codes_without_their_scales_unless_told_to_leave_them(ignore):
-    (_, first), (_, second) = run(train, 2, bits=4, alone=False, base_seed=True, ignore=ignore).results
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ignore", "case"),
+    [
+        pytest.param(ignore, trained_by(4, alone=False, base_seed=True, ignore=ignore), id=str(ignore))
+        for ignore in (False, True)
+    ],
+)
+def test_ddp_broadcasts_codes_without_their_scales_unless_told_to_leave_them(ignore, case):
+    (_, first), (_, second) = case.results
     assert torch.equal(first["codes"], second["codes"]) == (not ignore)
     assert not torch.equal(first["scales"], second["scales"])
