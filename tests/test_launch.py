@@ -23,6 +23,7 @@ import torch.distributed as dist
 from conftest import LIMIT
 from nbclient import NotebookClient
 from shared_launch import SharedLaunches
+from transformers import TrainingArguments
 
 from helpers.errors import UserError
 from helpers.launch import RankError, device, launcher, report_progress, worker
@@ -650,8 +651,6 @@ def train_with_deepspeed():
 
 @shared.on(2)
 def ranks_of_the_trainer():
-    from transformers import TrainingArguments
-
     arguments = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
     return arguments.world_size, arguments.process_index
 
@@ -670,6 +669,19 @@ class TestLibraries:
 
     def test_the_hf_trainer_finds_the_process_group(self):
         assert ranks_of_the_trainer.results == [(2, 0), (2, 1)]
+
+
+def test_a_case_that_fails_in_a_shared_launch_hides_no_other():
+    def broken():
+        raise ValueError("only mine")
+
+    launches = SharedLaunches(__name__)
+    before, bad, after = (launches.case(1, fn) for fn in (add_up, broken, add_up))
+    with pytest.warns(UserWarning, match="3 cases on 1 ranks run one by one"):
+        assert before.results[0].tolist() == [1, 1, 1]
+    with pytest.raises(RankError, match="only mine"):
+        bad.results  # noqa: B018
+    assert after.results[0].tolist() == [1, 1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

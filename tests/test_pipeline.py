@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_process import FOUR_LAYERS, LENGTH, ROWS, STEPS, make_optimizer, train_alone
 from shared_launch import SharedLaunches, refusals
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from helpers.errors import UserError
 from helpers.launch import device
@@ -427,8 +428,6 @@ def test_what_does_not_fit_together_is_refused():
 
 
 def train_with_torch(name):
-    from torch.distributed.pipelining import PipelineStage, schedules
-
     rank, ranks = dist.get_rank(), dist.get_world_size()
     kind = getattr(schedules, name)
     count = ranks * (2 if kind is schedules.ScheduleInterleaved1F1B else 1)

@@ -111,8 +111,6 @@ def test_predicted_bytes_of_the_base_are_the_counted_ones(bits, dtype):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_eight_bits_keep_inputs_that_neither_backward_nor_checkpointing_frees(checkpointing):
-    from peft import LoraConfig, get_peft_model
-
     job = Configuration(
         TINY, precision="fp32", micro_batch_size=2, sequence_length=32, quantization_bits=8, checkpointing=checkpointing
     )
