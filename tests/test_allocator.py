@@ -3,8 +3,15 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.memory.allocator import Block, Segment, SimulatedAllocator, allocated, from_snapshot, reserved
-from helpers.memory.predict.prediction import _segment_share
+from helpers.memory.allocator import (
+    Block,
+    Segment,
+    SimulatedAllocator,
+    allocated_bytes,
+    from_snapshot,
+    reserved_bytes,
+    segment_share,
+)
 
 KIB, MIB = 2**10, 2**20
 
@@ -53,7 +60,7 @@ def test_free_neighbours_join_within_a_segment_and_not_across():
         allocator.free(tensor)
     assert held(allocator) == [[(20 * MIB, False)]] * 2
     allocator.allocate(40 * MIB)
-    assert reserved(allocator.segments()) == 80 * MIB
+    assert reserved_bytes(allocator.segments()) == 80 * MIB
 
 
 def grow(allocator):
@@ -61,7 +68,7 @@ def grow(allocator):
     most = 0
     for step in range(10):
         temporary = allocator.allocate((20 + 4 * step) * MIB)
-        most = max(most, allocated(allocator.segments()))
+        most = max(most, allocated_bytes(allocator.segments()))
         allocator.free(temporary)
         allocator.allocate(2 * MIB)
     return most
@@ -71,9 +78,9 @@ def test_growing_temporaries_leave_holes_and_expandable_segments_do_not():
     default, expandable = SimulatedAllocator(), SimulatedAllocator(expandable=True)
     assert grow(default) == grow(expandable) == (56 + 9 * 2) * MIB
     # A keeper lies in the freed temporary, so that the next one, larger, needs a new segment.
-    assert reserved(default.segments()) == sum(20 + 4 * step for step in range(10)) * MIB
+    assert reserved_bytes(default.segments()) == sum(20 + 4 * step for step in range(10)) * MIB
     assert len(expandable.segments()) == 1
-    assert reserved(expandable.segments()) == 80 * MIB  # 74, in pages of 20
+    assert reserved_bytes(expandable.segments()) == 80 * MIB  # 74, in pages of 20
 
 
 def test_the_end_of_an_expandable_segment_is_taken_last():
@@ -96,7 +103,7 @@ def test_the_end_of_an_expandable_segment_is_taken_last():
 def test_nothing_is_lost_and_nothing_is_given_twice(steps, expandable):
     allocator, alive = SimulatedAllocator(expandable), {}
     for nbytes, victim in steps:
-        before = reserved(allocator.segments())
+        before = reserved_bytes(allocator.segments())
         tensor = allocator.allocate(nbytes)
         assert tensor not in alive
         alive[tensor] = nbytes
@@ -105,10 +112,10 @@ def test_nothing_is_lost_and_nothing_is_given_twice(steps, expandable):
             allocator.free(gone)
             del alive[gone]
         segments = allocator.segments()
-        assert reserved(segments) >= before
+        assert reserved_bytes(segments) >= before
         used = [block for segment in segments for block in segment.blocks if block.used]
         assert len(used) == len(alive)
-        assert sum(alive.values()) <= allocated(segments) <= sum(alive.values()) + len(alive) * (MIB + 512)
+        assert sum(alive.values()) <= allocated_bytes(segments) <= sum(alive.values()) + len(alive) * (MIB + 512)
         for segment in segments:
             assert all(block.size > 0 and block.size % 512 == 0 for block in segment.blocks)
             assert not any(not a.used and not b.used for a, b in zip(segment.blocks, segment.blocks[1:], strict=False))
@@ -119,7 +126,7 @@ def test_the_predictor_and_the_simulation_share_their_rules(nbytes):
     allocator = SimulatedAllocator()
     allocator.allocate(nbytes)
     (segment,) = allocator.segments()
-    share = _segment_share(nbytes)
+    share = segment_share(nbytes)
     assert share <= segment.size
     if nbytes >= 10 * MIB:
         assert share == segment.size
@@ -136,4 +143,4 @@ def test_torchs_snapshot_is_read():
         Segment(1024, (Block(512, True), Block(2 * MIB - 512, False))),
         Segment(0, (Block(512, False),)),
     ]
-    assert (reserved(found), allocated(found)) == (2 * MIB + 512, 512)
+    assert (reserved_bytes(found), allocated_bytes(found)) == (2 * MIB + 512, 512)

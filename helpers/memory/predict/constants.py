@@ -24,14 +24,6 @@ CUBLAS_WORKSPACE = 32 * MIB
 # A workspace belongs to a handle and a handle to a thread: the caller's, and autograd's (the same file).
 CUBLAS_THREADS = 2
 
-# c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize, kSmallSize, kMinLargeAlloc, kSmallBuffer, kLargeBuffer, kRoundLarge.
-BLOCK = 512
-SMALL = MIB
-LARGE = 10 * MIB
-SMALL_BUFFER = 2 * MIB
-LARGE_BUFFER = 20 * MIB
-ROUND_LARGE = 2 * MIB
-
 # Rows of different lengths in each batch leave holes that the next batch's tensors do not fit. finetune_6b.json:
 # reserved less allocated is 1.60, 1.60, 1.46 and 1.50 GiB, with 3.53, 3.53, 3.46 and 5.00 GiB of activations: the mean.
 # It depends on which lengths follow each other: notebooks/results/prediction.json has shares from 0.1 to 0.8.

@@ -1,8 +1,11 @@
-"""What is alive at each moment of a training step.
+"""Sum what is alive at each phase of a training step.
 
-Peaks of different moments do not add up. DeepSpeed allocates ZeRO-2's buckets at the first gradient, and by then the
-logits are gone; gradients exist only when their activations are freed. So each moment is summed on its own. Between
-the first layer and the last the sum changes evenly, so that its ends are enough.
+Peaks of different phases do not add up. DeepSpeed allocates ZeRO-2's buckets at the first gradient, when the logits are
+gone already; a gradient appears as its activations are freed. So each phase is summed on its own. Between the first
+layer and the last the sum changes evenly, so its two ends are enough.
+
+Read off transformers' models/glm/modeling_glm.py and loss/loss_utils.py, helpers/activations/chunked_loss.py, and
+DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py; tests/test_predict.py measures the same phases in runs.
 """
 
 from collections import Counter
@@ -34,25 +37,42 @@ STEP = "optimizer step"
 
 
 class Step:
-    """One step of a configuration, from the second on: the first has no optimizer states yet."""
+    """One step of a configuration, from the second on: the first has no optimizer states yet.
+
+    ``states``, ``saved`` (what the whole forward saves) and ``layer`` (what one layer saves without checkpointing) are
+    computed once, here.
+
+    Args:
+        configuration: The job.
+    """
 
     def __init__(self, configuration: Configuration) -> None:
-        c = self._c = configuration
-        self._states = states(c)
-        self._kept = saved_by_model(c)
-        self._layer = saved_by_layer(c)
+        c = self.configuration = configuration
+        self.states = states(c)
+        self.saved = saved_by_model(c)
+        self.layer = saved_by_layer(c)
         # cuBLAS's workspaces and the rotary frequencies, two copies of head_dim / 4.
         buffers = constants.CUBLAS_THREADS * constants.CUBLAS_WORKSPACE + 2 * FP32 * (c.shape.head_dim // 4)
-        self._resident = Counter({**self._states.resident, "buffers": buffers})
+        self._resident = Counter({**self.states.resident, "buffers": buffers})
         # From forward to the end of backward: what ZeRO-3 gathers, and the gradients of earlier micro-batches.
-        self._passing = self._resident + Counter({"communication buffers": self._states.gathered})
+        self._passing = self._resident + Counter({"communication buffers": self.states.gathered})
         if c.gradient_accumulation_steps > 1:
-            self._passing += Counter({"gradients": self._states.gradients})
-        self._buckets = Counter({"communication buffers": self._states.buckets})
-        self._replaced = Counter({"communication buffers": self._states.replaced})
+            self._passing += Counter({"gradients": self.states.gradients})
+        self._buckets = Counter({"communication buffers": self.states.buckets})
+        self._replaced = Counter({"communication buffers": self.states.replaced})
+
+    @property
+    def logits(self) -> int:
+        """Number of logits that exist at a time."""
+        c = self.configuration
+        return min(c.tokens, c.loss_chunk or c.tokens) * c.shape.vocab
 
     def phases(self) -> dict[str, Counter[str]]:
-        """Bytes of tensors by item, for each moment."""
+        """Sum the tensors alive at each phase of the step.
+
+        Returns:
+            Bytes per item, for each phase by name, in the order of the step.
+        """
         found = {
             LOSS: self._loss() + self._replaced,
             LOSS_BACKWARD: self._loss_backward() + self._replaced,
@@ -62,82 +82,88 @@ class Step:
         }
         if self._late_buckets():
             found[FIRST_GRADIENT] = self._first_gradient()
-        if self._c.lora is None:
+        if self.configuration.lora is None:
             found[EMBEDDING] = self._embedding()
         return found | {STEP: self._optimizer()}
 
     def _forward(self) -> Counter[str]:
-        return self._passing + _by_item(self._kept)
+        return self._passing + _by_item(self.saved)
 
     def _behind_output(self) -> Counter[str]:
-        """What is left when backward reaches the last layer; with checkpointing the last norm's input is gone.
+        """Sum what is left when backward reaches the last layer.
 
-        Without, the moment is that of the norm itself, or so little later that its input matters less than the MLP.
+        With checkpointing the input of the last norm is gone by then. Without, the phase is that of the norm itself, or
+        so soon after it that the norm's input matters less than the MLP.
         """
-        if not self._c.checkpointing:
+        c = self.configuration
+        if not c.checkpointing:
             return self._forward()
-        return self._passing + Counter(
-            {"activations": total_bytes(saved_checkpoints(self._c)) + total_bytes(saved_by_bitsandbytes(self._c))}
-        )
+        inputs = [*saved_checkpoints(c), *saved_by_bitsandbytes(c)]
+        return self._passing + Counter({"activations": total_bytes(inputs)})
 
     def _loss(self) -> Counter[str]:
-        """16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss); an fp32 model needs no copy.
+        """Sum the end of forward: 16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss in loss_utils.py).
 
-        In chunks there is no log-softmax. A trained head keeps 12 bytes a token, its place and its normaliser; a frozen
-        one the gradient of its input, which forward makes (helpers/activations/chunked_loss.py).
-        Autocast remembers its casts of weights until forward ends, though checkpointing does not keep them.
+        An fp32 model needs no copy. The chunked loss makes no log-softmax: a trained head keeps 12 bytes per token, its
+        position and its log-sum-exp; a frozen one the gradient of its input, which forward computes already
+        (helpers/activations/chunked_loss.py). Autocast caches its casts of weights until forward ends, although
+        checkpointing does not save them.
         """
-        c = self._c
+        c = self.configuration
         half = c.compute_bytes if c.compute_bytes < FP32 else 0
         casts = c.shape.layers * c.shape.layer_matrices * c.compute_bytes
-        remembered = casts if casts_weights(c) and c.checkpointing else 0
-        logits = self._logits() * (FP32 + FP32 + half)
-        kept = 0
+        cached = casts if casts_weights(c) and c.checkpointing else 0
+        logits = self.logits * (FP32 + FP32 + half)
+        saved = 0
         if c.loss_chunk:
-            logits = self._logits() * (FP32 + half) + (0 if c.lora else 12 * c.tokens)
-            kept = self._hidden_gradient() if c.lora else 0
-        return self._forward() + Counter({"logits and loss": logits, "activations": kept, "parameters": remembered})
+            logits = self.logits * (FP32 + half) + (0 if c.lora else 12 * c.tokens)
+            saved = self._hidden_gradient() if c.lora else 0
+        return self._forward() + Counter({"logits and loss": logits, "activations": saved, "parameters": cached})
 
     def _hidden_gradient(self) -> int:
-        return self._c.tokens * self._c.shape.hidden * self._c.compute_bytes
+        c = self.configuration
+        return c.tokens * c.shape.hidden * c.compute_bytes
 
     def _loss_backward(self) -> Counter[str]:
-        """The kept log-softmax, nll_loss's gradient and log-softmax's, all fp32; the logits themselves are freed.
+        """Sum the saved log-softmax, nll_loss's gradient and log-softmax's, all fp32; the logits are freed by then.
 
-        In chunks: the logits once more, beside the gradients of the output layer and of its input as they grow. With a
-        frozen head only the latter is left, and is scaled.
+        The chunked loss makes the logits again, beside the growing gradients of the output layer and of its input. With
+        a frozen head only the latter remains, and is scaled.
         """
-        if self._c.loss_chunk:
+        c = self.configuration
+        if c.loss_chunk:
             hidden = self._hidden_gradient()
-            if self._c.lora:
+            if c.lora:
                 return self._forward() + Counter({"activations": 2 * hidden})
-            gradient = self._c.shape.embedding * self._c.compute_bytes
+            gradient = c.shape.embedding * c.compute_bytes
             return self._loss() + Counter({"gradients": gradient, "activations": hidden})
-        return self._forward() + Counter({"logits and loss": 3 * FP32 * self._logits()})
+        return self._forward() + Counter({"logits and loss": 3 * FP32 * self.logits})
 
     def _output_backward(self) -> Counter[str]:
-        """The output layer's gradient as it is made: autocast computes it in 16 bit, then casts."""
-        c = self._c
+        """Sum backward of the output layer; autocast computes its gradient in 16 bit, then casts it."""
+        c = self.configuration
         size = 0 if c.lora else c.trainable_bytes + (c.compute_bytes if casts_weights(c) else 0)
-        logits = self._logits() * c.compute_bytes
+        logits = self.logits * c.compute_bytes
         return self._forward() + Counter({"logits and loss": logits, "gradients": c.shape.embedding * size})
 
     def _last_layer(self) -> Counter[str]:
-        """The layer that backward reaches first: every activation is still there."""
-        held = self._behind_output() + self._gradients(self._c.shape.embedding if self._c.lora is None else 0)
-        held += Counter({"activations": self._layer_backward()}) + (
-            Counter() if self._late_buckets() else self._buckets
-        )
+        """Sum backward of the layer that it reaches first, when every activation is still alive."""
+        c = self.configuration
+        held = self._behind_output() + self._gradients(c.shape.embedding if c.lora is None else 0)
+        held += Counter({"activations": self._layer_backward()})
+        if not self._late_buckets():
+            held += self._buckets
         return held + self._recomputed()
 
     def _late_buckets(self) -> bool:
-        # DeepSpeed makes its buckets at the first gradient: the output layer's, or an adapter's within the last layer.
-        return self._c.lora is not None and set(self._c.lora.targets) <= set(ATTENTION_INPUTS)
+        # DeepSpeed allocates its buckets at the first gradient: the output layer's, or an adapter's in the last layer.
+        lora = self.configuration.lora
+        return lora is not None and set(lora.targets) <= set(ATTENTION_INPUTS)
 
     def _first_gradient(self) -> Counter[str]:
-        """In the last layer's attention, when DeepSpeed makes its buckets: the layer's MLP is freed by then."""
-        c, shape = self._c, self._c.shape
-        left = total_bytes(saved_until_attention_adapters(c)) - (0 if c.checkpointing else total_bytes(self._layer))
+        """Sum the last layer's attention, when DeepSpeed allocates its buckets: the layer's MLP is freed by then."""
+        c, shape = self.configuration, self.configuration.shape
+        left = total_bytes(saved_until_attention_adapters(c)) - (0 if c.checkpointing else total_bytes(self.layer))
         # Gradients of q, k and v, of their input, and of the residual stream.
         widths = (shape.query + 2 * shape.key_value + shape.hidden) * c.compute_bytes
         in_flight = c.tokens * (widths + shape.hidden * c.residual_bytes)
@@ -146,10 +172,10 @@ class Step:
         return held
 
     def _first_layer(self) -> Counter[str]:
-        """The layer that backward reaches last: nearly all gradients, only this layer's activations."""
-        c = self._c
+        """Sum backward of the layer that it reaches last: nearly all gradients, only this layer's activations."""
+        c = self.configuration
         done = c.trainable_parameters
-        if c.lora is None:  # all but this layer's, down_proj's apart, and the embedding's
+        if c.lora is None:  # all but the embedding's and this layer's, of which only down_proj's exists already
             done -= c.shape.layer_parameters - c.shape.hidden * c.shape.intermediate
             done -= 0 if c.shape.tied else c.shape.embedding
         held = self._passing + self._buckets + self._gradients(done)
@@ -158,51 +184,47 @@ class Step:
             layer_input, rotary = saved_checkpoints(c)
             held["activations"] += layer_input.size + rotary.total
             return held + self._recomputed()
-        return held + _by_item(self._layer)
+        return held + _by_item(self.layer)
 
     def _embedding(self) -> Counter[str]:
-        """The last gradient: those of all parameters, and that of the residual stream."""
-        c = self._c
+        """Sum the last gradient: those of all parameters, and that of the residual stream."""
+        c = self.configuration
         stream = Counter({"activations": c.tokens * c.shape.hidden * c.residual_bytes})
         return self._passing + self._buckets + stream + self._gradients(c.trainable_parameters)
 
     def _optimizer(self) -> Counter[str]:
-        """Fused Adam works in place; DeepSpeed makes fp32 gradients for it."""
-        return self._resident + Counter({"gradients": self._states.gradients + self._states.step})
-
-    def _logits(self) -> int:
-        """How many exist at a time."""
-        return min(self._c.tokens, self._c.loss_chunk or self._c.tokens) * self._c.shape.vocab
+        """Sum the optimizer's step: fused Adam works in place, DeepSpeed makes fp32 gradients for it."""
+        return self._resident + Counter({"gradients": self.states.gradients + self.states.step})
 
     def _recomputed(self) -> Counter[str]:
-        """With checkpointing, what one layer keeps is made anew for its backward."""
-        c = self._c
+        """Sum what checkpointing recomputes for the backward of one layer."""
+        c = self.configuration
         if not c.checkpointing:
             return Counter()
-        # Where the residual stream is in fp32, the first norm keeps the checkpoint itself.
+        # If the residual stream is in fp32, the first norm saves the checkpoint itself.
         shared = c.tokens * c.shape.hidden * FP32 if c.residual_bytes == FP32 else 0
-        return _by_item(self._layer) - Counter({"activations": shared})
+        return _by_item(self.layer) - Counter({"activations": shared})
 
     def _gradients(self, done: int) -> Counter[str]:
-        """Gradients of the ``done`` parameters that backward has passed, at most what the strategy keeps of them."""
-        c, whole = self._c, self._states.gradients
-        if c.gradient_accumulation_steps > 1:  # they are there already
+        """Sum the gradients of the ``done`` parameters that backward has passed, as far as the strategy keeps them."""
+        c, most = self.configuration, self.states.gradients
+        if c.gradient_accumulation_steps > 1:  # they exist already
             return Counter()
-        # DeepSpeed's stage 2 makes room for its whole part at the first reduction.
+        # DeepSpeed's stage 2 allocates its whole partition at the first reduction.
         at_once = c.strategy.zero_stage == 2 and done > 0
-        return Counter({"gradients": whole if at_once else min(whole, done * c.trainable_bytes)})
+        return Counter({"gradients": most if at_once else min(most, done * c.trainable_bytes)})
 
     def _layer_backward(self) -> int:
-        """Gradients in flight within a layer, beside what it kept: the larger of its MLP's and its norm's.
+        """Sum the gradients in flight within a layer: the larger of its MLP's and its norm's.
 
-        MLP: that of down_proj's input, and those of both factors of SwiGLU; a kept down_proj input is freed by then.
-        Norm: the factors of x · 1/rms and of its square, five in fp32. Both: the residual stream's.
+        MLP: the gradients of down_proj's input and of both factors of SwiGLU; a saved down_proj input is freed by then.
+        Norm: the factors of x · 1/rms and of its square, five tensors in fp32. Both: the residual stream's gradient.
         """
-        c = self._c
+        c = self.configuration
         narrow = c.tokens * c.shape.intermediate * c.compute_bytes
         mlp = (2 if c.lora is None or c.strategy.zero_stage == 3 else 3) * narrow
         norm = 5 * c.tokens * c.shape.hidden * FP32
-        # bitsandbytes makes a quantised matrix whole in 16 bit for the product.
+        # bitsandbytes dequantises the matrix to 16 bit for the matmul.
         dequantised = 2 * c.shape.hidden * c.shape.intermediate * c.compute_bytes if c.quantization_bits < 16 else 0
         return max(mlp, norm) + c.tokens * c.shape.hidden * c.residual_bytes + dequantised
 
