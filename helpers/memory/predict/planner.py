@@ -1,4 +1,4 @@
-"""Which strategy to use on these cards: does a configuration fit, and which of those that fit costs least."""
+"""Choose a strategy for given GPUs: does a configuration fit, and which of those that fit costs least time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,26 +9,39 @@ from helpers.memory.predict.configuration import Configuration, Strategy
 from helpers.memory.predict.prediction import Prediction, predict
 from helpers.memory.units import GIB, MIB
 
-# Elements; what helps an adapter or a layer of the 6B model, where DeepSpeed's defaults take gigabytes (configs/).
+# Elements. They suit an adapter or a layer of the 6B model; DeepSpeed's defaults take gigabytes (configs/).
 SMALL_BUCKET = 4_000_000
 LIVE_PARAMETERS = 400_000_000
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a prediction fits a card. Bytes; ``margin`` is what stays free, below 0 what is missing.
+    """Whether a prediction fits a GPU; true if it does.
 
-    ``largest`` is the largest item: the one to shrink; ``remedy`` a setting that alone would make it fit, if there is
-    one. A Fit is true where it fits.
+    Attributes:
+        prediction: What the configuration needs.
+        usable: Bytes of the GPU that may be used.
+        remedy: A setting that alone would make it fit; empty if there is none.
     """
 
-    needed: int
+    prediction: Prediction
     usable: int
-    largest: str
     remedy: str = ""
 
     @property
+    def needed(self) -> int:
+        """Bytes at the predicted peak."""
+        return self.prediction.total
+
+    @property
+    def largest(self) -> str:
+        """The largest item at the peak: the one to shrink."""
+        items = self.prediction.items
+        return max(items, key=lambda name: items[name])
+
+    @property
     def margin(self) -> int:
+        """Bytes that stay free; negative if some are missing."""
         return self.usable - self.needed
 
     def __bool__(self) -> bool:
@@ -43,24 +56,42 @@ class Fit:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer of :func:`sort_strategies`. ``traffic`` is bytes that a GPU sends in an optimizer step."""
+    """One answer of :func:`sort_strategies`.
+
+    Attributes:
+        configuration: The job with this strategy.
+        fit: Whether it fits, with its prediction.
+        traffic: Bytes that each GPU sends per optimizer step.
+        reason: Memory, traffic and what it costs in speed, in one line.
+    """
 
     configuration: Configuration
-    prediction: Prediction
     fit: Fit
     traffic: int
     reason: str
 
+    @property
+    def prediction(self) -> Prediction:
+        """What the configuration needs."""
+        return self.fit.prediction
+
 
 def fits(configuration: Configuration, gpu_bytes: int) -> Fit:
-    """Whether the configuration fits a card of ``gpu_bytes``, of which 5 % stay in reserve (constants.py).
+    """Predict whether a configuration fits a GPU, of which 5 % stay in reserve (constants.py).
 
-    Raises UserError for a card without memory.
+    Args:
+        configuration: The job.
+        gpu_bytes: Memory of the GPU in bytes.
+
+    Returns:
+        The answer, with the margin and, if it does not fit, the largest item.
+
+    Raises:
+        UserError: The GPU has no memory.
     """
     if gpu_bytes <= 0:
-        raise UserError(f"a card of {gpu_bytes / GIB:g} GiB holds nothing; give its memory in GiB, for example 24")
+        raise UserError(f"a GPU of {gpu_bytes / GIB:g} GiB holds nothing; give its memory in GiB, for example 24")
     prediction = predict(configuration)
-    largest = max(prediction.items, key=lambda name: prediction.items[name])
     usable = int(gpu_bytes * (1 - constants.SAFETY_MARGIN_SHARE))
     remedy = ""
     if prediction.total > usable and not configuration.expandable_segments:
@@ -68,15 +99,15 @@ def fits(configuration: Configuration, gpu_bytes: int) -> Fit:
         if without_holes <= usable:
             setting = "PYTORCH_ALLOC_CONF=expandable_segments:True"
             remedy = f"{setting} would make it fit, with {without_holes / GIB:.2f} GiB"
-    return Fit(prediction.total, usable, largest, remedy)
+    return Fit(prediction, usable, remedy)
 
 
 def traffic(configuration: Configuration) -> int:
-    """Bytes that each GPU sends in one optimizer step (Rajbhandari 2019, section 7).
+    """Count the bytes that each GPU sends per optimizer step (ZeRO, Rajbhandari et al. 2020, section 7).
 
-    An all-reduce is a reduce-scatter and an all-gather, each (N-1)/N of the data: 2Ψ under DDP, ZeRO-1 and ZeRO-2, Ψ
-    being what is trained. ZeRO-3 gathers *all* parameters in forward and in backward, frozen ones included, for every
-    micro-batch, and reduce-scatters the gradients of the trained ones: 3Ψ in full training.
+    An all-reduce is a reduce-scatter and an all-gather, each of which sends (N-1)/N of the data: 2Ψ under DDP, ZeRO-1
+    and ZeRO-2, where Ψ is what is trained. ZeRO-3 gathers *all* parameters in forward and in backward, frozen ones
+    included, for every micro-batch, and reduce-scatters the gradients of the trained ones: 3Ψ in full training.
     """
     c = configuration
     trained = c.trainable_parameters * c.trainable_bytes
@@ -108,18 +139,18 @@ def sort_strategies(configuration: Configuration, world_size: int, gpu_bytes: in
     """
     if world_size < 1:
         raise UserError(f"{world_size} GPUs cannot train; give 1 or more")
-    ranked = []
-    for candidate in _candidates(configuration, world_size):
-        prediction, fit = predict(candidate), fits(candidate, gpu_bytes)
-        ranked.append(Candidate(candidate, prediction, fit, traffic(candidate), _reason(candidate, fit)))
-    # What does not fit goes by how much is missing.
-    return sorted(ranked, key=lambda r: (False, *_cost(r.configuration)) if r.fit else (True, -r.fit.margin))
+    candidates = []
+    for variant in _variants(configuration, world_size):
+        fit = fits(variant, gpu_bytes)
+        candidates.append(Candidate(variant, fit, traffic(variant), _reason(variant, fit)))
+    # Candidates that do not fit are sorted by how much they miss.
+    return sorted(candidates, key=lambda c: (False, *_cost(c.configuration)) if c.fit else (True, -c.fit.margin))
 
 
-def _candidates(configuration: Configuration, world_size: int) -> Iterator[Configuration]:
+def _variants(configuration: Configuration, world_size: int) -> Iterator[Configuration]:
     for checkpointing in (False, True):
         for strategy in _strategies(world_size):
-            # DeepSpeed runs no autocast: what the Trainer's bf16=True means there is 16-bit weights.
+            # DeepSpeed does not use autocast: the Trainer's bf16=True means 16-bit weights there.
             precision = configuration.precision
             if precision != "fp32":
                 precision = "bf16" if strategy.zero_stage else "autocast"
@@ -148,14 +179,21 @@ def _strategies(world_size: int) -> Iterator[Strategy]:
 
 
 def _cost(c: Configuration) -> tuple[int, int, int, int]:
-    """Slower is larger: host memory, then gathering parameters, then computing forward twice, then ZeRO's stage."""
+    """Rank by speed, slowest largest: host memory, gathered parameters, a recomputed forward, then the ZeRO stage."""
     strategy = c.strategy
     offload = int(strategy.offload_optimizer) + int(strategy.offload_parameters)
     return offload, int(strategy.zero_stage == 3), int(c.checkpointing), strategy.zero_stage
 
 
 def label(configuration: Configuration) -> str:
-    """The strategy in a few words."""
+    """Name a configuration's strategy in a few words.
+
+    Args:
+        configuration: The job.
+
+    Returns:
+        For example "ZeRO-3 + optimizer in host memory + checkpointing".
+    """
     strategy = configuration.strategy
     parts = [{"single": "one process", "ddp": "DDP"}.get(strategy.kind, strategy.kind.replace("zero", "ZeRO"))]
     parts += ["optimizer in host memory"] if strategy.offload_optimizer else []
@@ -167,7 +205,7 @@ def label(configuration: Configuration) -> str:
 
 
 def _reason(c: Configuration, fit: Fit) -> str:
-    """One line: memory, what is sent, what it costs in speed."""
+    """Write one line: memory, traffic and what it costs in speed."""
     sent = traffic(c)
     if sent == 0:
         sends = "sends nothing"
@@ -177,7 +215,7 @@ def _reason(c: Configuration, fit: Fit) -> str:
         sends = f"sends {amount} a step ({multiple})"
     costs = []
     if c.checkpointing:
-        # Forward costs 2 FLOP per parameter and token; backward 4, or 2 where weights are frozen.
+        # Per parameter and token, forward costs 2 FLOP; backward 4, or 2 if the weights are frozen.
         costs.append(f"computes forward twice, {'3/2' if c.lora else '4/3'} of the work")
     if c.strategy.offload_optimizer and c.lora is None:
         costs.append("Adam on the CPU")
