@@ -26,11 +26,11 @@ from shared_launch import SharedLaunches
 from transformers import TrainingArguments
 
 from helpers.errors import UserError
-from helpers.launch import RankError, device, launcher, report_progress, worker
+from helpers.launch import RankError, device, processes, report_progress, worker
 from helpers.launch import run as run_ranks
-from helpers.launch.failure import hung
-from helpers.launch.shared_memory import SEGMENTS, segments_of
-from helpers.launch.worker import whereabouts
+from helpers.launch.failure import timeout_error
+from helpers.launch.shared_memory import SEGMENTS, find_segments
+from helpers.launch.worker import locate
 from helpers.libraries.deepspeed import skip_cpu_collectives
 from helpers.memory.nvml import open_nvml
 from helpers.memory.phases import phase
@@ -45,8 +45,8 @@ shared = SharedLaunches(__name__)
 @pytest.fixture
 def patient(monkeypatch):
     """Let the launcher wait for all that ranks have to say, however busy the machine is."""
-    monkeypatch.setattr(launcher, "CAUSE_SECONDS", LIMIT)
-    monkeypatch.setattr(launcher, "ANSWER_SECONDS", LIMIT)
+    monkeypatch.setattr(processes, "CAUSE_SECONDS", LIMIT)
+    monkeypatch.setattr(processes, "LOCATION_SECONDS", LIMIT)
 
 
 def ranks_alive() -> list[psutil.Process]:
@@ -361,9 +361,9 @@ class TestFailure:
 def test_what_nccl_did_not_end_is_added_and_never_loses_the_place(monkeypatch, dump, said):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", dump, raising=False)
-    error = hung(5, {0: whereabouts(sys._getframe())}, {0: False})
+    error = timeout_error(5, {0: locate(sys._getframe())}, {0: False})
     assert "rank 0 is in no collective" in str(error) and "test_launch.py" in str(error)
-    assert (f"not ended on its GPU: {said}" in str(error)) if said else ("not ended" not in str(error))
+    assert (f"pending on its GPU: {said}" in str(error)) if said else ("pending" not in str(error))
 
 
 def gone(pid: int) -> bool:
@@ -416,7 +416,7 @@ def inject(fault, nprocs, culprit, hang_seconds):
     error_type, said = FAULTS[fault]
     with pytest.raises(error_type, match=said), pytest.MonkeyPatch.context() as patch:
         if fault == "kill":  # the others fail as well, and a busy machine may report that first
-            patch.setattr(launcher, "CAUSE_SECONDS", LIMIT)
+            patch.setattr(processes, "CAUSE_SECONDS", LIMIT)
         run(
             faulty,
             nprocs,
@@ -436,7 +436,7 @@ def segments_of_nobody(names) -> list[Path]:
             groups.add(os.getpgid(process.pid))
         except ProcessLookupError:
             continue
-    return [path for path in paths - segments_of(groups) if path.exists()]
+    return [path for path in paths - find_segments(groups) if path.exists()]
 
 
 @pytest.mark.parametrize("number", [10, pytest.param(300, marks=pytest.mark.campaign)])
@@ -596,7 +596,7 @@ run(broken)""",
         shown = "\n".join(error.traceback)
         assert error.ename == "RankError" and "rank 1 of 2 raised ValueError" in shown
         assert "Cell In[3], line 3, in broken" in shown and 'raise ValueError("of the cell")' in shown
-        assert "launcher.py" not in shown
+        assert "launcher.py" not in shown and "processes.py" not in shown
 
     def test_interrupting_the_kernel_ends_the_ranks_and_the_next_cell_works(self, cells):
         (_, _, _, endless, last), ended = cells
@@ -723,7 +723,7 @@ def test_a_rank_that_ends_while_it_is_looked_at_is_not_waited_for(monkeypatch):
     os.close(writer)  # what a process's sentinel is like once it has ended
     looks = iter([True, False])  # alive when it is asked first, and ended right after
     process = SimpleNamespace(sentinel=reader, is_alive=lambda: next(looks, False))
-    rank = launcher._Rank(process, SimpleNamespace(send=lambda word: None), (), silent=True)
+    rank = processes.RankProcess(process, SimpleNamespace(send=lambda word: None), (), disconnected=True)
     waited_for = []
 
     def wait(sources, seconds):
@@ -731,9 +731,9 @@ def test_a_rank_that_ends_while_it_is_looked_at_is_not_waited_for(monkeypatch):
         waited_for.append(sources)
         return sources
 
-    monkeypatch.setattr(launcher, "wait", wait)
-    monkeypatch.setattr(launcher, "LEAVE_SECONDS", LIMIT)
-    launcher._Ranks(1, [rank]).leave()
+    monkeypatch.setattr(processes, "wait", wait)
+    monkeypatch.setattr(processes, "EXIT_SECONDS", LIMIT)
+    processes.RankProcesses(1, [rank]).exit()
     os.close(reader)
     assert waited_for == [[reader]]
 

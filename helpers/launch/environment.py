@@ -1,4 +1,4 @@
-"""Environment variables for a while: what processes that start meanwhile inherit."""
+"""Change environment variables for a block, and for the processes that it starts."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Set variables, or take away those that are None, while the block runs; what was there before comes back."""
+    """Set environment variables while a block runs, then restore the previous values.
+
+    Args:
+        values: The value of each variable; None removes it.
+
+    Yields:
+        Nothing.
+    """
     before = {name: os.environ.get(name) for name in values}
     _set(values)
     try:

@@ -1,6 +1,7 @@
-"""Imported once, by the process that all ranks are forked from: what takes seconds to import, and nothing that is ours.
+"""Import the slow third-party libraries once, in the server, so that each rank forked from it starts quickly.
 
-Nothing here may create a CUDA context, or no rank could use a GPU: CUDA does not survive a fork.
+Apart from ``helpers.launch`` and its imports, no module of ours is preloaded: an edited one takes effect at the next
+launch. Nothing here may create a CUDA context. CUDA does not survive a fork, so no rank could use a GPU.
 """
 
 import gc
@@ -8,12 +9,12 @@ import os
 
 from helpers.libraries.quiet import ignore_import_warnings, name_deepspeed_accelerator
 
-# torch and DeepSpeed ask whether there is a GPU while they are imported; through NVML this creates no context.
+# While they are imported, torch and DeepSpeed check whether there is a GPU. Through NVML this creates no context.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 def capability_from_nvml(device: object = None) -> tuple[int, int]:
-    """The highest compute capability of this machine's GPUs; torch's own answer would initialise CUDA."""
+    """Return the highest compute capability of this machine's GPUs; torch's own function would initialise CUDA."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -33,7 +34,7 @@ with ignore_import_warnings():
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
 
-    # PEFT imports bitsandbytes, which chooses its CUDA library by this.
+    # PEFT imports bitsandbytes, which chooses its CUDA library by the compute capability.
     get_device_capability, torch.cuda.get_device_capability = torch.cuda.get_device_capability, capability_from_nvml
     import peft  # noqa: F401
 
@@ -47,6 +48,7 @@ with ignore_import_warnings():
 
 if torch.cuda.is_initialized():
     raise RuntimeError("a library that helpers/launch/preload.py imports initialises CUDA, so no rank could use a GPU")
-# What is here stays for good: a collection in a rank would only make it copy pages that it shares with the others.
+# Forked processes share memory pages until one writes to them, and the garbage collector writes to every object it
+# inspects. Freezing exempts the objects that exist now, so that ranks keep sharing them.
 gc.collect()
 gc.freeze()

@@ -1,8 +1,4 @@
-"""One rank: a forked process that joins the process group, runs the function, and tells the launcher what came of it.
-
-It speaks with the launcher over one connection. To it go :class:`Ready`, :class:`ProgressReport`, :class:`Done`,
-:class:`Failed` and :class:`Whereabouts`; from it come the two words below.
-"""
+"""The process of one rank: join the process group, call the function, and send the launcher what came of it."""
 
 import faulthandler
 import io
@@ -15,12 +11,9 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from linecache import cache as source_lines
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -29,146 +22,109 @@ import torch
 import torch.distributed as dist
 
 from helpers.errors import UserError
+from helpers.launch.messages import EXIT, Done, Failed, Location, ProgressReport, RankSetup, Ready
 from helpers.memory.measured import RankMemory
 from helpers.memory.phases import PhaseLog, mark_in
 
-WHERE_ARE_YOU, LEAVE = "where are you", "leave"
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What a rank needs to begin. ``payload`` is the pickled (function, keyword arguments)."""
-
-    rank: int
-    nprocs: int
-    backend: str
-    folder: Path
-    environ: Mapping[str, str]
-    working_directory: str
-    sources: Mapping[str, tuple]
-    threads: int
-    timeout: float
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Ready:
-    moment: float
-
-
-@dataclass(frozen=True)
-class ProgressReport:
-    done: int
-    total: int
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Done:
-    result: bytes
-    memory: RankMemory
-    moment: float
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The exception that ended a rank: its type, its traceback from the function on."""
-
-    type: str
-    traceback: str
-    moment: float
-
-
-@dataclass(frozen=True)
-class Whereabouts:
-    """Where a rank is: the collective that it waits in (None: in none), and the user's line that led there."""
-
-    collective: str | None
-    place: str
-    pending_on_gpu: tuple[str, ...]
-
-
-class _ToLauncher:
-    """The connection, shared by the rank's main thread and the one that answers the launcher."""
+class _Launcher:
+    """The connection to the launcher, shared by the rank's main thread and the thread that listens for commands."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
-        self.may_leave = threading.Event()
+        self.may_exit = threading.Event()
 
     def send(self, message: object) -> None:
         with self._lock:
             self._connection.send(message)
 
-    def answer(self, main_thread: int) -> None:
-        """Do what the launcher asks; where the launcher is gone, end this rank and all that it started."""
+    def listen(self, main_thread: int) -> None:
+        """Obey the launcher's commands; if the launcher is gone, kill this rank and everything that it started.
+
+        This needs a thread of its own: the main thread may hang in a collective.
+        """
         while True:
             try:
-                word = self._connection.recv()
+                command = self._connection.recv()
             except (EOFError, OSError):
                 os.killpg(os.getpgid(0), signal.SIGKILL)
-            if word == LEAVE:
-                self.may_leave.set()
+            if command == EXIT:
+                self.may_exit.set()
                 return
-            self.send(whereabouts(sys._current_frames()[main_thread]))
+            self.send(locate(sys._current_frames()[main_thread]))
 
 
-_launcher: _ToLauncher | None = None
+_launcher: _Launcher | None = None
 
 
 def device() -> torch.device:
-    """The device of this rank: its own GPU under nccl, else the CPU."""
+    """Return the device of this rank.
+
+    Returns:
+        The rank's own GPU under NCCL, otherwise the CPU.
+    """
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def report_progress(done: int, total: int, **values: Any) -> None:
-    """Tell ``run``'s ``on_progress`` that ``done`` of ``total`` steps are done; ``values`` is what else to show."""
+    """Report from a rank how far its function is; ``run`` passes it to ``on_progress``.
+
+    Args:
+        done: Steps done so far.
+        total: Steps in all.
+        values: Anything else to show, for instance the loss.
+
+    Raises:
+        UserError: This process is not a rank.
+    """
     if _launcher is None:
         raise UserError("report_progress was called outside of a rank; call it in a function given to run()")
     _launcher.send(ProgressReport(done, total, values))
 
 
-def main(setup: Setup, connection: Connection, stdout: Connection, stderr: Connection) -> None:
-    """What a forked process does, from its first line to its end."""
+def main(setup: RankSetup, connection: Connection, stdout: Connection, stderr: Connection) -> None:
+    """Run a rank, from the first line of its forked process to the end."""
     global _launcher
-    os.setsid()  # a process group of its own, so that all that the rank starts can be ended with it
+    os.setsid()  # lead a new process group (and session): killing the group also kills what the function starts
     _redirect(stdout, stderr)
-    _launcher = to_launcher = _ToLauncher(connection)
-    threading.Thread(target=to_launcher.answer, args=(threading.get_ident(),), daemon=True).start()
+    _launcher = launcher = _Launcher(connection)
+    threading.Thread(target=launcher.listen, args=(threading.get_ident(),), daemon=True).start()
     try:
         _prepare(setup)
         fn, kwargs = cloudpickle.loads(setup.payload)
         _join_process_group(setup)
-        to_launcher.send(Ready(time.time()))
+        launcher.send(Ready(time.time()))
         result = fn(**kwargs)
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # an error of a kernel that still runs belongs to this function
-        to_launcher.send(Done(_pickled(result), _memory(), time.time()))
+            torch.cuda.synchronize()  # kernels run asynchronously: an error of one belongs to this function
+        launcher.send(Done(_pickle(result), _memory(), time.time()))
     except BaseException as error:
-        sys.stdout.flush()  # a line that was begun
-        to_launcher.send(_failed(error))
-        # The launcher ends all ranks; one that left by itself would make the others fail as well.
+        sys.stdout.flush()  # a line may be incomplete
+        launcher.send(_failed(error))
+        # If this rank ended now, its connections would close and the others would fail as well. The launcher kills all.
         while True:
             signal.pause()
-    # As long as another rank works, this one must not close its connections to it.
-    to_launcher.may_leave.wait()
+    # For the same reason, a rank that has returned waits until every other rank has.
+    launcher.may_exit.wait()
     mark_in(None)
     dist.destroy_process_group()
     sys.stdout.flush()
 
 
 def _redirect(stdout: Connection, stderr: Connection) -> None:
-    """Both streams into the launcher's pipes, at the level of descriptors: libraries in C print, too."""
-    for stream, number in ((stdout, 1), (stderr, 2)):
-        os.dup2(stream.fileno(), number)
+    """Send both streams to the launcher, at the level of file descriptors: libraries in C print as well."""
+    for stream, descriptor in ((stdout, 1), (stderr, 2)):
+        os.dup2(stream.fileno(), descriptor)
         stream.close()
-    # A line goes out when it is whole; what is no UTF-8 does not end the rank.
+    # Line-buffered, so that a line appears when it is complete; output that is not UTF-8 must not end the rank.
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
     faulthandler.enable(file=sys.stderr)
 
 
-def _prepare(setup: Setup) -> None:
+def _prepare(setup: RankSetup) -> None:
+    """Give this process the caller's environment: the server was started earlier, perhaps with another one."""
     os.environ.clear()
     os.environ.update(setup.environ)
     os.chdir(setup.working_directory)
@@ -177,18 +133,18 @@ def _prepare(setup: Setup) -> None:
     mark_in(PhaseLog(setup.folder / f"phases-{setup.rank:03}.jsonl", setup.rank))
 
 
-def _join_process_group(setup: Setup) -> None:
+def _join_process_group(setup: RankSetup) -> None:
     if setup.backend == "nccl":
         torch.cuda.set_device(setup.rank)
-    # A file and no port: launches at the same time cannot meet. The process group's own limit comes after the
-    # launcher's, which knows better what to say.
-    store = dist.FileStore(str(setup.folder / "store"), setup.nprocs)
+    # Ranks find each other through a file, not through a port that a simultaneous launch could take.
+    store = dist.FileStore(str(setup.folder / "store"), setup.world_size)
+    # Longer than the launcher's own limit, which explains a hang better.
     limit = timedelta(seconds=setup.timeout + 60)
-    dist.init_process_group(setup.backend, store=store, rank=setup.rank, world_size=setup.nprocs, timeout=limit)
+    dist.init_process_group(setup.backend, store=store, rank=setup.rank, world_size=setup.world_size, timeout=limit)
 
 
 class _ResultPickler(cloudpickle.Pickler):
-    """Tensors go as they are on the CPU: the launcher's process must not get a CUDA context by reading a result."""
+    """Pickle tensors as CPU tensors: reading a result must not create a CUDA context in the launcher's process."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor) and obj.is_cuda:
@@ -196,7 +152,7 @@ class _ResultPickler(cloudpickle.Pickler):
         return super().reducer_override(obj)
 
 
-def _pickled(result: Any) -> bytes:
+def _pickle(result: Any) -> bytes:
     buffer = io.BytesIO()
     try:
         _ResultPickler(buffer).dump(result)
@@ -208,9 +164,9 @@ def _pickled(result: Any) -> bytes:
 
 
 def _memory() -> RankMemory:
-    """This rank's peaks; what NVML saw is the launcher's to add."""
+    """Measure this rank's peaks; the launcher adds what NVML saw."""
     on_gpu = torch.cuda.is_initialized()
-    kib = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS
+    kib = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB, on macOS in bytes
     return RankMemory(
         allocated=torch.cuda.max_memory_allocated() if on_gpu else None,
         reserved=torch.cuda.max_memory_reserved() if on_gpu else None,
@@ -220,30 +176,31 @@ def _memory() -> RankMemory:
 
 
 def _failed(error: BaseException) -> Failed:
-    # The first frame is main's, above.
+    # The first frame is that of `main` above.
     lines = traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
     return Failed(type(error).__name__, "".join(lines), time.time())
 
 
-# The longer ones first: site-packages lies inside of stdlib.
+# The longer paths first: site-packages is a folder inside stdlib.
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib"))
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
-def whereabouts(frame: FrameType) -> Whereabouts:
-    """Where ``frame`` is: the outermost function of torch's collectives in its stack, and the innermost user's line."""
+def locate(frame: FrameType) -> Location:
+    """Find the outermost of torch's collectives in a frame's stack, and the innermost line of the user's own code."""
     stack = traceback.extract_stack(frame)
     collective = next((entry.name for entry in stack if entry.filename.endswith(_COLLECTIVES)), None)
     own = [entry for entry in stack if not entry.filename.startswith((*LIBRARIES, "<frozen", __file__))]
     innermost = own[-1] if own else stack[-1]
-    place = f'File "{innermost.filename}", line {innermost.lineno}: {innermost.line}'
-    return Whereabouts(collective, place, _pending_on_gpu())
+    line = f'File "{innermost.filename}", line {innermost.lineno}: {innermost.line}'
+    return Location(collective, line, _pending_on_gpu())
 
 
 def _pending_on_gpu() -> tuple[str, ...]:
-    """NCCL's collectives that were enqueued and did not end, from torch's flight recorder.
+    """Return NCCL's collectives that were started and have not finished, from torch's flight recorder.
 
-    Under NCCL a collective returns at once, and the CPU waits somewhere later, where a result is read.
+    Under NCCL a collective returns at once, and the CPU waits later, where it reads a result: the stack alone does not
+    show which collective hangs.
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is None or not torch.cuda.is_initialized():
@@ -251,5 +208,5 @@ def _pending_on_gpu() -> tuple[str, ...]:
     try:
         recorded = pickle.loads(dump(includeCollectives=True, includeStackTraces=False, onlyActive=True))
         return tuple(entry["profiling_name"] for entry in recorded.get("entries", ()))
-    except Exception as error:  # where the rank is matters more than this
+    except Exception as error:  # the location of the rank matters more than this
         return (f"unknown ({error})",)
