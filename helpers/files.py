@@ -15,7 +15,7 @@ from helpers.errors import UserError
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; if the block succeeds, rename it to ``path`` in one step.
+    """Yield a temporary path next to ``path``; if the block succeeds, rename it to ``path`` in one step.
 
     If the block fails (a full disk, an interrupt), the temporary file is removed and ``path`` stays as it was: a reader
     finds the old file or the new one, never half of it. Missing parent folders are created.
@@ -64,7 +64,7 @@ def check_disk_space(path: str | Path, needed_bytes: int) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; if the block succeeds, rename it to ``path`` in one step.
+    """Yield a temporary folder next to ``path``; if the block succeeds, rename it to ``path`` in one step.
 
     If the block fails, the temporary folder is removed and ``path`` does not exist. Missing parent folders are created.
 

@@ -22,7 +22,13 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that torch can use; ``total_bytes`` is None where nothing tells it apart from the host's memory."""
+    """A GPU that torch can use.
+
+    Attributes:
+        name: As the driver calls it.
+        total_bytes: Its memory; None if NVML does not report it, because the GPU shares the host's memory.
+        capability: CUDA compute capability, (major, minor).
+    """
 
     name: str
     total_bytes: int | None
@@ -31,10 +37,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process here can use; JSON-ready through ``dataclasses.asdict``.
+    """The hardware and software that a process can use; ``dataclasses.asdict`` makes it ready for JSON.
 
-    ``gpus`` is in torch's order and holds only what torch can use. ``driver`` is the NVIDIA driver's version.
-    ``notes`` are lines a user should read, for instance why a GPU stays unused.
+    Attributes:
+        gpus: The GPUs that torch can use, in torch's order.
+        driver: Version of the NVIDIA driver; None without a driver.
+        cpu_cores: Cores that this process may use.
+        ram_bytes: Host memory that this process may use.
+        system: Operating system and processor, for instance "Linux x86_64".
+        versions: Version of Python and of each package in :data:`PACKAGES`.
+        notes: Lines that a user should read, for instance why a GPU stays unused.
     """
 
     gpus: tuple[Gpu, ...]
@@ -46,7 +58,11 @@ class Machine:
     notes: tuple[str, ...]
 
     def summary(self) -> str:
-        """A few lines for the top of a notebook: GPUs, CPU, versions, what follows, notes."""
+        """Summarise the machine in a few lines for the top of a notebook.
+
+        Returns:
+            Lines with the GPUs, the CPU, the versions, the ranks and the precision that follow from them, and notes.
+        """
         lines = [f"GPU       {line}" for line in _gpu_lines(self)]
         lines.append(f"CPU       {self.cpu_cores} cores, {self.ram_bytes / GIB:.1f} GiB of memory, {self.system}")
         lines.append("versions  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()))
@@ -61,15 +77,22 @@ class Machine:
 def _gpu_lines(machine: Machine) -> list[str]:
     lines = []
     for gpu, count in Counter(machine.gpus).items():
-        memory = "memory not told by NVML" if gpu.total_bytes is None else f"{gpu.total_bytes / GIB:.1f} GiB"
+        memory = "memory not reported by NVML" if gpu.total_bytes is None else f"{gpu.total_bytes / GIB:.1f} GiB"
         major, minor = gpu.capability
         lines.append(f"{count} x {gpu.name}, {memory}, compute capability {major}.{minor}, driver {machine.driver}")
     return lines or ["none"]
 
 
 def describe_machine(nvml: Nvml | None = None) -> Machine:
-    """Look at this machine and at the installed packages, without creating a CUDA context."""
-    import torch  # here, so that importing this module stays light
+    """Look at this machine and at the installed packages, without creating a CUDA context.
+
+    Args:
+        nvml: Where to ask about GPUs; None opens NVML.
+
+    Returns:
+        The GPUs, cores, memory and versions that a process on this machine can use.
+    """
+    import torch  # here, so that planning on a laptop does not import torch
 
     nvml = nvml or open_nvml()
     gpus, notes = _gpus_from_torch(nvml) if nvml.unavailable else _gpus_from_nvml(nvml, torch.version.cuda)
@@ -94,16 +117,16 @@ def _gpus_from_nvml(nvml: Nvml, torch_cuda: str | None) -> tuple[tuple[Gpu, ...]
     hidden = len(nvml.installed_names())
     if not gpus:
         return (), [f"{hidden} GPU(s) installed, none visible: CUDA_VISIBLE_DEVICES hides them"] if hidden else []
-    obstacle = cuda_obstacle(torch_cuda, nvml.cuda)
-    if obstacle:
-        return (), [f"{len(gpus)} GPU(s) stay unused ({gpus[0].name}): {obstacle}"]
+    mismatch = cuda_mismatch(torch_cuda, nvml.cuda)
+    if mismatch:
+        return (), [f"{len(gpus)} GPU(s) stay unused ({gpus[0].name}): {mismatch}"]
     if len({gpu.name for gpu in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         return gpus, ["GPUs of several models: set CUDA_DEVICE_ORDER=PCI_BUS_ID, or torch and NVML number them apart"]
     return gpus, []
 
 
 def _gpus_from_torch(nvml: Nvml) -> tuple[tuple[Gpu, ...], list[str]]:
-    """For GPUs without NVML (AMD's, some containers): torch has to be asked, which may create a context."""
+    """Ask torch for GPUs if there is no NVML (AMD GPUs, some containers); this may create a CUDA context."""
     import torch
 
     if not torch.cuda.is_available():
@@ -113,74 +136,91 @@ def _gpus_from_torch(nvml: Nvml) -> tuple[tuple[Gpu, ...], list[str]]:
     return gpus, [str(nvml.unavailable)]
 
 
-def cuda_obstacle(torch_cuda: str | None, driver_cuda: tuple[int, int] | None) -> str | None:
-    """Why this torch cannot use the GPUs of this driver, with the remedy, or None.
+def cuda_mismatch(torch_cuda: str | None, driver_cuda: tuple[int, int] | None) -> str | None:
+    """Explain why this torch cannot use the GPUs of this driver, and how to fix it; None if it can.
 
-    ``torch_cuda`` is ``torch.version.cuda``. A driver runs every CUDA version up to its own, and newer minor versions
-    of its own major one (NVIDIA, CUDA Compatibility).
+    A driver runs every CUDA version up to its own, and newer minor versions of its own major one (NVIDIA, "CUDA
+    Compatibility").
+
+    Args:
+        torch_cuda: ``torch.version.cuda``.
+        driver_cuda: The newest CUDA version that the driver reports, (major, minor).
     """
     if torch_cuda is None:
         return "the installed torch is built without CUDA; install the CUDA build of torch"
     if driver_cuda is not None and int(torch_cuda.split(".")[0]) > driver_cuda[0]:
         supported = ".".join(map(str, driver_cuda))
-        return f"torch is built for CUDA {torch_cuda}, the driver knows CUDA {supported}; update the NVIDIA driver"
+        return f"torch is built for CUDA {torch_cuda}, the driver supports CUDA {supported}; update the NVIDIA driver"
     return None
 
 
 def default_nprocs(machine: Machine) -> int:
-    """One rank per GPU; two on a CPU, the fewest that show anything."""
+    """Return one rank per GPU; without GPUs two ranks, the smallest number that communicates."""
     return len(machine.gpus) or 2
 
 
 def backend_for(nprocs: int, machine: Machine) -> str:
-    """``"nccl"`` when every rank can have a GPU of its own, else ``"gloo"`` on the CPU."""
+    """Return ``"nccl"`` if every rank can have its own GPU, otherwise ``"gloo"``, which runs on the CPU."""
     if nprocs < 1:
         raise UserError(f"nprocs is {nprocs}; a job needs at least 1 rank")
     return "nccl" if nprocs <= len(machine.gpus) else "gloo"
 
 
 def mixed_precision(machine: Machine) -> str:
-    """``"bf16"``, ``"fp16"`` or ``"no"``, as the HF Trainer and accelerate name them.
+    """Choose ``"bf16"``, ``"fp16"`` or ``"no"``, as the HF Trainer and accelerate name them.
 
-    bf16 needs compute capability 8.0 (Ampere) on every GPU. ``"fp16"`` must be run with loss scaling, or small
-    gradients become 0 and large ones inf. ``"no"`` is fp32, on the CPU.
+    bf16 needs compute capability 8.0 (Ampere) on every GPU. fp16 needs loss scaling; without it small gradients become
+    0 and large ones infinite. ``"no"`` is fp32, on the CPU.
     """
     if not machine.gpus:
         return "no"
     return "bf16" if all(gpu.capability >= (8, 0) for gpu in machine.gpus) else "fp16"
 
 
-# accelerate's own test is `"RTX 40" in name`, which the professional RTX 4000 cards meet, too.
+# accelerate's own test is `"RTX 40" in name`, which is also true of the professional RTX 4000.
 NO_PEER_TO_PEER = re.compile(r"GeForce RTX [34]0|RTX 40")
 
 
 def nccl_environment(gpu_names: Sequence[str]) -> dict[str, str]:
-    """The variables that NCCL needs on a machine with these GPUs (all installed ones, visible or not).
+    """Return the environment variables that NCCL needs on a machine with these GPUs.
 
-    Consumer cards of the RTX 30 and 40 series have no peer-to-peer over PCIe; with older drivers NCCL tries it and
-    hangs. accelerate 1.15 refuses to start when two or more GPUs are installed, one of them an "RTX 40", under a
-    driver before 550.40.07, and either variable is not set.
+    Consumer GPUs of the RTX 30 and 40 series have no peer-to-peer over PCIe; with older drivers NCCL tries it and
+    hangs. accelerate 1.15 refuses to start if two or more GPUs are installed, one of them an "RTX 40", the driver is
+    older than 550.40.07, and either variable is not set.
+
+    Args:
+        gpu_names: Names of all installed GPUs, visible or not.
+
+    Returns:
+        Value of each variable; empty if NCCL needs none.
     """
     affected = len(gpu_names) > 1 and any(NO_PEER_TO_PEER.search(name) for name in gpu_names)
     return {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"} if affected else {}
 
 
 def apply_nccl_environment(nvml: Nvml | None = None, environ: MutableMapping[str, str] | None = None) -> str | None:
-    """Set what :func:`nccl_environment` asks for here, before NCCL starts; what the user set already stays.
+    """Set what :func:`nccl_environment` returns for this machine; variables that are set already stay.
 
-    Returns the line that says what was set, None when there was nothing to set.
+    Call it before NCCL starts.
+
+    Args:
+        nvml: Where to ask for the installed GPUs; None opens NVML.
+        environ: The variables to change; None means ``os.environ``.
+
+    Returns:
+        A line that tells the user what was set; None if there was nothing to set.
     """
-    # Not a default argument: datasets' map with several processes puts another object in os.environ's place.
+    # Not a default argument: `datasets.map` with several processes replaces the object os.environ.
     environ = os.environ if environ is None else environ
     names = (nvml or open_nvml()).installed_names()
     missing = {name: value for name, value in nccl_environment(names).items() if name not in environ}
     if not missing:
         return None
     environ.update(missing)
-    card = next(name for name in names if NO_PEER_TO_PEER.search(name))
+    affected = next(name for name in names if NO_PEER_TO_PEER.search(name))
     settings = " ".join(f"{name}={value}" for name, value in missing.items())
     return (
-        f"{card}: set {settings}, since such cards have no peer-to-peer over PCIe "
+        f"{affected}: set {settings}, since such GPUs have no peer-to-peer over PCIe "
         f"(with an NVLink bridge between them, set NCCL_P2P_DISABLE=0 yourself)"
     )
 
@@ -193,21 +233,21 @@ def _version(package: str) -> str:
 
 
 def _cpu_cores() -> int:
-    """Cores that this process may use: the machine's, less what affinity or a container's quota withholds."""
+    """Count the cores that this process may use, given its CPU affinity and a container's quota."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _cgroup("cpu.max").partition(" ")
     return min(available, max(1, int(quota) // int(period))) if quota.isdigit() else available
 
 
 def _ram_bytes() -> int:
-    """Memory that this process may use: the machine's, or a container's limit where it is lower."""
+    """Return the host memory that this process may use: the machine's, or a container's lower limit."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _cgroup("memory.max")
     return min(physical, int(limit)) if limit.isdigit() else physical
 
 
 def _cgroup(name: str) -> str:
-    """A limit of the container (control groups, version 2); "max" or empty where there is none."""
+    """Read a limit of the container (control groups, version 2); "max" or empty if there is none."""
     try:
         return Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
     except OSError:

@@ -19,7 +19,7 @@ from helpers.hardware import (
     Machine,
     apply_nccl_environment,
     backend_for,
-    cuda_obstacle,
+    cuda_mismatch,
     default_nprocs,
     describe_machine,
     mixed_precision,
@@ -145,7 +145,7 @@ def test_a_gpu_without_memory_of_its_own_is_still_a_gpu(cuda_build):
     gpu = FakeGpu("GPU-a", name="NVIDIA GB10", failure=pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED))
     found = describe_machine(Nvml(FakeNvml([gpu])))
     assert found.gpus[0].total_bytes is None
-    assert "memory not told by NVML" in found.summary()
+    assert "memory not reported by NVML" in found.summary()
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_a_gpu_without_memory_of_its_own_is_still_a_gpu(cuda_build):
         ("13.0", (13, 0), None),
         ("12.6", (13, 0), None),
         ("12.8", (12, 2), None),  # newer minor version of the same major one
-        ("13.0", (12, 8), "torch is built for CUDA 13.0, the driver knows CUDA 12.8; update the NVIDIA driver"),
+        ("13.0", (12, 8), "torch is built for CUDA 13.0, the driver supports CUDA 12.8; update the NVIDIA driver"),
         (None, (13, 0), "the installed torch is built without CUDA; install the CUDA build of torch"),
     ],
 )
-def test_cuda_obstacle(torch_cuda, driver_cuda, says):
-    assert cuda_obstacle(torch_cuda, driver_cuda) == says
+def test_cuda_mismatch(torch_cuda, driver_cuda, says):
+    assert cuda_mismatch(torch_cuda, driver_cuda) == says
 
 
 def test_limits_of_a_container_count(monkeypatch):

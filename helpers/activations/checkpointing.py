@@ -37,7 +37,7 @@ def checkpoint_layers(
     Args:
         model: A transformers model, whose layers can checkpoint themselves.
         layers: Indices of the layers to checkpoint, in the order of ``model.modules()``; None means all.
-        keep: Operators whose outputs are kept, beside the layer's input, instead of recomputed (selective
+        keep: Operators whose outputs are kept, like the layer's input, instead of recomputed (selective
             checkpointing). :data:`MATMULS` and :data:`ATTENTION` take most of the time.
 
     Raises:

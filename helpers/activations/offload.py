@@ -85,7 +85,7 @@ class OffloadedActivations:
     def _copy_to_host(self, tensor: Tensor) -> "_HostCopy":
         storage = tensor.untyped_storage()
         source = _view(storage, torch.uint8, tensor.device, (storage.nbytes(),), (1,), 0)
-        # A copy runs beside the computation only if its host memory is page-locked.
+        # A copy overlaps with computation only if its host memory is page-locked.
         host = torch.empty(source.shape, dtype=torch.uint8, pin_memory=source.is_cuda)
         copy = _HostCopy(len(self._copies), StorageWeakRef(storage), host, source.device)
         self._copies.append(weakref.ref(copy))
