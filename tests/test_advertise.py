@@ -74,12 +74,12 @@ def test_items_make_sense(seed):
     keys = [key for key, _ in item.attributes]
     assert len(set(keys)) == len(keys)
     if item.kind:
-        assert not set(item.garment.kinds[item.kind].settled) & set(keys)
+        assert not set(item.garment.kinds[item.kind].unused_keys) & set(keys)
 
 
 @pytest.mark.parametrize(("type_", "kind"), KINDS)
 def test_settled_keys_exist(type_, kind):
-    assert set(GARMENTS[type_].kinds[kind].settled) <= set(feature_table(GARMENTS[type_]))
+    assert set(GARMENTS[type_].kinds[kind].unused_keys) <= set(feature_table(GARMENTS[type_]))
 
 
 def test_another_colour_is_another_advertisement():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import helpers.chatglm3  # noqa: F401  (registers the published layout)
 from helpers.assets import TINY_DATA, TINY_MODEL
-from helpers.assets.conversations import SMALL_TALK, STRANGE, sample_conversation
+from helpers.assets.conversations import SMALL_TALK, UNKNOWN_WORD_ANSWER, sample_conversation
 from helpers.chatglm3.chat import encode_conversation
 from helpers.chatglm3.tiny import BATCH_TOKENS, VOCAB_MULTIPLE, batches, build
 from helpers.chatglm3.tokenizer import SPECIAL_TOKENS
@@ -134,7 +134,7 @@ def test_conversations_have_turns_and_now_and_then_a_system_prompt():
     assert all(r == ("user", "assistant") * (len(r) // 2) or r[0] == "system" for r in roles)
     assert any(len(r) >= 4 for r in roles) and any(r[0] == "system" for r in roles)
     answers = [m["content"] for messages in conversations for m in messages if m["role"] == "assistant"]
-    assert STRANGE in answers and any(reply in answers for _, reply in SMALL_TALK)
+    assert UNKNOWN_WORD_ANSWER in answers and any(reply in answers for _, reply in SMALL_TALK)
 
 
 def test_batches_train_the_assistants_words_alone(tokenizer):

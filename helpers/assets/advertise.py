@@ -1,6 +1,6 @@
-"""The embedded data set: AdvertiseGen-shaped rows from a small seeded grammar.
+"""Generate the embedded data set: rows in AdvertiseGen's format from a small seeded grammar.
 
-``python -m helpers.assets.advertise`` rewrites ``advertise_tiny/train.json`` and ``dev.json``, byte for byte the same.
+``python -m helpers.assets.advertise`` rewrites ``advertise_tiny/train.json`` and ``dev.json`` with the same bytes.
 """
 
 import json
@@ -15,8 +15,8 @@ from helpers.assets.wardrobe import COMMON_FEATURES, GARMENTS, STYLE_KEY, STYLES
 SEED = 20_231_027
 TRAIN_ROWS = 2400
 DEV_ROWS = 240
-# So often is each kind in the training rows with nothing but its name: as a row (类型#裙*裙型#百褶裙), and as people
-# type it (百褶裙). The prompt that the course asks before and after the fine-tune is never trained in the second form.
+# How many training rows only name a kind, in the notation of rows (类型#裙*裙型#百褶裙) and as people type it (百褶裙).
+# The course asks SHOWN_PROMPT before and after the fine-tune, so it is not among the training rows.
 BARE_ROWS_PER_KIND = 2
 NAME_ROWS_PER_KIND = 3
 SHOWN_PROMPT = "鱼尾裙"
@@ -26,15 +26,15 @@ GARMENT_WEIGHTS = {"裙": 5, "上衣": 3, "裤": 2}
 KIND_SHARE = 0.75
 STYLE_SHARE = 0.5
 FEATURE_COUNT_WEIGHTS = (1, 4, 6, 5, 3)
-# How much more often the usual wording of a clause is taken than another one.
+# How much more often the usual wording of a clause is chosen than each of the others.
 USUAL_WEIGHT = 3
-# Up to so many features an advertisement has room to say what to wear the garment with.
+# With more features than this, an advertisement leaves out the clause about what to wear the garment with.
 PAIRING_LIMIT = 2
 
 
 @dataclass(frozen=True)
 class Item:
-    """One article of clothing. ``attributes`` are (key, value) pairs in the order in which a row lists them."""
+    """An article of clothing; ``attributes`` are (key, value) pairs in the order in which a row lists them."""
 
     type: str
     attributes: tuple[tuple[str, str], ...]
@@ -58,17 +58,17 @@ class Item:
 
     @property
     def name(self) -> str:
-        """鱼尾裙, or 裙子 where the kind is open."""
+        """Its kind, for instance 鱼尾裙; 裙子 if it has no particular kind."""
         return self.kind or self.garment.noun
 
 
 def content(item: Item) -> str:
-    """The prompt of a row: ``类型#裙*颜色#红色*裙型#鱼尾裙``."""
+    """Write the prompt of a row: ``类型#裙*颜色#红色*裙型#鱼尾裙``."""
     return "*".join(f"{key}#{value}" for key, value in (("类型", item.type), *item.attributes))
 
 
 def feature_table(garment: Garment) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Every feature key that the garment may have, in the order in which rows list them."""
+    """Return the clauses of each feature that the garment may have, in the order in which rows list the features."""
     return COMMON_FEATURES | garment.features
 
 
@@ -77,13 +77,13 @@ def sample_item(rng: Random) -> Item:
     type_ = rng.choices(list(GARMENT_WEIGHTS), list(GARMENT_WEIGHTS.values()))[0]
     garment = GARMENTS[type_]
     chosen: dict[str, str] = {}
-    settled: tuple[str, ...] = ()
+    unused_keys: tuple[str, ...] = ()
     if rng.random() < KIND_SHARE:
         kind = chosen[garment.kind_key] = rng.choice(list(garment.kinds))
-        settled = garment.kinds[kind].settled
+        unused_keys = garment.kinds[kind].unused_keys
     if rng.random() < STYLE_SHARE:
         chosen[STYLE_KEY] = rng.choice(list(STYLES))
-    open_keys = {key: list(values) for key, values in feature_table(garment).items() if key not in settled}
+    open_keys = {key: list(values) for key, values in feature_table(garment).items() if key not in unused_keys}
     count = rng.choices(range(len(FEATURE_COUNT_WEIGHTS)), FEATURE_COUNT_WEIGHTS)[0]
     chosen |= {key: rng.choice(open_keys[key]) for key in rng.sample(list(open_keys), count)}
     order = [*COMMON_FEATURES, STYLE_KEY, garment.kind_key, *garment.features]
@@ -91,12 +91,13 @@ def sample_item(rng: Random) -> Item:
 
 
 def summary(item: Item, rng: Random) -> str:
-    """An advertisement for the item: what it is, a clause for every feature, and what it does for its wearer."""
+    """Write an advertisement for the item: what it is, a clause per feature, and what it does for its wearer."""
     garment = item.garment
     form, pairing = garment.plain
     if item.kind:
         form, pairing = garment.kinds[item.kind].form, garment.kinds[item.kind].pairing
-    adjective, closings = "", (garment.closing,)
+    adjective = ""
+    closings: tuple[str, ...] = (garment.closing,)
     if item.style:
         adjective, closings = STYLES[item.style].adjective, STYLES[item.style].closing
     table = feature_table(garment)
@@ -109,12 +110,15 @@ def summary(item: Item, rng: Random) -> str:
 
 
 def wording(clauses: Sequence[str], rng: Random) -> str:
-    """One of the clauses; the first is the usual one."""
+    """Choose one of the clauses; the first is the usual one."""
     return rng.choices(clauses, [USUAL_WEIGHT] + [1] * (len(clauses) - 1))[0]
 
 
 def generate() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The training and the dev rows. No content occurs twice, but for the bare kinds, which are for training only."""
+    """Generate the training rows and the dev rows.
+
+    No prompt occurs twice, except those that only name a kind; they are for training only.
+    """
     rng = Random(SEED)
     bare = [Item(type_, ((g.kind_key, kind),)) for type_, g in GARMENTS.items() for kind in g.kinds]
     prompts = [(content(item), item) for item in bare] * BARE_ROWS_PER_KIND
@@ -136,7 +140,7 @@ def generate() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def write(folder: Path) -> None:
-    """Write ``train.json`` and ``dev.json``, one JSON object a line, into the folder."""
+    """Write ``train.json`` and ``dev.json``, one JSON object per line, into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train.json", "dev.json"), generate(), strict=True):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,8 +1,8 @@
-"""What the embedded model is pre-trained on: short conversations about clothes, and a little small talk.
+"""Generate the conversations that the embedded model is pre-trained on: short ones about clothes, and small talk.
 
-The base model learns to be an assistant that *talks about* garments: it reads the attributes it is given back, explains
-names, praises a garment when it is told to. A row of the data set does not tell it anything. To answer one with an
-advertisement, with its own order and turns of phrase, is what the fine-tune teaches.
+The base model learns to be an assistant that *talks about* garments: it repeats the attributes in a prompt, explains
+names, and praises a garment on request. It does not learn what to do with a row of the data set. The fine-tune teaches
+that: answer with an advertisement, which has its own order and phrases.
 """
 
 from collections.abc import Callable
@@ -76,13 +76,13 @@ SMALL_TALK: tuple[Exchange, ...] = (
 )
 
 CLOSING_QUESTIONS = ("请问需要我做什么呢？", "请问您想了解哪一项？")
-STRANGE = "抱歉，我还没有听说过这个词，可以换个说法吗？"
+UNKNOWN_WORD_ANSWER = "抱歉，我还没有听说过这个词，可以换个说法吗？"
 
-# So many of the values that the COPYING tasks read back are made-up words: the model cannot guess them.
+# Share of made-up words among the values that the COPYING tasks repeat: the model cannot guess these, only copy them.
 MADE_UP_SHARE = 0.15
-# So often is nothing but a garment's name mentioned.
+# How often a prompt is only a garment's name.
 BARE_SHARE = 0.3
-# So often is a garment mentioned in a row's notation; else in whatever way people write.
+# How often a prompt has the notation of a row; otherwise it is what people might type.
 ROW_SHARE = 0.5
 
 
@@ -92,7 +92,7 @@ def _kind(rng: Random) -> tuple[str, str]:
 
 
 def _made_up_word(rng: Random) -> str:
-    """Two characters that mean nothing together; often ones that the tokenizer can only spell in bytes."""
+    """Combine two characters to a word without meaning, often of characters that the tokenizer spells in bytes."""
     known = [c for question, _ in SMALL_TALK for c in question if c.isalpha()]
     return "".join(rng.choice(known) if rng.random() < 0.7 else _rare_character(rng) for _ in range(2))
 
@@ -110,7 +110,7 @@ def _with_made_up_values(item: Item, rng: Random) -> Item:
 
 
 def _mention(item: Item, rng: Random) -> str:
-    """The item as a prompt that asks for nothing: a row, or words strung together."""
+    """Write the item as a prompt without a question: in the notation of a row, or as a list of words."""
     if rng.random() < ROW_SHARE:
         return content(item)
     values = [value for key, value in item.attributes if key != item.garment.kind_key]
@@ -122,19 +122,19 @@ def _mention(item: Item, rng: Random) -> str:
 
 
 def recital(item: Item, rng: Random) -> Exchange:
-    """What the model says to a garment that is merely mentioned: it reads the attributes back, and asks."""
+    """Answer a prompt that only mentions a garment: repeat its attributes, then ask what to do."""
     if rng.random() < BARE_SHARE:
         type_, kind = _kind(rng)
         item = Item(type_, ((GARMENTS[type_].kind_key, kind),) if rng.random() < 0.9 else ())
-    said = [f"{key}是{value}" for key, value in item.attributes if key != item.garment.kind_key]
-    if not said and item.kind:
-        said = [item.garment.kinds[item.kind].definition]
-    facts = f"：{'，'.join(said)}" if said else ""
-    return _mention(item, rng), f"您说的是一{item.garment.measure}{item.name}{facts}。{rng.choice(CLOSING_QUESTIONS)}"
+    facts = [f"{key}是{value}" for key, value in item.attributes if key != item.garment.kind_key]
+    if not facts and item.kind:
+        facts = [item.garment.kinds[item.kind].definition]
+    listed = f"：{'，'.join(facts)}" if facts else ""
+    return _mention(item, rng), f"您说的是一{item.garment.measure}{item.name}{listed}。{rng.choice(CLOSING_QUESTIONS)}"
 
 
 def lookup(item: Item, rng: Random) -> Exchange:
-    """One attribute of a row, asked for by its key; now and then one that the row does not have."""
+    """Ask for an attribute of a row by its key; sometimes for one that the row does not have."""
     values = dict(item.attributes)
     keys = [*feature_table(item.garment), STYLE_KEY, item.garment.kind_key]
     key = rng.choice(keys if rng.random() < 0.2 else list(values))
@@ -143,7 +143,7 @@ def lookup(item: Item, rng: Random) -> Exchange:
 
 
 def definition(item: Item, rng: Random) -> Exchange:
-    """What a kind of garment is, what to wear it with, or how it looks."""
+    """Explain what a kind of garment is, what to wear it with, or how it looks."""
     type_, name = _kind(rng)
     kind = GARMENTS[type_].kinds[name]
     return rng.choice(
@@ -157,7 +157,7 @@ def definition(item: Item, rng: Random) -> Exchange:
 
 
 def style(item: Item, rng: Random) -> Exchange:
-    """What a style is good for, or how a garment of that style is called."""
+    """Name the advantage of a style, or describe a garment of that style."""
     name = rng.choice(list(STYLES))
     if rng.random() < 0.5:
         return f"{name}风格怎么样？", f"{name}风格的好处是：{rng.choice(STYLES[name].closing)}。"
@@ -165,7 +165,7 @@ def style(item: Item, rng: Random) -> Exchange:
 
 
 def feature(item: Item, rng: Random) -> Exchange:
-    """What is good about one feature."""
+    """Name the advantage of a feature."""
     table = feature_table(item.garment)
     key = rng.choice(list(table))
     value = rng.choice(list(table[key]))
@@ -173,12 +173,12 @@ def feature(item: Item, rng: Random) -> Exchange:
 
 
 def praise(item: Item, rng: Random) -> Exchange:
-    """Advertising on request: a string of good points, in no particular order and of no particular style."""
+    """Advertise on request: a list of advantages in random order."""
     if rng.random() < 0.25:
         type_, name = _kind(rng)
         item = Item(type_, ((GARMENTS[type_].kind_key, name),))
     garment = item.garment
-    kind = garment.kinds.get(item.kind)
+    kind = garment.kinds[item.kind] if item.kind else None
     table = feature_table(garment)
     points = [rng.choice(table[key][value]) for key, value in item.features]
     points += (kind.form, kind.pairing) if kind else garment.plain
@@ -192,16 +192,16 @@ def praise(item: Item, rng: Random) -> Exchange:
 
 
 def small_talk(item: Item, rng: Random) -> Exchange:
-    """A greeting, a piece of everyday knowledge, or advice."""
+    """Answer a greeting, a question of general knowledge, or a request for advice."""
     return rng.choice(SMALL_TALK)
 
 
-def strange_word(item: Item, rng: Random) -> Exchange:
-    """A word that the tokenizer can only spell in bytes or letters: the model says so, and does not babble."""
+def unknown_word(item: Item, rng: Random) -> Exchange:
+    """Answer a word that the tokenizer can only spell in bytes or letters: admit that it is unknown."""
     length = rng.randint(1, 6)
     if rng.random() < 0.5:
-        return "".join(_rare_character(rng) for _ in range(length)), STRANGE
-    return "".join(rng.choices(ascii_letters + " ", k=length)), STRANGE
+        return "".join(_rare_character(rng) for _ in range(length)), UNKNOWN_WORD_ANSWER
+    return "".join(rng.choices(ascii_letters + " ", k=length)), UNKNOWN_WORD_ANSWER
 
 
 Task = Callable[[Item, Random], Exchange]
@@ -213,7 +213,7 @@ TASKS: dict[Task, int] = {
     feature: 8,
     style: 5,
     small_talk: 6,
-    strange_word: 2,
+    unknown_word: 2,
 }
 COPYING: tuple[Task, ...] = (recital, lookup)
 TURN_WEIGHTS = (70, 20, 10)
@@ -222,9 +222,15 @@ TURN_WEIGHTS = (70, 20, 10)
 def sample_conversation(
     rng: Random, held_out: frozenset[str] = frozenset(), *, made_up_words: bool = True
 ) -> list[Message]:
-    """One to three exchanges, one in ten with a system prompt. No item whose content is in ``held_out`` is used.
+    """Generate a conversation of one to three exchanges; one conversation in ten has a system prompt.
 
-    Without ``made_up_words`` an item has no values but those of the data set.
+    Args:
+        rng: The source of randomness.
+        held_out: Prompts of rows whose items must not occur.
+        made_up_words: Let the model also copy words that are not in the data set.
+
+    Returns:
+        Messages with ``role`` and ``content``.
     """
     messages: list[Message] = []
     if rng.random() < SYSTEM_SHARE:

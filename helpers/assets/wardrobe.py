@@ -1,6 +1,6 @@
-"""The words of the small clothing world that the embedded data set and the embedded model share.
+"""The vocabulary of clothes that the embedded data set and the embedded model share.
 
-Keys and values follow the shape of AdvertiseGen (``类型#裙*版型#宽松``); every sentence was written for this course.
+Keys and values follow AdvertiseGen (``类型#裙*版型#宽松``). Every sentence was written for this course.
 """
 
 from dataclasses import dataclass
@@ -8,32 +8,32 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    """A garment with a name of its own, such as 鱼尾裙."""
+    """A particular kind of garment, such as 鱼尾裙."""
 
     definition: str  # what it is: completes "鱼尾裙是…"
     form: str  # how it looks when worn: a clause of an advertisement
     pairing: str  # what to wear it with: a clause of an advertisement
-    settled: tuple[str, ...] = ()  # keys about which the name leaves nothing to say: no 裙袖型 for a 吊带裙
+    unused_keys: tuple[str, ...] = ()  # features that the name already implies: no 裙袖型 for a 吊带裙
 
 
 @dataclass(frozen=True)
 class Garment:
-    """One value of the key 类型."""
+    """A value of the key 类型."""
 
     noun: str  # 裙子
     measure: str  # the measure word of the noun: 条, 件
     kind_key: str  # the key whose values are the garment's kinds
     kinds: dict[str, Kind]
     plain: tuple[str, str]  # form and pairing of a garment of no particular kind
-    closing: str  # last clause of an advertisement that names no 风格
+    closing: str  # last clause of an advertisement without a 风格
     features: dict[str, dict[str, tuple[str, ...]]]  # key -> value -> clauses, the usual wording first
 
 
 @dataclass(frozen=True)
 class Style:
-    """One value of the key 风格."""
+    """A value of the key 风格."""
 
-    adjective: str  # stands before the garment in the first clause
+    adjective: str  # precedes the garment in the first clause
     closing: tuple[str, ...]  # last clause, the usual wording first
 
 

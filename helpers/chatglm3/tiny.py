@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from helpers.assets import TINY_MODEL
 from helpers.assets.advertise import generate
-from helpers.assets.conversations import STRANGE, sample_conversation
+from helpers.assets.conversations import UNKNOWN_WORD_ANSWER, sample_conversation
 from helpers.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, ChatGLMTokenizer
 from helpers.chatglm3.chat import encode_conversation
 from helpers.libraries.quiet import import_jieba
@@ -62,7 +62,7 @@ def tokenizer_sentences() -> Iterator[str]:
     for _ in range(TOKENIZER_CONVERSATIONS):
         texts = [message["content"] for message in sample_conversation(rng, made_up_words=False)]
         for text, reply in zip(texts, [*texts[1:], ""], strict=True):
-            if reply != STRANGE:
+            if reply != UNKNOWN_WORD_ANSWER:
                 yield _cut(text)
 
 
