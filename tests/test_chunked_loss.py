@@ -141,6 +141,28 @@ def test_the_ledger_sees_what_is_kept():
     assert activations.total == hidden.nbytes + labels.nbytes + 12 * 20
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_chunked_loss_is_the_same_in_fp32_and_coarse_in_bf16(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 64, generator=generator).to(dtype)
+    weight = (0.3 * torch.randn(4096, 64, generator=generator)).to(dtype)
+    targets = torch.randint(4096, (512,), generator=generator)
+    targets[::3] = -100
+    positions = (targets != -100).nonzero().squeeze(1)
+    expected = plain(hidden, weight, targets).item()
+    options = torch.nn.LinearCrossEntropyOptions()
+    whole = F.linear_cross_entropy(hidden, weight, targets, options=options)
+    selected = F.linear_cross_entropy(hidden[positions], weight, targets[positions], options=options)
+    assert chunked_cross_entropy(hidden, weight, targets, 128).item() == pytest.approx(expected, rel=1e-6)
+    for theirs in (whole, selected):
+        assert theirs.dtype == dtype
+        if dtype == torch.float32:
+            assert theirs.item() == pytest.approx(expected, rel=1e-6)
+        else:
+            assert abs(theirs.item() - expected) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -18,7 +18,8 @@ from helpers.chatglm3.chat import encode_conversation
 from helpers.errors import UserError
 from helpers.finetune import evaluate as evaluate_module
 from helpers.finetune.dataset import Limits, decode_text, evaluation_features, read_split
-from helpers.finetune.evaluate import evaluate, generate_answers, write_json_lines
+from helpers.finetune.evaluate import evaluate, generate_answers
+from helpers.finetune.metrics import write_json_lines
 
 QUESTIONS = ["类型#裙", "宽松", "版型#宽松 类型#裙 柔软的面料", "裙", "简约百搭", "Hello", "舒适又显瘦"]
 ROWS = [{"content": question, "summary": "柔软"} for question in QUESTIONS]

@@ -87,9 +87,17 @@ class ChatGLM3Config(GlmConfig):
 
     In memory it has Glm's attribute names; ``to_dict`` and the file have the published ones.
 
-    Args:
-        **kwargs: Glm's attributes, such as ``hidden_size`` and ``num_hidden_layers``; defaults are ChatGLM3-6B's, or
-            Glm's where those are the same.
+    The shape's other arguments (``hidden_size``, ``intermediate_size``, ``num_attention_heads``, ...) are Glm's own.
+
+    Attributes:
+        vocab_size: Rows of the embedding.
+        num_hidden_layers: Layers.
+        num_key_value_heads: Groups of heads that share keys and values.
+        head_dim: Width of a head.
+        max_position_embeddings: Tokens that the model was trained to read, at most.
+        rms_norm_eps: Epsilon of the norms.
+        pad_token_id: Id of the padding token.
+        bos_token_id: Id of ``<s>``, which prompts do not use.
     """
 
     model_type = "chatglm"
@@ -117,7 +125,11 @@ class ChatGLM3Config(GlmConfig):
         return [self.num_attention_heads * self.head_dim, key_value, key_value]
 
     def to_glm(self) -> GlmConfig:
-        """Return the configuration of the same network as transformers knows it without this package."""
+        """Translate the configuration for transformers without this package.
+
+        Returns:
+            The configuration of the same network.
+        """
         glm = super().to_dict()
         for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
             glm.pop(key, None)
@@ -125,9 +137,26 @@ class ChatGLM3Config(GlmConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ChatGLM3Config":
+        """Read a published configuration.
+
+        Args:
+            config_dict: The content of ``config.json``.
+            **kwargs: Attributes to set in addition.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            UserError: It describes another network.
+        """
         return super().from_dict(glm_arguments(config_dict), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all settings.
+
+        Returns:
+            Settings by published name.
+        """
         glm = super().to_dict()
         published = {name: glm.pop(glm_name) for name, glm_name in NAMES.items()}
         rope = glm.pop("rope_parameters")
@@ -137,7 +166,12 @@ class ChatGLM3Config(GlmConfig):
         return {**glm, **FIXED, **published, **({"rope_ratio": ratio} if ratio != 1 else {})}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        # save_pretrained writes this. It includes what equals a default, because other readers have other defaults.
+        """Return what ``save_pretrained`` writes.
+
+        Returns:
+            The content of ``config.json``.
+        """
+        # Settings that equal a default are included: other readers have other defaults.
         written = (*NAMES, *FIXED, *CARRIED, "rope_ratio", "model_type", "tie_word_embeddings", "transformers_version")
         full = self.to_dict()
         config = {key: full[key] for key in written if full.get(key) is not None}

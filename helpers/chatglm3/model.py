@@ -88,7 +88,15 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> "ChatGLM3ForCausalLM":
-        """Check and load a checkpoint, with the arguments of transformers' ``from_pretrained``.
+        """Check and load a checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository on the Hub.
+            *args: As transformers' ``from_pretrained`` takes them.
+            **kwargs: The same.
+
+        Returns:
+            The model; with ``output_loading_info`` a tuple that begins with it, as in transformers.
 
         Raises:
             UserError: There is no such checkpoint, or its weights do not fit its configuration.
@@ -105,7 +113,16 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
 
     @classmethod
     def from_checked_folder(cls, folder: Path, *args: Any, **kwargs: Any) -> "ChatGLM3ForCausalLM":
-        """Load a local folder that ``check_checkpoint`` has accepted, without checking it again."""
+        """Load a folder without checking it again.
+
+        Args:
+            folder: A local folder that ``check_checkpoint`` has accepted.
+            *args: As transformers' ``from_pretrained`` takes them.
+            **kwargs: The same.
+
+        Returns:
+            As :meth:`from_pretrained`.
+        """
         loaded = super().from_pretrained(folder, *args, **kwargs)
         # An adapter records its base model by this path, so it must be right from every working directory.
         model = _rename(loaded, str(folder.resolve()))

@@ -1,6 +1,6 @@
-"""Build the embedded model: a tiny ChatGLM3 in the published layout, from nothing, on a CPU, in a few minutes.
+"""Build the embedded model: a tiny ChatGLM3 in the published layout, from scratch, on a CPU, in a few minutes.
 
-``python -m helpers.chatglm3.tiny`` trains the SentencePiece model on our own sentences, pre-trains the network on
+``python -m helpers.chatglm3.tiny`` trains the SentencePiece model on generated sentences, pre-trains the network on
 short conversations about clothes, and writes ``helpers/assets/tiny_chatglm3``.
 """
 
@@ -15,6 +15,7 @@ import sentencepiece
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
+from helpers.activations.chunked_loss import IGNORE_INDEX
 from helpers.assets import TINY_MODEL
 from helpers.assets.advertise import generate
 from helpers.assets.conversations import UNKNOWN_WORD_ANSWER, sample_conversation
@@ -25,11 +26,11 @@ from helpers.libraries.quiet import import_jieba
 jieba = import_jieba()
 
 SEED = 3
-# Sums are split over threads: another number of them rounds otherwise, and ends in other weights.
+# Sums are split over threads. With another number of threads they round differently, and the weights differ.
 THREADS = 2
 
 PIECES = 1750
-# Conversations from which the SentencePiece model is trained, beside the rows of the data set.
+# Conversations to train the SentencePiece model on, in addition to the rows of the data set.
 TOKENIZER_CONVERSATIONS = 6000
 # The embedding has more rows than there are ids, as the published one has (65,024 rows for 64,798 ids).
 VOCAB_MULTIPLE = 64
@@ -41,18 +42,18 @@ LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.05
 MAX_GRADIENT_NORM = 1.0
-# So many conversations at a time are sorted by length and cut into batches.
+# Conversations that are sorted by length and cut into batches at a time.
 CHUNK_CONVERSATIONS = 2000
 
-# Between words while the SentencePiece model is trained: no piece reaches across it, and no text has it.
+# Stands between words while the SentencePiece model is trained: no piece spans it, and no text contains it.
 WORD_BOUNDARY = "\x1f"
 
 
 def tokenizer_sentences() -> Iterator[str]:
-    """The texts for the SentencePiece model, cut into words so that pieces become words and not whole clauses.
+    """Yield the texts for the SentencePiece model, cut into words so that pieces become words and not whole clauses.
 
-    Each begins with a boundary, which keeps the dummy prefix a piece of its own. Made-up and strange words are left
-    out: the model meets their characters as bytes.
+    Each begins with a boundary, which keeps the dummy prefix a piece of its own. Invented words are left out, so the
+    model reads their characters as bytes.
     """
     jieba.setLogLevel(logging.WARNING)
     train, dev = generate()
@@ -71,7 +72,7 @@ def _cut(text: str) -> str:
 
 
 def train_tokenizer(sentences: Iterable[str]) -> bytes:
-    """A ``tokenizer.model`` of ChatGLM3's kind: BPE, byte fallback, the text left as it is but for the dummy prefix."""
+    """Train a ``tokenizer.model`` like ChatGLM3's: BPE with byte fallback; only a dummy prefix is added to the text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -93,7 +94,7 @@ def train_tokenizer(sentences: Iterable[str]) -> bytes:
 
 
 def tiny_config(tokenizer: ChatGLMTokenizer) -> ChatGLM3Config:
-    """ChatGLM3's proportions (2 KV groups, half rotary, SwiGLU, untied embeddings) with 1.7 million parameters."""
+    """Return ChatGLM3's proportions (2 KV groups, half rotary, SwiGLU, untied embeddings) at 1.7 million parameters."""
     return ChatGLM3Config(
         vocab_size=-(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=160,
@@ -108,10 +109,10 @@ def tiny_config(tokenizer: ChatGLMTokenizer) -> ChatGLM3Config:
 
 
 def batches(tokenizer: ChatGLMTokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches (input ids, labels) of about ``BATCH_TOKENS`` tokens, padded on the right.
+    """Yield endless batches of input ids and labels, [rows, tokens] int64, of about ``BATCH_TOKENS`` tokens.
 
-    None mentions a garment of the data set's dev rows. Conversations of similar length go together. Padding needs no
-    mask: attention is causal and its labels are -100.
+    Conversations of similar length share a batch; none mentions a garment of the data set's dev rows. Rows are padded
+    on the right. That needs no mask, since attention is causal and the labels of padding are ``IGNORE_INDEX``.
     """
     rng = Random(SEED + 1)
     held_out = frozenset(row["content"] for row in generate()[1])
@@ -129,7 +130,7 @@ def batches(tokenizer: ChatGLMTokenizer) -> Iterator[tuple[torch.Tensor, torch.T
             ids, labels = zip(*group, strict=True)
             yield (
                 torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]),
-                torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+                torch.tensor([row + [IGNORE_INDEX] * (width - len(row)) for row in labels]),
             )
 
 
@@ -152,7 +153,7 @@ def pretrain(model: ChatGLM3ForCausalLM, data: Iterator[tuple[torch.Tensor, torc
 
 
 def build(folder: Path, steps: int = STEPS) -> None:
-    """Write the whole checkpoint into ``folder``: tokenizer, configuration, and weights trained for ``steps`` steps."""
+    """Write a complete checkpoint into ``folder``: tokenizer, configuration, and weights trained for ``steps`` steps."""
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,15 @@
 
     python -m helpers.finetune.evaluate OUTPUT/checkpoint-N DATA_FILE [--max-rows N]
 
-Answers are greedy. Under torchrun each rank answers its share of the prompts.
+Answers are greedy. Under torchrun, each rank answers its share of the prompts.
 """
 
 import argparse
 import gc
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -25,28 +24,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError, exit_with_one_line, positive_int
-from helpers.files import atomic_write
 from helpers.finetune.dataset import Limits, decode_text, evaluation_features, read_split
-from helpers.finetune.metrics import METRICS, mean_scores, score
+from helpers.finetune.metrics import Evaluation, compare
 from helpers.finetune.recorder import format_time_left
 from helpers.finetune.rows import find_split
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean scores (0-100) of the base model and of the tuned one on the same ``rows`` answers."""
-
-    rows: int
-    base: dict[str, float]
-    tuned: dict[str, float]
-
-    def __str__(self) -> str:
-        lines = [f"{self.rows:,} answers" + "".join(f"{name:>10}" for name in METRICS)]
-        for name, means in (("base", self.base), ("tuned", self.tuned)):
-            lines.append(name.ljust(len(lines[0]) - 10 * len(METRICS)) + "".join(f"{means[m]:10.2f}" for m in METRICS))
-        return "\n".join(lines)
 
 
 def evaluate(
@@ -58,41 +41,41 @@ def evaluate(
     batch_size: int,
     output_file: Path,
 ) -> Evaluation | None:
-    """Answer ``features`` (of ``evaluation_features``) with and without the adapter, score both, write ``output_file``.
+    """Answer every prompt with and without the adapter, score both, and write all answers to a file.
 
-    Every rank has to call it; the result is on rank 0, None elsewhere.
+    Every rank has to call it.
+
+    Args:
+        model: The adapter on its base.
+        tokenizer: The model's.
+        features: As :func:`helpers.finetune.dataset.evaluation_features` makes them.
+        max_new_tokens: Tokens of an answer, at most.
+        batch_size: Prompts per rank that are answered at a time.
+        output_file: Gets one line of JSON per prompt.
+
+    Returns:
+        The mean scores on rank 0, None on the other ranks.
+
+    Raises:
+        UserError: A single prompt does not fit into GPU memory, or the file cannot be written.
     """
-    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    tuned = generate_answers(model, tokenizer, features["prompt_ids"][:], label="tuned model", **settings)
+
+    def answers(label: str) -> list[str] | None:
+        return generate_answers(
+            model,
+            tokenizer,
+            features["prompt_ids"][:],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            label=label,
+        )
+
+    tuned = answers("tuned model")
     with model.disable_adapter():
-        base = generate_answers(model, tokenizer, features["prompt_ids"][:], label="base model", **settings)
+        base = answers("base model")
     if tuned is None or base is None:
         return None
     return compare(features, base, tuned, output_file)
-
-
-def compare(features: Dataset, base: Sequence[str], tuned: Sequence[str], output_file: Path) -> Evaluation:
-    """Score two lists of answers to ``features`` and write them, a JSON line each, to ``output_file``."""
-    rows = []
-    for entry, base_answer, tuned_answer in zip(features, base, tuned, strict=True):
-        reference = entry["reference"]
-        rows.append(
-            {
-                "row": entry["number"],
-                "prompt": entry["prompt"],
-                "reference": reference,
-                "base": base_answer,
-                "tuned": tuned_answer,
-                "base_scores": score(base_answer, reference),
-                "tuned_scores": score(tuned_answer, reference),
-            }
-        )
-    write_json_lines(output_file, rows)
-    return Evaluation(
-        rows=len(rows),
-        base=mean_scores([row["base_scores"] for row in rows]),
-        tuned=mean_scores([row["tuned_scores"] for row in rows]),
-    )
 
 
 def generate_answers(
@@ -104,14 +87,25 @@ def generate_answers(
     batch_size: int,
     label: str,
 ) -> list[str] | None:
-    """Greedy answers to ``prompts`` (token ids), in their order, on rank 0; None on the other ranks.
+    """Answer prompts greedily, each rank its share.
 
-    Every rank has to call it, with the same arguments. The prompts are sorted by length, so that batches need little
-    padding and the first batch is the one that needs most memory, and dealt out to the ranks. Every rank generates
-    equally often: one that has fewer prompts repeats some. ``batch_size`` (rows a rank) is halved when the GPU's memory
-    runs out. ``label`` begins the lines that tell of the progress.
+    Every rank has to call it, with the same arguments. The prompts are sorted by length: batches then need little
+    padding, and the first batch is the one that needs most memory. All ranks generate equally often; one that has fewer
+    prompts repeats some.
 
-    Raises UserError if one row alone does not fit.
+    Args:
+        model: With or without an adapter.
+        tokenizer: The model's.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Tokens of an answer, at most.
+        batch_size: Prompts per rank that are answered at a time; halved when GPU memory runs out.
+        label: Begins the lines that report progress.
+
+    Returns:
+        The answers on rank 0, in the order of the prompts; None on the other ranks.
+
+    Raises:
+        UserError: A single prompt does not fit into GPU memory.
     """
     if not prompts:
         return [] if _rank() == 0 else None
@@ -135,21 +129,13 @@ def generate_answers(
             batch = share[done : done + batch_size]
             generated = _generate(model, tokenizer, [prompts[i] for i in batch], config)
             if _on_any_rank(generated is None, model.device):
-                batch_size = _smaller(len(batch), len(prompts[batch[0]]), max_new_tokens)
+                batch_size = _halve(len(batch), len(prompts[batch[0]]), max_new_tokens)
                 continue
+            assert generated is not None  # else it would have been None on any rank
             answers.update(zip(batch, generated, strict=True))
             done += len(batch)
-            progress.tell(min(done * world_size, len(prompts)))
+            progress.report(min(done * world_size, len(prompts)))
     return _gathered(answers, len(prompts))
-
-
-def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``rows``, all of them or none. Raises UserError where they cannot be written."""
-    try:
-        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; make room or choose another folder") from error
 
 
 def _generate(
@@ -158,20 +144,22 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
 ) -> list[str] | None:
-    """The answers to one batch, or None if the GPU's memory ran out."""
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    """Answer one batch; return None if GPU memory ran out."""
+    columns = {"input_ids": [list(prompt) for prompt in prompts]}
+    batch = tokenizer.pad(columns, padding_side="left", return_tensors="pt").to(model.device)
+    network: Any = model  # only the base declares that it can generate; a PeftModel passes the call on
     try:
-        ids = model.generate(**batch, generation_config=config, synced_gpus=_must_stay_in_step())
+        ids = network.generate(**batch, generation_config=config, synced_gpus=_must_stay_in_step())
     except torch.OutOfMemoryError as error:
         if _must_stay_in_step():
-            # The other ranks wait for this one inside a collective: nothing but the end of the job frees them.
+            # The other ranks wait for this one in a collective, and only the end of the job frees them.
             raise UserError(
                 f"rank {_rank()} ran out of GPU memory while it answered {len(prompts)} rows under ZeRO-3; "
                 "lower per_device_eval_batch_size"
             ) from error
         ids = None
     if ids is None:
-        # Only here, after the exception with its frames is gone, are the batch's tensors free.
+        # The batch's tensors are free only now, after the exception with its frames is gone.
         gc.collect()
         torch.cuda.empty_cache()
         return None
@@ -183,7 +171,7 @@ def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
-def _smaller(batch_size: int, prompt_length: int, max_new_tokens: int) -> int:
+def _halve(batch_size: int, prompt_length: int, max_new_tokens: int) -> int:
     if batch_size == 1:
         raise UserError(
             f"the GPU's memory does not hold one row of {prompt_length} + {max_new_tokens} tokens; "
@@ -196,7 +184,7 @@ def _smaller(batch_size: int, prompt_length: int, max_new_tokens: int) -> int:
 
 @contextmanager
 def _in_evaluation_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Dropout off; gradient checkpointing too, which acts in training mode only and would forbid the KV cache."""
+    """Turn off dropout, and gradient checkpointing, which only acts in training mode and would forbid a KV cache."""
     was_training = model.training
     model.eval()
     try:
@@ -206,13 +194,13 @@ def _in_evaluation_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 class _Progress:
-    """A printed line on rank 0 every few seconds and at the end: readable in terminals, notebooks and log files."""
+    """Print a line on rank 0 every few seconds and at the end, readable in terminals, notebooks and log files."""
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total = label, total
         self._start = self._last = time.monotonic()
 
-    def tell(self, done: int) -> None:
+    def report(self, done: int) -> None:
         now = time.monotonic()
         if _rank() != 0 or (now - self._last < SECONDS_BETWEEN_LINES and done < self._total):
             return
@@ -231,7 +219,7 @@ def _world_size() -> int:
 
 
 def _must_stay_in_step() -> bool:
-    """Whether every forward pass is a collective: under ZeRO-3 the ranks gather each layer's weights together."""
+    """Tell whether every forward pass is a collective: under ZeRO-3, the ranks gather each layer's weights together."""
     return is_deepspeed_zero3_enabled() and _world_size() > 1
 
 
@@ -244,19 +232,19 @@ def _on_any_rank(happened: bool, device: torch.device) -> bool:
 
 
 def _gathered(answers: dict[int, str], count: int) -> list[str] | None:
-    """The answers of all ranks, keyed by the prompt's place, as one list on rank 0."""
+    """Merge the answers of all ranks, keyed by the prompt's index, into one list on rank 0."""
     parts: list[dict[int, str]] = [answers]
     if _world_size() > 1:
         parts = [{} for _ in range(_world_size())]
         dist.gather_object(answers, parts if _rank() == 0 else None)
     if _rank() != 0:
         return None
-    merged = {place: answer for part in parts for place, answer in part.items()}
-    return [merged[place] for place in range(count)]
+    merged = {index: answer for part in parts for index, answer in part.items()}
+    return [merged[index] for index in range(count)]
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.finetune.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="an adapter that the fine-tune wrote, OUTPUT/checkpoint-N")
     parser.add_argument("data_file", type=Path, help="rows as the fine-tune takes them")

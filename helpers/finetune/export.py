@@ -2,9 +2,9 @@
 
     python -m helpers.finetune.export CHECKPOINT OUT_DIR [--layout published|glm] [--dtype float16] [--model BASE]
 
-``published`` is ChatGLM3's own layout: what this package reads, and other programs that know ChatGLM3. ``glm`` is
-``GlmForCausalLM``, which transformers loads without this package; its tokenizer lies in OUT_DIR/tokenizer, since
-transformers alone has none with these ids and would make a wrong one of it.
+``published`` is ChatGLM3's own layout, which this package and other programs for ChatGLM3 read. ``glm`` is
+``GlmForCausalLM``, which transformers loads without this package. Its tokenizer is in OUT_DIR/tokenizer: transformers
+alone has none with these ids, and in OUT_DIR it would load the files as a wrong one.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHARD_SIZE = "2GB"
 
 
 def as_glm(model: ChatGLM3ForCausalLM) -> GlmForCausalLM:
-    """The same network, sharing its tensors, as the class that transformers knows by itself."""
+    """Return the same network, sharing its tensors, as the class that transformers has without this package."""
     with torch.device("meta"):
         glm = GlmForCausalLM(model.config.to_glm())
     glm.load_state_dict(model.state_dict(), assign=True)
@@ -43,15 +43,21 @@ def export(
     dtype: torch.dtype | None = None,
     base: str | None = None,
 ) -> None:
-    """Merge the adapter of ``checkpoint`` (or of a run's newest one) and write the model to the new folder ``out_dir``.
+    """Merge an adapter into its base and write the result as a model of its own.
 
-    ``layout`` is one of ``LAYOUTS``; ``dtype`` defaults to the base model's own; ``base`` says where the base is, if
-    the adapter does not know. An adapter of a base in 8 or 4 bits is merged into the matrices that its codes stand for,
-    to which it was trained; with the weights that those were made of it would be another model (chapter 12 measures
-    it). ``out_dir`` appears whole or not at all. Merged weights are rounded to ``dtype``: in 16 bit, an answer may
-    differ from the adapter's where two words were almost equally likely.
+    An adapter of a base in 8 or 4 bits is merged into the matrices that those codes stand for, because it was trained
+    on them; merged into the original weights it would be another model (chapter 12 measures it). Merged weights are
+    rounded to ``dtype``: in 16 bit, an answer may differ from the adapter's if two tokens were almost equally likely.
 
-    Raises UserError for a checkpoint without an adapter, an ``out_dir`` that is not free, or a disk that is too small.
+    Args:
+        checkpoint: The adapter's folder, or the output folder of a run (its newest checkpoint).
+        out_dir: A new folder; it appears when it is complete, or not at all.
+        layout: One of ``LAYOUTS``.
+        dtype: Of the merged weights; by default the base model's own.
+        base: Where the base model is, if it is not where the adapter says.
+
+    Raises:
+        UserError: There is no adapter, ``out_dir`` is not free, or its disk is too small.
     """
     out_dir = Path(out_dir)
     check_new_folder(out_dir)
@@ -66,6 +72,7 @@ def export(
     dtype = dtype or getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
     check_disk_space(out_dir, disk_bytes(config, dtype))
     model, tokenizer = load_for_inference(folder, dtype=dtype, device="cpu", base=str(base_folder), dequantize=True)
+    assert isinstance(model, PeftModel)  # the folder holds an adapter
     merged = _merge(model, folder)
     with atomic_folder(out_dir) as temporary:
         if layout == "glm":
@@ -84,7 +91,7 @@ def _merge(model: PeftModel, checkpoint: Path) -> ChatGLM3ForCausalLM:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.finetune.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="OUTPUT/checkpoint-N, or OUTPUT (its newest checkpoint)")
     parser.add_argument("out_dir", type=Path, help="new folder")

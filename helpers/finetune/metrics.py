@@ -1,15 +1,22 @@
-"""How close an answer is to its reference: ROUGE-1/2/L and BLEU-4, all on 0-100.
+"""Score answers against their references: ROUGE-1/2/L and BLEU-4, all from 0 to 100.
 
-Both are counted on the words that jieba finds, as ChatGLM3's published recipe does. ROUGE is the F1 of the overlap
-(Lin 2004), with clipped counts; BLEU-4 (Papineni et al. 2002) is that of the sentence, smoothed by method 3 of Chen and
-Cherry 2014. An answer of fewer than four words therefore stays below 100 in BLEU-4 even if it is perfect.
+Both count the words that jieba finds, as in ChatGLM3's published recipe. ROUGE (Lin 2004) is the F1 of the overlap with
+clipped counts. BLEU-4 (Papineni et al. 2002) is that of single sentences, smoothed by method 3 of Chen and Cherry 2014;
+so an answer of fewer than four words stays below 100, even if it is perfect.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 
+from helpers.errors import UserError
+from helpers.files import atomic_write
 from helpers.libraries.quiet import import_jieba
 
 jieba = import_jieba()
@@ -20,7 +27,7 @@ METRICS = (*ROUGE, "bleu-4")
 
 
 class _JiebaWords:
-    """The words of a text, spaces left out; the interface that rouge-score asks for."""
+    """Split text into words without spaces, through the interface that rouge-score expects."""
 
     def tokenize(self, text: str) -> list[str]:
         return [word for word in jieba.cut(text) if not word.isspace()]
@@ -32,15 +39,84 @@ _smoothing = SmoothingFunction().method3
 
 
 def score(prediction: str, reference: str) -> dict[str, float]:
-    """Every metric of ``METRICS`` for one answer, 0-100. If either text has no word, all are 0."""
-    predicted, wanted = _words.tokenize(prediction), _words.tokenize(reference)
-    if not predicted or not wanted:
+    """Score one answer.
+
+    Args:
+        prediction: The answer.
+        reference: What it should have been.
+
+    Returns:
+        Score (0-100) by metric of ``METRICS``; all 0 if either text has no words.
+    """
+    predicted_words, reference_words = _words.tokenize(prediction), _words.tokenize(reference)
+    if not predicted_words or not reference_words:
         return dict.fromkeys(METRICS, 0.0)
     rouge = _rouge.score(reference, prediction)
-    bleu = sentence_bleu([wanted], predicted, smoothing_function=_smoothing)
+    bleu = sentence_bleu([reference_words], predicted_words, smoothing_function=_smoothing)
     return {**{name: 100 * rouge[key].fmeasure for name, key in ROUGE.items()}, "bleu-4": 100 * bleu}
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the answers; empty where there are none, since no answers have no mean."""
+    """Average each metric over the answers.
+
+    Args:
+        scores: What :func:`score` returned for each answer.
+
+    Returns:
+        Mean (0-100) by metric; empty if there are no answers.
+    """
     return {name: sum(s[name] for s in scores) / len(scores) for name in METRICS} if scores else {}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean scores of the base model and the tuned one, on the same prompts.
+
+    Attributes:
+        rows: Number of answers.
+        base: Score (0-100) by metric, of the base model.
+        tuned: The same of the tuned model.
+    """
+
+    rows: int
+    base: dict[str, float]
+    tuned: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows:,} answers" + "".join(f"{name:>10}" for name in METRICS)]
+        for name, means in (("base", self.base), ("tuned", self.tuned)):
+            lines.append(name.ljust(len(lines[0]) - 10 * len(METRICS)) + "".join(f"{means[m]:10.2f}" for m in METRICS))
+        return "\n".join(lines)
+
+
+def compare(features: Dataset, base: Sequence[str], tuned: Sequence[str], output_file: Path) -> Evaluation:
+    """Score two lists of answers to ``features``, and write them to ``output_file``, one line of JSON each."""
+    rows = []
+    for entry, base_answer, tuned_answer in zip(features, base, tuned, strict=True):
+        reference = entry["reference"]
+        rows.append(
+            {
+                "row": entry["number"],
+                "prompt": entry["prompt"],
+                "reference": reference,
+                "base": base_answer,
+                "tuned": tuned_answer,
+                "base_scores": score(base_answer, reference),
+                "tuned_scores": score(tuned_answer, reference),
+            }
+        )
+    write_json_lines(output_file, rows)
+    return Evaluation(
+        rows=len(rows),
+        base=mean_scores([row["base_scores"] for row in rows]),
+        tuned=mean_scores([row["tuned_scores"] for row in rows]),
+    )
+
+
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``rows`` as lines of JSON, all of them or none. Raises UserError if the file cannot be written."""
+    try:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room or choose another folder") from error

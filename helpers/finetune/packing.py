@@ -1,7 +1,7 @@
-"""Several short rows in one sequence of fixed length, a *pack*: no computation goes into padding, and shapes stay.
+"""Packing: several short rows in one sequence of fixed length, so that nothing is spent on padding.
 
-A row still sees itself alone: position ids begin at 0 in every row, and attention ends at its boundaries
-(``helpers.finetune.packed_attention``). What is left of a pack is filled with padding, which is a row of its own.
+A row still sees only itself: position ids restart at 0 in every row, and attention ends at its boundaries
+(``helpers.finetune.packed_attention``). The rest of a pack is filled with padding, which counts as rows of its own.
 """
 
 import bisect
@@ -25,10 +25,21 @@ _FEATURES = Features(
 
 
 def best_fit_packing(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Which rows go into which pack: row numbers, each once, at most ``capacity`` tokens a pack.
+    """Assign rows to packs by *best fit*: each row goes into the fullest pack that has room.
 
-    *Best fit*: rows come in random order, so that a pack is no sample of one kind, and each goes into the fullest pack
-    that has room. No two packs would fit into one. Raises UserError for a row longer than ``capacity``.
+    Rows come in random order, so that a pack is not filled with one kind of row. In the result, no two packs would fit
+    into one.
+
+    Args:
+        lengths: Tokens of each row.
+        capacity: Tokens of a pack.
+        seed: Of the random order.
+
+    Returns:
+        The indices of each pack's rows; every row is in one pack.
+
+    Raises:
+        UserError: A row is longer than ``capacity``.
     """
     longest = max(lengths, default=0)
     if longest > capacity:
@@ -39,22 +50,35 @@ def best_fit_packing(lengths: Sequence[int], capacity: int, seed: int) -> list[l
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens free, pack), sorted; full packs are not in it
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted; without the packs that are full
     for row in order:
-        place = bisect.bisect_left(room, (lengths[row], -1))
-        if place == len(room):
+        # The first entry with enough room is the fullest pack that the row fits into.
+        best = bisect.bisect_left(room, (lengths[row], -1))
+        if best == len(room):
             packs.append([row])
-            free, number = capacity, len(packs) - 1
+            free, pack = capacity, len(packs) - 1
         else:
-            free, number = room.pop(place)
-            packs[number].append(row)
+            free, pack = room.pop(best)
+            packs[pack].append(row)
         if free > lengths[row]:
-            bisect.insort(room, (free - lengths[row], number))
+            bisect.insort(room, (free - lengths[row], pack))
     return packs
 
 
 def packed_features(features: Dataset, capacity: int, seed: int) -> Dataset:
-    """Training features as packs: ``input_ids`` and ``labels`` of their rows one after another, and ``lengths``."""
+    """Pack training features.
+
+    Args:
+        features: As :func:`helpers.finetune.dataset.training_features` makes them.
+        capacity: Tokens of a pack.
+        seed: Of the order in which rows are packed.
+
+    Returns:
+        Per pack ``input_ids`` and ``labels`` of its rows, one after another, and ``lengths``, the tokens of each row.
+
+    Raises:
+        UserError: A row is longer than ``capacity``.
+    """
     rows = features.with_format("numpy")
     ids, labels = rows["input_ids"][:], rows["labels"][:]
     packs = best_fit_packing([len(row) for row in ids], capacity, seed)
@@ -68,28 +92,42 @@ def packed_features(features: Dataset, capacity: int, seed: int) -> Dataset:
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Packs as a batch. Every batch of as many packs has the same shapes, for which a compiler is grateful.
+    """Make batches of packs. Batches of as many packs all have the same shapes, so nothing is compiled twice.
 
-    ``capacity`` is the length of a pack in tokens, ``most_rows`` how many rows a pack has at most, ``max_seqlen`` the
-    tokens of the longest row.
+    Args:
+        pad_token_id: Token id to pad with.
+        capacity: Tokens of a pack.
+        max_rows: Rows of a pack, at most.
+        max_seqlen: Tokens of the longest row.
     """
 
     pad_token_id: int
     capacity: int
-    most_rows: int
+    max_rows: int
     max_seqlen: int
 
     @classmethod
     def of(cls, packs: Dataset, capacity: int, pad_token_id: int) -> "PackCollator":
-        """The collator for ``packs``, as :func:`packed_features` makes them."""
+        """Make the collator for given packs.
+
+        Args:
+            packs: As :func:`packed_features` returns them.
+            capacity: Tokens of a pack.
+            pad_token_id: Token id to pad with.
+
+        Returns:
+            The collator.
+        """
         lengths = packs["lengths"][:]
-        # Padding is a row, too, and may be longer than any other; the pieces it is cut into take target_positions.
         return cls(pad_token_id, capacity, max(map(len, lengths)), max(chain.from_iterable(lengths)))
 
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
-        """``input_ids``, ``labels`` and ``position_ids``, each [packs, capacity] int64; ``cu_seqlens`` int32 of fixed
-        length and ``max_seqlen`` for the attention; ``target_positions`` [trained tokens] int64, where in the batch a
-        token is predicted that counts; ``tokens`` without padding, and ``rows``.
+        """Make a batch of ``features``, each a pack.
+
+        Returns:
+            ``input_ids``, ``labels``, ``shift_labels`` and ``position_ids``, [packs, capacity] int64; ``cu_seqlens``
+            (int32, of fixed length) and ``max_seqlen`` for the attention; ``target_positions``, [targets] int64;
+            ``tokens`` without padding, and ``rows``.
         """
         shape = (len(features), self.capacity)
         input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)
@@ -101,10 +139,11 @@ class PackCollator:
             starts = [0, *accumulate(lengths)][:-1]
             input_ids[number, :tokens] = torch.as_tensor(feature["input_ids"])
             labels[number, :tokens] = torch.as_tensor(feature["labels"])
-            labels[number, starts] = IGNORE_INDEX  # the last token of another row does not predict it
+            labels[number, starts] = IGNORE_INDEX  # no row's first token is predicted by the last of another row
             position_ids[number] = torch.cat([torch.arange(length) for length in lengths])
             ends += [number * self.capacity + start + length for start, length in zip(starts, lengths, strict=True)]
-        cu_seqlens = torch.full((1 + self._most_pieces() * len(features),), len(features) * self.capacity)
+        # Filled up with the end: rows without tokens, which the attention skips.
+        cu_seqlens = torch.full((1 + self._max_pieces() * len(features),), len(features) * self.capacity)
         cu_seqlens[: len(ends) + 1] = torch.tensor([0, *ends])
         shifted = shift_labels(labels)
         return {
@@ -120,9 +159,9 @@ class PackCollator:
         }
 
     def _padding(self, tokens: int) -> list[int]:
-        """Lengths of the pieces that padding is cut into: no longer than a row, or the kernel would stop early."""
-        whole, rest = divmod(tokens, self.max_seqlen)
-        return [self.max_seqlen] * whole + ([rest] if rest else [])
+        """Split padding into pieces of at most ``max_seqlen``, beyond which the attention kernel does not look."""
+        full_pieces, rest = divmod(tokens, self.max_seqlen)
+        return [self.max_seqlen] * full_pieces + ([rest] if rest else [])
 
-    def _most_pieces(self) -> int:
-        return self.most_rows + -(-self.capacity // self.max_seqlen)
+    def _max_pieces(self) -> int:
+        return self.max_rows + -(-self.capacity // self.max_seqlen)

@@ -24,8 +24,9 @@ from transformers import TrainingArguments, set_seed
 from helpers.config.deepspeed import bucket_warning
 from helpers.errors import UserError
 from helpers.finetune.collators import TrainingCollator
-from helpers.finetune.evaluate import Evaluation, evaluate
+from helpers.finetune.evaluate import evaluate
 from helpers.finetune.job import Job, prepare
+from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.ranks import Ranks, StopOnSignal
