@@ -153,7 +153,7 @@ def pretrain(model: ChatGLM3ForCausalLM, data: Iterator[tuple[torch.Tensor, torc
 
 
 def build(folder: Path, steps: int = STEPS) -> None:
-    """Write a complete checkpoint into ``folder``: tokenizer, configuration, and weights trained for ``steps`` steps."""
+    """Write a complete checkpoint to ``folder``: tokenizer, configuration, and weights trained for ``steps`` steps."""
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     folder.mkdir(parents=True, exist_ok=True)
