@@ -73,7 +73,7 @@ class Bucket:
         self.missing = set(parameters)
 
     def collect(self, parameter: nn.Parameter) -> None:
-        """Take note of a finished gradient; subclasses also move it to where the message is sent from."""
+        """Take note of a finished gradient; subclasses also move it into the message."""
         self.missing.discard(parameter)
 
 

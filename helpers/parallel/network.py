@@ -64,7 +64,7 @@ def build(
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
         model = base_model(Configuration(shape, lora=None, precision="fp32"), device)
-    return model.to(dtype)
+    return model.to(dtype)  # type: ignore[arg-type]  # transformers annotates its wrapper of to() as unbound
 
 
 def batch(

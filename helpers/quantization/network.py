@@ -3,8 +3,6 @@
 So the 6B model in 4 bits never needs the 12 GB of its 16-bit weights.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from transformers import GlmForCausalLM
@@ -36,7 +34,7 @@ def build_quantized(
     Returns:
         The network on ``device``.
     """
-    model = cast(GlmForCausalLM, base_model(Configuration(shape, lora=None, precision="fp32"), "meta"))
+    model = base_model(Configuration(shape, lora=None, precision="fp32"), "meta")
     if quantization_bits != 16:
         replace_with_bnb_linear(model, ["lm_head"], quantization_config(quantization_bits, dtype))
         setattr(model, f"is_loaded_in_{quantization_bits}bit", True)

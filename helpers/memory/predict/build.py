@@ -8,7 +8,7 @@ from transformers import GlmConfig, GlmForCausalLM
 from helpers.memory.predict.configuration import Configuration
 
 
-def base_model(configuration: Configuration, device: torch.device | str) -> nn.Module:
+def base_model(configuration: Configuration, device: torch.device | str) -> GlmForCausalLM:
     """The network without an adapter, made on ``device``, in training mode and with checkpointing where it is asked."""
     c, shape = configuration, configuration.shape
     config = GlmConfig(

@@ -15,8 +15,8 @@ class Zero2(Zero1):
     Full gradients exist for the bucket in flight and for those that backward is filling. These are three in all if a
     bucket is at least as large as a layer, whose gradients do not come in the order of its parameters.
 
-    Every backward sends, because there are no full gradients to add to. So k micro-batches per step send k times the
-    gradients. A parameter without a gradient makes backward raise :class:`UserError`.
+    Every backward sends, since a rank keeps no full gradients to add the next ones to. So k micro-batches per step send
+    k times the gradients. A parameter without a gradient makes backward raise :class:`UserError`.
 
     Args and attributes are those of :class:`Zero1`.
     """
