@@ -44,9 +44,8 @@ def test_a_package_imports_lower_ones_only(file):
     own = package(file.removesuffix(".py").replace("/", "."))
     assert own, f"add {file} to a layer of this test"
     others = {package(module) for module in imported(ast.parse((ROOT / file).read_text()))} - {own, None}
-    assert not {other for other in others if LEVEL[other] >= LEVEL[own]}, (
-        f"{file} imports a package that is not below it"
-    )
+    above = {other for other in others if LEVEL[other] >= LEVEL[own]}
+    assert not above, f"{file} imports what is not below it"
 
 
 def test_planning_imports_neither_torch_nor_transformers():
