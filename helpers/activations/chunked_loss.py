@@ -5,8 +5,8 @@ their log-softmax. Here they exist for ``chunk`` tokens at a time.
 
 torch 2.13 has a loss of this kind as well: ``torch.nn.functional.linear_cross_entropy(..., options=
 LinearCrossEntropyOptions(...))``. In fp32 both agree. We keep ours for two reasons. With bf16 inputs, theirs returns
-the loss in bf16, so it is only good to two or three digits; ours is always fp32. And theirs computes the logits of
-ignored tokens too, unless you select the others first.
+the loss in bf16, which can be off in the second digit; ours is always fp32. And theirs computes the logits of ignored
+tokens too, unless you select the others first.
 """
 
 from collections.abc import Iterator
