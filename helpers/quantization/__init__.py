@@ -1,5 +1,5 @@
 """Frozen weights in 8 or 4 bits under a LoRA adapter, as chapter 12 derives them.
 
 ``formats`` implements three number formats as tensor arithmetic, ``library`` configures bitsandbytes as the fine-tune
-uses it (through transformers and PEFT), ``network`` builds the course's network with quantized matrices.
+uses it (through transformers and PEFT), ``network`` builds the course's network with quantised matrices.
 """

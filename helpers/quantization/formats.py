@@ -4,7 +4,7 @@
 * int4 with one scale per row: the format of ChatGLM's own ``quantization_bit 4`` and ``model.quantize(4)``;
 * NF4 with one scale per block of 64 weights: QLoRA (Dettmers et al. 2023), which bitsandbytes uses for 4 bits.
 
-All three are absmax quantization: a scale maps the largest weight of its group to the largest codebook entry, and every
+All three are absmax quantisation: a scale maps the largest weight of its group to the largest codebook entry, and every
 weight is replaced by the nearest entry.
 """
 
@@ -21,7 +21,7 @@ OUTERMOST_QUANTILE = 0.9677083
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A quantized matrix.
+    """A quantised matrix.
 
     Attributes:
         codes: Index into the codebook, per weight [rows, columns], uint8.
@@ -64,17 +64,17 @@ def _quantize_rows(weight: Tensor, largest: int) -> QuantizedMatrix:
 
 
 def int8_rows(weight: Tensor) -> QuantizedMatrix:
-    """Quantize ``weight`` [rows, columns] to the integers -127 to 127, with a scale per row."""
+    """Quantise ``weight`` [rows, columns] to the integers -127 to 127, with a scale per row."""
     return _quantize_rows(weight, 127)
 
 
 def int4_rows(weight: Tensor) -> QuantizedMatrix:
-    """Quantize ``weight`` [rows, columns] to the integers -7 to 7, with a scale per row: ChatGLM's own 4 bits."""
+    """Quantise ``weight`` [rows, columns] to the integers -7 to 7, with a scale per row: ChatGLM's own 4 bits."""
     return _quantize_rows(weight, 7)
 
 
 def nf4(weight: Tensor, block_size: int = BLOCK_SIZE) -> QuantizedMatrix:
-    """Quantize ``weight`` [rows, columns] to NF4, with a scale per ``block_size`` consecutive weights.
+    """Quantise ``weight`` [rows, columns] to NF4, with a scale per ``block_size`` consecutive weights.
 
     Raises:
         ValueError: The weights do not divide into blocks.

@@ -11,11 +11,11 @@ _REPACKS_FOR_AVX512 = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes'
 def quantization_config(quantization_bits: int, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return the argument ``quantization_config`` of ``from_pretrained``.
 
-    Embedding, output layer, biases and norms are not quantized.
+    Embedding, output layer, biases and norms are not quantised.
 
     Args:
         quantization_bits: 8 for int8 with a scale per row; 4 for NF4 with a scale per 64 weights and the scales
-            quantized again (QLoRA, section 3).
+            quantised again (QLoRA, section 3).
         compute_dtype: Dtype of the matmuls with 4-bit weights.
 
     Returns:
@@ -54,7 +54,7 @@ def full_numel(parameter: nn.Parameter) -> int:
 def exclude_frozen_from_ddp(model: nn.Module) -> None:
     """Exclude frozen parameters from the broadcast with which DDP starts; every rank must load them itself.
 
-    DDP would broadcast the codes of quantized weights but not their scales, which are not parameters. A rank would then
+    DDP would broadcast the codes of quantised weights but not their scales, which are not parameters. A rank would then
     combine the codes of rank 0 with its own scales.
 
     Args:

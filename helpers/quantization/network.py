@@ -1,4 +1,4 @@
-"""Build the course's network with random, quantized weights, one matrix at a time on the device.
+"""Build the course's network with random, quantised weights, one matrix at a time on the device.
 
 So the 6B model in 4 bits never needs the 12 GB of its 16-bit weights.
 """
@@ -26,10 +26,10 @@ def build_quantized(
 
     Args:
         shape: The model.
-        quantization_bits: Of the matrices inside the layers: 16 (not quantized), 8 or 4.
+        quantization_bits: Of the matrices inside the layers: 16 (not quantised), 8 or 4.
         device: Where to build it.
         dtype: Of all other parameters, and of the matmuls.
-        seed: A seed gives the same weights before quantization, whatever ``quantization_bits`` is.
+        seed: A seed gives the same weights before quantisation, whatever ``quantization_bits`` is.
 
     Returns:
         The network on ``device``.
@@ -59,13 +59,13 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator, device: to
 
 
 def _quantized(module: nn.Module, name: str, value: Tensor, quantization_bits: int) -> nn.Parameter:
-    """Quantize ``value`` if it is the weight of one of bitsandbytes' layers."""
+    """Quantise ``value`` if it is the weight of one of bitsandbytes' layers."""
     import bitsandbytes as bnb
 
     if quantization_bits == 16 or name != "weight" or not isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
         return nn.Parameter(value, requires_grad=False)
     if quantization_bits == 4:
-        # Moving a Params4bit to its device quantizes it.
+        # Moving a Params4bit to its device quantises it.
         # bitsandbytes annotates `to` as the method of a Module, though a Params4bit is a Parameter.
         return bnb.nn.Params4bit(value, **vars(module.weight)).to(device=value.device)  # type: ignore[misc]
     codes, scales, _ = bnb.functional.int8_vectorwise_quant(value.half())
