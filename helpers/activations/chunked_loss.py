@@ -30,7 +30,7 @@ def chunked_cross_entropy(
     still take part in collectives; the ordinary loss would be 0/0.
 
     At most ``chunk`` x vocabulary logits exist at a time, at 4 bytes each (6 if the matrix multiplication is in 16
-    bit). There is no second derivative.
+    bit). Second derivatives are not supported.
 
     * Trainable head: forward keeps 12 bytes per target; backward recomputes the logits (one more matrix multiplication)
       and accumulates the head's gradient over chunks in the dtype of the matrix multiplication.

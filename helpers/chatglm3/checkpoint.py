@@ -120,7 +120,7 @@ def resolve_folder(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of a checkpoint. Raises UserError if there is none, or it is not a JSON object."""
+    """Read the ``config.json`` of a checkpoint. Raises UserError if it is missing, or not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"

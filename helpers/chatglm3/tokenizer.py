@@ -177,7 +177,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         This is transformers' method of the same name, but it works on ids: in a template's text, nothing could keep a
         user's ``<|assistant|>`` from becoming the role token. ``truncation`` keeps the first ``max_length`` ids.
-        ``return_assistant_tokens_mask`` adds ``assistant_masks``: 1 where a token is trained, the stop token included.
+        ``return_assistant_tokens_mask`` adds ``assistant_masks``: 1 for trained tokens, the stop token included.
 
         Raises:
             TypeError: An option is on that ChatGLM3's layout has no use for, such as ``documents``.

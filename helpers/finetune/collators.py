@@ -13,8 +13,8 @@ from helpers.activations.chunked_loss import IGNORE_INDEX
 def shift_labels(labels: Tensor) -> Tensor:
     """Move each label to the position that predicts it, one to the left.
 
-    This is the only place where training shifts labels: batches carry both keys, and transformers' loss and Trainer
-    use ``shift_labels`` where a batch has it.
+    Training shifts labels only here. Batches carry both keys, and transformers' loss and Trainer prefer
+    ``shift_labels``.
 
     Args:
         labels: The token ids to learn, aligned with the input; ``IGNORE_INDEX`` elsewhere, [rows, tokens].

@@ -36,21 +36,10 @@ def reply(
     sample: bool = False,
     streamer: BaseStreamer | None = None,
 ) -> Message:
-    """Generate the assistant's next message.
+    """Generate the assistant's next message: greedy, or sampled with ``SAMPLING``.
 
-    Args:
-        model: As :func:`helpers.finetune.loading.load_for_inference` returns it.
-        tokenizer: The model's.
-        messages: The conversation so far.
-        max_new_tokens: Tokens of the answer, at most.
-        sample: Sample with ``SAMPLING``; otherwise the answer is greedy.
-        streamer: Receives the tokens while they are generated.
-
-    Returns:
-        A message with ``role``, ``metadata`` (the name of the tool that is called, or empty) and ``content``.
-
-    Raises:
-        UserError: The conversation leaves no room for an answer.
+    ``streamer`` receives the tokens while they are generated. The message has ``role``, ``content``, and ``metadata``
+    (the name of the tool that is called, or empty). Raises UserError if the conversation leaves no room for an answer.
     """
     prompt = encode_conversation(tokenizer, messages, add_generation_prompt=True).input_ids
     # Only the base declares its configuration, and that it can generate; a PeftModel passes both on.

@@ -1,4 +1,4 @@
-"""Packing: several short rows in one sequence of fixed length, so that nothing is spent on padding.
+"""Packing: several short rows in one sequence of fixed length, so that no computation goes into padding.
 
 A row still sees only itself: position ids restart at 0 in every row, and attention ends at its boundaries
 (``helpers.finetune.packed_attention``). The rest of a pack is filled with padding, which counts as rows of its own.
@@ -92,7 +92,7 @@ def packed_features(features: Dataset, capacity: int, seed: int) -> Dataset:
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Make batches of packs. Batches of as many packs all have the same shapes, so nothing is compiled twice.
+    """Make batches of packs. Batches of as many packs all have the same shapes, so layers compile once.
 
     Args:
         pad_token_id: Token id to pad with.
