@@ -1,7 +1,6 @@
 """Extend transformers' Trainer for a LoRA adapter: small atomic checkpoints, offloading, scored answers."""
 
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from helpers.activations import CHECKPOINT_BYTES_IN_FLIGHT
 from helpers.activations.offload import OffloadedActivations
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError
@@ -23,7 +23,6 @@ from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
 from helpers.finetune.speed import evaluation_mode
-from helpers.memory.predict.saved_tensors import CHECKPOINTS_IN_FLIGHT
 from helpers.memory.units import MIB
 
 
@@ -88,8 +87,9 @@ class LoraTrainer(Trainer):
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        offload = self.offload_checkpoints and self.model.training
-        with OffloadedActivations(self.model, max_in_flight_bytes=CHECKPOINTS_IN_FLIGHT) if offload else nullcontext():
+        if not (self.offload_checkpoints and self.model.training):
+            return super().compute_loss(model, *args, **kwargs)
+        with OffloadedActivations(self.model, max_in_flight_bytes=CHECKPOINT_BYTES_IN_FLIGHT):
             return super().compute_loss(model, *args, **kwargs)
 
     def evaluate(

@@ -10,12 +10,10 @@ keeps anyway: RMSNorm's input in fp32, SwiGLU's two halves and its SiLU, and q, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from helpers.activations import CHECKPOINT_BYTES_IN_FLIGHT
 from helpers.memory.predict.configuration import Configuration
 
 FP32 = 4
-# Bytes of layer inputs that may be on their way to host memory, or back, beside the one in use. A choice: those of 4
-# layers with 2,048 tokens of the 6B model.
-CHECKPOINTS_IN_FLIGHT = 2**26
 INT64 = 8
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
@@ -187,7 +185,7 @@ def saved_checkpoints(configuration: Configuration) -> list[SavedTensor]:
     c = configuration
     size, count = c.tokens * c.shape.hidden * c.residual_bytes, c.shape.layers
     if c.offloaded_checkpoints:
-        count = min(count, 2 + CHECKPOINTS_IN_FLIGHT // size)
+        count = min(count, 2 + CHECKPOINT_BYTES_IN_FLIGHT // size)
     return [
         SavedTensor("layer input", size, count),
         SavedTensor("rotary cosine and sine", c.sequence_length * (c.shape.head_dim // 2) * c.residual_bytes, 2),
