@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from helpers.memory.predict import Configuration
-from helpers.memory.predict.build import base_model, with_adapter
+from helpers.memory.predict.build import add_adapter, build_without_adapter
 
 
 def glm(c: Configuration, device: str = "cpu") -> torch.nn.Module:
     """The model of a configuration, with its adapter."""
     with torch.device(device):
-        return with_adapter(c, base_model(c, device))
+        return add_adapter(c, build_without_adapter(c, device))
 
 
 def fused_dropout(x, p=0.5, training=True, inplace=False):

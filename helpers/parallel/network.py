@@ -13,7 +13,7 @@ from transformers import GlmForCausalLM
 
 from helpers.hardware import Machine
 from helpers.memory.predict import Configuration, ModelShape
-from helpers.memory.predict.build import base_model
+from helpers.memory.predict.build import build_base_model
 from helpers.memory.predict.planner import fits
 
 # 8 layers make 2, 4 or 8 pipeline stages. Everything divides by 4, and 4 tensor ranks are more than key groups.
@@ -63,7 +63,7 @@ def build(
     # The caller's random state stays as it was: fork_rng restores it.
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
-        model = base_model(Configuration(shape, lora=None, precision="fp32"), device)
+        model = build_base_model(shape, torch.float32, device)
     return model.to(dtype)  # type: ignore[arg-type]  # transformers annotates its wrapper of to() as unbound
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM
 from transformers.integrations import replace_with_bnb_linear
 
-from helpers.memory.predict import Configuration, ModelShape
-from helpers.memory.predict.build import base_model
+from helpers.memory.predict import ModelShape
+from helpers.memory.predict.build import build_base_model
 from helpers.quantization.library import keep_layout, quantization_config
 
 INITIALIZER_RANGE = 0.02  # standard deviation of transformers' initial weights
@@ -34,7 +34,7 @@ def build_quantized(
     Returns:
         The network on ``device``.
     """
-    model = base_model(Configuration(shape, lora=None, precision="fp32"), "meta")
+    model = build_base_model(shape, torch.float32, "meta")
     if quantization_bits != 16:
         replace_with_bnb_linear(model, ["lm_head"], quantization_config(quantization_bits, dtype))
         setattr(model, f"is_loaded_in_{quantization_bits}bit", True)

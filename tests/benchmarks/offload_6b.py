@@ -31,7 +31,7 @@ from helpers.files import atomic_write
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, device, environment, run
 from helpers.memory.phases import phase
-from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.predict import ModelShape
 from helpers.memory.units import GIB
 from helpers.parallel.network import TINY
 
@@ -132,10 +132,10 @@ def deepspeed_config(setting: Setting) -> dict[str, Any]:
 
 def build(shape: ModelShape, setting: Setting) -> nn.Module:
     """Build the network with random weights on this rank's device, or partitioned if ZeRO-3 is active."""
-    from helpers.memory.predict.build import base_model
+    from helpers.memory.predict.build import build_base_model
 
     # The checkpointing switch is the model's own; its name differs between transformers' versions.
-    network = base_model(Configuration(shape, lora=None, precision="bf16"), device())
+    network = build_base_model(shape, torch.bfloat16, device())
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     return WithLoss(network, setting.chunk).train()

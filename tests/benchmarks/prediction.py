@@ -108,15 +108,18 @@ def configurations(world_size: int) -> dict[str, Configuration]:
 
 def build(configuration: Configuration, device: torch.device) -> torch.nn.Module:
     """Build the model on ``device`` with random weights, and its adapter."""
-    from helpers.memory.predict.build import base_model, with_adapter  # with transformers and peft: in the ranks
+    from helpers.memory.predict.build import (  # with transformers and peft: in the ranks
+        add_adapter,
+        build_without_adapter,
+    )
 
-    model = base_model(configuration, device)
+    model = build_without_adapter(configuration, device)
     if configuration.strategy.zero_stage == 3:
         # Partitioned before it gets its adapter, as by from_pretrained: the adapter then stays in fp32.
         import deepspeed  # looks for its accelerator when it is imported
 
         deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(configuration))
-    return with_adapter(configuration, model)
+    return add_adapter(configuration, model)
 
 
 def batch(configuration: Configuration, step: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,16 +1,24 @@
-"""The real model that a configuration describes, with random weights: what a prediction is held against."""
+"""Build the real model that a configuration describes, with random weights, to hold a prediction against."""
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GlmConfig, GlmForCausalLM
 
-from helpers.memory.predict.configuration import Configuration
+from helpers.memory.predict.configuration import Configuration, ModelShape
 
 
-def base_model(configuration: Configuration, device: torch.device | str) -> GlmForCausalLM:
-    """The network without an adapter, made on ``device``, in training mode and with checkpointing where it is asked."""
-    c, shape = configuration, configuration.shape
+def build_base_model(shape: ModelShape, dtype: torch.dtype, device: torch.device | str) -> GlmForCausalLM:
+    """Build the network without an adapter, in training mode.
+
+    Args:
+        shape: Its sizes.
+        dtype: Type of its parameters.
+        device: Where it is built; "meta" allocates nothing.
+
+    Returns:
+        The network, with transformers' random weights.
+    """
     config = GlmConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -26,14 +34,22 @@ def base_model(configuration: Configuration, device: torch.device | str) -> GlmF
         use_cache=False,
     )
     with torch.device(device):
-        model = GlmForCausalLM._from_config(config, dtype=torch.float32 if c.residual_bytes == 4 else torch.bfloat16)
-    if c.checkpointing:
+        model = GlmForCausalLM._from_config(config, dtype=dtype)
+    model.train()
+    return model
+
+
+def build_without_adapter(configuration: Configuration, device: torch.device | str) -> GlmForCausalLM:
+    """Build a configuration's network without its adapter; its layers checkpoint if the configuration says so."""
+    dtype = torch.float32 if configuration.residual_bytes == 4 else torch.bfloat16
+    model = build_base_model(configuration.shape, dtype, device)
+    if configuration.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    return model
 
 
-def with_adapter(configuration: Configuration, model: nn.Module) -> nn.Module:
-    """``model`` with the configuration's LoRA adapter, on the model's device; the same model where there is none."""
+def add_adapter(configuration: Configuration, model: nn.Module) -> nn.Module:
+    """Add the configuration's LoRA adapter on the model's device; without one, return ``model`` as it is."""
     lora = configuration.lora
     if lora is None:
         return model
