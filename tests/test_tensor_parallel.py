@@ -307,7 +307,7 @@ def wrong_uses():
 @pytest.mark.parametrize(
     ("number", "line"),
     [
-        (0, "the model is divided already"),
+        (0, "the model is sharded already"),
         (1, "31 tokens per sequence do not divide by 2 ranks"),
         (2, "recompute_all_gather=True needs sequence_parallel=True"),
     ],
