@@ -17,7 +17,7 @@ REPORT_LOCATION, EXIT = "report location", "exit"
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What a rank needs to start."""
+    """The settings and the pickled function with which a rank starts."""
 
     rank: int
     world_size: int

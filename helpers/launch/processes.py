@@ -31,7 +31,7 @@ from helpers.launch.shared_memory import find_segments, remove_segments
 
 # After the first sign of a failure: another rank may be its cause, and that rank's message still on the way.
 CAUSE_SECONDS = 0.25
-LOCATION_SECONDS = 2.0  # for ranks to report where they are
+LOCATION_SECONDS = 2.0  # for ranks to report their location
 EXIT_SECONDS = 10.0  # for ranks to close their connections after all have returned
 
 
@@ -202,7 +202,7 @@ class RankProcesses:
         return exception_error(first, self.world_size, failed[first])
 
     def _timeout(self, timeout: float) -> RankError:
-        """Ask the ranks that have not returned where they are."""
+        """Ask the ranks that have not returned for their location."""
         running = [rank for rank in self.ranks if not rank.done and not rank.disconnected]
         for rank in running:
             with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ SEGMENTS = Path("/dev/shm")
 
 
 def find_segments(process_groups: Iterable[int]) -> set[Path]:
-    """Return the named segments that processes of these groups have mapped or open; empty if there is no /proc."""
+    """Return the named segments that processes of these groups have mapped or open; empty without /proc."""
     groups = set(process_groups)
     found: set[Path] = set()
     for process in Path("/proc").glob("[0-9]*"):
