@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.errors import UserError
-from helpers.memory.nvml import Memory, Nvml, Sampler, gpu_table, open_nvml, select_uuids, without_reserved
+from helpers.memory.nvml import Memory, Nvml, gpu_table, open_nvml, select_uuids, without_reserved
 from helpers.memory.phases import Phase, PhaseLog, across_ranks, read_phases
+from helpers.memory.sampler import Sampler
 from helpers.memory.timeline import CurveRecorder, GpuCurve, Timeline, downsample
 
 NO_DRIVER = "NVML: not available, no NVIDIA driver answers here (NVML Shared Library Not Found)"

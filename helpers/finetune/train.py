@@ -37,8 +37,8 @@ from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
 from helpers.hardware import apply_nccl_environment
 from helpers.libraries.quiet import quiet_libraries
-from helpers.memory.nvml import Sampler
 from helpers.memory.phases import PhaseLog
+from helpers.memory.sampler import Sampler
 from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
 from helpers.quantization.library import exclude_frozen_from_ddp, full_numel, keep_layout, quantization_config

@@ -18,8 +18,8 @@ from helpers.launch.messages import Done, RankSetup
 from helpers.launch.processes import Progress, RankProcesses
 from helpers.launch.server import start_server
 from helpers.memory.measured import Measured, RankMemory
-from helpers.memory.nvml import Sampler
 from helpers.memory.phases import read_phases
+from helpers.memory.sampler import Sampler
 from helpers.memory.timeline import Timeline
 
 

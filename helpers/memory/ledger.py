@@ -22,6 +22,7 @@ from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES
 from helpers.memory.saved_tensors import SavedTensors
 from helpers.memory.storages import storages, tensors_in
+from helpers.memory.table import Table
 from helpers.memory.units import unit_for
 
 PARAMETERS, GRADIENTS, STATES, BUFFERS, ACTIVATIONS, COMMUNICATION = CATEGORIES
@@ -82,13 +83,12 @@ class Ledger:
         return self.devices.get(device, dict.fromkeys(CATEGORIES, 0))
 
     def summary(self) -> str:
-        """One line per category with a column per device, and the totals; GiB, MiB or KiB."""
+        """Print one line per category and for the total, with a column per device, in GiB, MiB or KiB."""
         unit = unit_for([self.total])
-        columns = {device: (*held.values(), sum(held.values())) for device, held in self.devices.items()}
-        lines = [f"rank {self.rank}, {unit.name}".ljust(24) + "".join(f"{device:>12}" for device in columns)]
-        for place, name in enumerate((*CATEGORIES, "total")):
-            lines.append(name.ljust(24) + "".join(f"{unit.amount(held[place]):>12}" for held in columns.values()))
-        return "\n".join(lines)
+        columns = [(*held.values(), sum(held.values())) for held in self.devices.values()]
+        names = (*CATEGORIES, "total")
+        rows = [[name, *map(unit.amount, sizes)] for name, *sizes in zip(names, *columns, strict=True)]
+        return str(Table([f"rank {self.rank}, {unit.name}", *self.devices], rows))
 
 
 def count_bytes(model: nn.Module, optimizer: Any = None, activations: SavedTensors | None = None) -> Ledger:

@@ -1,7 +1,8 @@
-"""What the NVIDIA driver says about GPU memory: devices, used bytes, and a sampler for a curve over time.
+"""Read GPU memory from the NVIDIA driver: devices, and bytes in use.
 
 NVML counts everything that occupies a GPU: CUDA contexts, NCCL buffers, the allocator's cache, other processes. It
-needs no CUDA context of its own. Without a driver every function says so and gives ``None``; no number is made up.
+needs no CUDA context of its own. Without a driver every function returns None or a line that explains it; no number is
+made up.
 
     python -m helpers.memory.nvml      prints a table of the visible GPUs
 """
@@ -10,23 +11,28 @@ import atexit
 import functools
 import os
 import re
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import pynvml
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.memory.timeline import CurveRecorder, GpuCurve, Timeline
+from helpers.memory.table import Table
 from helpers.memory.units import GIB
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU or MIG instance; ``index`` is the one that ``torch.device("cuda", index)`` means."""
+    """A GPU or MIG instance.
+
+    Attributes:
+        index: Its number in ``torch.device("cuda", index)``.
+        name: Of the model.
+        uuid: The driver's identifier, which begins with "GPU-" or "MIG-".
+        capability: CUDA compute capability, (major, minor).
+        handle: NVML's handle.
+    """
 
     index: int
     name: str
@@ -48,9 +54,12 @@ class Memory:
 
 
 class Nvml:
-    """A session with NVML through ``library`` (the ``pynvml`` module, or one that answers like it).
+    """A session with NVML.
 
-    ``unavailable`` is None, or the one line that says why there is no NVML.
+    ``unavailable`` is None, or one line that explains why there is no NVML; ``driver`` and ``cuda`` are its versions.
+
+    Args:
+        library: The ``pynvml`` module, or a stand-in.
     """
 
     def __init__(self, library: Any = pynvml) -> None:
@@ -69,19 +78,25 @@ class Nvml:
         self.cuda = (version // 1000, version % 1000 // 10)
 
     def close(self) -> None:
-        """End the session; NVML counts sessions, so others in this process go on."""
+        """End the session. NVML counts sessions: others in this process continue."""
         if self.unavailable is None:
             self._library.nvmlShutdown()
             self.unavailable = "NVML: not available, the session is closed"
 
     def installed_names(self) -> list[str]:
-        """Names of all GPUs of the machine, hidden ones included; empty without a driver."""
+        """List the names of all GPUs of the machine, hidden ones included; empty without a driver."""
         return [self._library.nvmlDeviceGetName(handle) for handle in self._physical_handles()]
 
     def visible(self, environ: Mapping[str, str] | None = None) -> list[Device]:
-        """The devices that a process with this ``CUDA_VISIBLE_DEVICES`` sees, in torch's order; empty without a driver.
+        """List the devices that a process with this ``CUDA_VISIBLE_DEVICES`` sees, in torch's order.
 
-        NVML numbers GPUs by PCI bus. CUDA does so when all are of one model, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+        NVML numbers GPUs by PCI bus. CUDA does so if all are of one model, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+
+        Args:
+            environ: Environment of the process; None is this process's own.
+
+        Returns:
+            The devices; none without a driver.
         """
         handles: dict[str, Any] = {}
         physical: dict[str, list[str]] = {}
@@ -96,7 +111,7 @@ class Nvml:
         return [self._device(index, uuid, handles[uuid]) for index, uuid in enumerate(selected)]
 
     def memory(self, device: Device) -> Memory | None:
-        """One reading (about 10 µs); None where the GPU shares the host's memory and NVML has no figure for it."""
+        """Read a device (about 10 µs); None if it shares the host's memory, for which NVML has no number."""
         library = self._library
         try:
             try:
@@ -109,7 +124,7 @@ class Nvml:
         return without_reserved(info.total, info.used, info.free, info.reserved)
 
     def used_bytes(self, index: int) -> int | None:
-        """Bytes in use on ``torch.device("cuda", index)`` by all processes; None where NVML has no figure."""
+        """Return the bytes in use on ``torch.device("cuda", index)`` by all processes; None if NVML has no number."""
         if self.unavailable is not None:
             return None
         devices = self.visible()
@@ -129,7 +144,7 @@ class Nvml:
         try:
             if library.nvmlDeviceGetMigMode(handle)[0] != library.NVML_DEVICE_MIG_ENABLE:
                 return []
-        except library.NVMLError:  # a GPU that knows no MIG answers "not supported", an old driver "not found"
+        except library.NVMLError:  # a GPU without MIG answers "not supported", an old driver "not found"
             return []
         found = []
         for slot in range(library.nvmlDeviceGetMaxMigDeviceCount(handle)):
@@ -149,39 +164,49 @@ class Nvml:
 
 @functools.cache
 def open_nvml() -> Nvml:
-    """This process's NVML session: opened by the first caller, ended when the process ends."""
+    """Open this process's NVML session, or return the one that is open.
+
+    Returns:
+        The session, which ends with the process.
+    """
     session = Nvml()
     atexit.register(session.close)
     return session
 
 
 def select_uuids(selection: str | None, physical: Mapping[str, Sequence[str]]) -> list[str]:
-    """What ``CUDA_VISIBLE_DEVICES`` selects, by CUDA's rules (CUDA Programming Guide, environment variables).
+    """Apply ``CUDA_VISIBLE_DEVICES`` by CUDA's rules (CUDA Programming Guide, environment variables).
 
-    ``physical`` maps each GPU's UUID, in NVML's order, to the UUIDs of its MIG instances (none when MIG is off).
-    Entries are indices or beginnings of a UUID; the first invalid one ends the list, a repeated one empties it. A GPU
-    in MIG mode stands for its first instance. A process sees one MIG instance at most (MIG user guide), and none
-    beside whole GPUs that it sees.
+    Entries are indices or the start of a UUID; the first invalid one ends the list, a repeated one empties it. A GPU in
+    MIG mode means its first instance. A process sees at most one MIG instance (MIG user guide), and none if it sees
+    full GPUs.
+
+    Args:
+        selection: The variable's value; None if it is not set.
+        physical: Each GPU's UUID, in NVML's order, with the UUIDs of its MIG instances (none if MIG is off).
+
+    Returns:
+        UUIDs of the visible devices, in torch's order.
     """
 
-    def whole(uuid: str) -> str:
+    def device_uuid(uuid: str) -> str:
         return physical[uuid][0] if physical[uuid] else uuid
 
     known = [uuid for gpu, instances in physical.items() for uuid in (gpu, *instances)]
     if selection is None:
-        chosen = [whole(uuid) for uuid in physical]
+        chosen = [device_uuid(uuid) for uuid in physical]
     else:
         chosen = []
         for entry in selection.split(","):
             number = re.match(r"\s*\+?(\d+)", entry)
             if number and int(number[1]) < len(physical):
-                chosen.append(whole(list(physical)[int(number[1])]))
+                chosen.append(device_uuid(list(physical)[int(number[1])]))
                 continue
             prefix = entry.strip()
             matches = [uuid for uuid in known if uuid.startswith(prefix)]
             if not prefix.startswith(("GPU-", "MIG-")) or len(matches) != 1:
                 break
-            chosen.append(whole(matches[0]) if matches[0] in physical else matches[0])
+            chosen.append(device_uuid(matches[0]) if matches[0] in physical else matches[0])
         if len(set(chosen)) < len(chosen):
             return []
     gpus = [uuid for uuid in chosen if uuid in physical]
@@ -189,94 +214,18 @@ def select_uuids(selection: str | None, physical: Mapping[str, Sequence[str]]) -
 
 
 def without_reserved(total: int, used: int, free: int, reserved: int) -> Memory:
-    """A version-2 reading with ``reserved`` outside ``used``.
+    """Make a reading whose ``used`` does not include ``reserved``.
 
-    NVIDIA's documentation says of some driver versions that ``used`` includes ``reserved`` and of others that it does
-    not; the sum tells which: the parts make up the total.
+    According to NVIDIA's documentation some driver versions include it and others do not. The sum of the parts shows
+    which: they make up the total.
     """
     if abs(total - used - free) < abs(total - used - free - reserved):
         used -= reserved
     return Memory(total, used, reserved)
 
 
-class Sampler:
-    """Samples all visible GPUs from a thread of this process while a block runs.
-
-        with Sampler() as sampler:
-            subprocess.run(job)
-        print(sampler.timeline().summary())
-
-    ``hz`` samples a second, the first taken before the block begins and the last after it ended. A tick costs about
-    10 µs per GPU; processes are never queried, which would stall the driver for milliseconds.
-    """
-
-    def __init__(self, nvml: Nvml | None = None, hz: float = 100.0) -> None:
-        self._nvml = nvml or open_nvml()
-        self._period = 1.0 / hz
-
-    def __enter__(self) -> "Sampler":
-        readings = {device: self._nvml.memory(device) for device in self._nvml.visible()}
-        self._curves = [(device, memory.total, CurveRecorder()) for device, memory in readings.items() if memory]
-        self._note = self._nvml.unavailable or _why_no_curve(readings)
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="nvml-sampler", daemon=True)
-        self._end: float | None = None
-        self._start = time.time()
-        self._clock = time.perf_counter()
-        if self._curves:
-            self._sample()
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._curves:
-            interrupted = self._stop.is_set()
-            self._stop.set()
-            self._thread.join()
-            if not interrupted:
-                self._sample()
-        self._end = self._elapsed()
-
-    def timeline(self) -> Timeline:
-        """The curves so far, or of the whole block once it has ended."""
-        with self._lock:
-            gpus = [
-                GpuCurve(device.index, device.name, total, list(curve.seconds), list(curve.used))
-                for device, total, curve in self._curves
-                if curve.used
-            ]
-        return Timeline(self._start, self._elapsed() if self._end is None else self._end, gpus, self._note)
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._clock
-
-    def _run(self) -> None:
-        due = time.perf_counter()
-        while True:
-            # Ticks that were missed are left out, not made up for.
-            due = max(due + self._period, time.perf_counter())
-            if self._stop.wait(due - time.perf_counter()):
-                return
-            self._sample()
-
-    def _sample(self) -> None:
-        now = self._elapsed()
-        try:
-            readings = [self._nvml.memory(device) for device, _, _ in self._curves]
-        except self._nvml.errors as error:
-            self._note = f"NVML: stopped answering after {now:.1f} s ({error}); the curves end there"
-            self._stop.set()
-            return
-        with self._lock:
-            for (_, _, curve), reading in zip(self._curves, readings, strict=True):
-                if reading:
-                    curve.add(now, reading.used)
-
-
-def _why_no_curve(readings: Mapping[Device, Memory | None]) -> str | None:
+def no_figures(readings: Mapping[Device, Memory | None]) -> str | None:
+    """Explain in one line why some GPUs have no reading; None if all have one."""
     if not readings:
         return "NVML: no GPU is visible to this process (see CUDA_VISIBLE_DEVICES)"
     silent = [f"GPU {device.index} {device.name}" for device, memory in readings.items() if memory is None]
@@ -284,24 +233,17 @@ def _why_no_curve(readings: Mapping[Device, Memory | None]) -> str | None:
 
 
 def gpu_table(nvml: Nvml) -> str:
-    """The visible GPUs with their memory in GiB, one line each, or the one line that says why there is none."""
+    """List the visible GPUs with their memory in GiB, or explain in one line why there is none."""
     readings = {device: nvml.memory(device) for device in nvml.visible()}
     if not readings:
-        return nvml.unavailable or str(_why_no_curve(readings))
-    rows = [("GPU", "name", "used GiB", "total GiB", "reserved GiB")]
+        return nvml.unavailable or str(no_figures(readings))
+    rows = []
     for device, memory in readings.items():
-        figures = (
-            ("not available",) * 3 if memory is None else (_gib(memory.used), _gib(memory.total), _gib(memory.reserved))
-        )
-        rows.append((str(device.index), device.name, *figures))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+        figures = ["not available"] * 3
+        if memory is not None:
+            figures = [_gib(memory.used), _gib(memory.total), _gib(memory.reserved)]
+        rows.append([str(device.index), device.name, *figures])
+    return str(Table(["GPU", "name", "used GiB", "total GiB", "reserved GiB"], rows, text_columns=2))
 
 
 def _gib(amount: int | None) -> str:

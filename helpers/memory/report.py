@@ -1,9 +1,9 @@
-"""The course's memory report: predicted, counted and measured bytes side by side, and names for what is left over.
+"""Report memory: predicted, counted and measured bytes side by side, and a name for each remainder.
 
     reports = [RankReport(rank, predicted, ledger.on("cuda"), memory) for rank, memory in enumerate(measured.ranks)]
     memory_table(reports)
 
-The inputs are plain mappings of bytes. A number that nobody measured reads "not available"; none is made up.
+The inputs are plain mappings of bytes. A number that was not measured reads "not available".
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES, ITEMS, OUTSIDE_TORCH
 from helpers.memory.measured import RankMemory
+from helpers.memory.table import Table
 from helpers.memory.units import Unit, unit_for
 
 NOT_COUNTED, CACHE, CONTEXT = "not counted: temporaries", "allocator cache", "CUDA context and NCCL"
@@ -21,7 +22,12 @@ SOURCES = ("predicted", "counted", "allocated", "reserved", "NVML")
 
 @dataclass(frozen=True)
 class Difference:
-    """The prediction is ``percent`` above (below where negative) what ``source`` says."""
+    """How far a prediction is off.
+
+    Attributes:
+        source: The measurement that it is compared with.
+        percent: How far the prediction is above it; negative if it is below.
+    """
 
     source: str
     percent: float
@@ -29,10 +35,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank's bytes: ``predicted`` by item, ``counted`` by category (see categories.py), and ``measured``.
+    """One rank's memory from all sources.
 
-    An item that is not named is predicted, or counted, to be 0. ``predicted`` may be empty. Raises
-    :class:`UserError` on an unknown item, on what is no number of bytes, and on more allocated than reserved bytes.
+    Attributes:
+        rank: The rank.
+        predicted: Bytes by item (see categories.py); a missing item counts as 0. May be empty.
+        counted: Bytes by category, from the ledger; a missing category counts as 0.
+        measured: The rank's peaks.
+
+    Raises:
+        UserError: An item is unknown, a value is not a number of bytes, or more bytes are allocated than reserved.
     """
 
     rank: int
@@ -54,7 +66,7 @@ class RankReport:
 
     @property
     def totals(self) -> Mapping[str, int | None]:
-        """Bytes by source; None where there is no such number."""
+        """Bytes by source; None if it has no number."""
         return {
             "predicted": sum(self.predicted.values()) if self.predicted else None,
             "counted": sum(self.counted.values()),
@@ -65,10 +77,10 @@ class RankReport:
 
     @property
     def left_over(self) -> Mapping[str, int | None]:
-        """What each source has beyond the one before it, in bytes, by its name; None where either has no number.
+        """Bytes each source reports beyond the previous one, by name; None if either is unknown.
 
-        The count is of one moment and the others are peaks, so a negative rest is possible. It says that the peaks
-        were read over another stretch than the one counted in.
+        The ledger counts at one point in time and the others are peaks, so a remainder can be negative: then the peaks
+        were read over a stretch that does not contain that point.
         """
         totals = self.totals
         return {
@@ -79,11 +91,12 @@ class RankReport:
 
     @property
     def difference(self) -> Difference | None:
-        """How far the prediction is off, like against like; None where there is none, or nothing to compare it with.
+        """How far the prediction is off, like against like; None without a prediction or a measurement.
 
-        The whole against NVML, where the prediction has items outside of torch's memory and NVML a number. Else what
-        lies in torch's memory, against the allocated bytes; and where torch counts none (on a CPU) the same against
-        the ledger, without the allocator's rounding. What autograd keeps of logits and loss is in its activations.
+        If the prediction has items outside torch's memory and NVML has a number, everything is compared with NVML.
+        Otherwise the part inside torch's memory is compared with the allocated bytes. On a CPU, for which torch counts
+        none, it is compared with the ledger, without the allocator's rounding. The ledger counts what autograd saves of
+        logits and loss as activations.
         """
         if not self.predicted:
             return None
@@ -95,15 +108,15 @@ class RankReport:
             source, predicted = "allocated", sum(inside.values())
         else:
             source, predicted = "counted", sum(inside.values()) - inside.get("allocator rounding", 0)
-        said = totals[source]
-        return Difference(source, 100 * (predicted - said) / said) if said else None
+        measured = totals[source]
+        return Difference(source, 100 * (predicted - measured) / measured) if measured else None
 
     @property
     def bars(self) -> Mapping[str, Mapping[str, int] | None]:
-        """Parts by source for :func:`helpers.plots.memory_sources`; each sums up to the source's total.
+        """Parts by source for :func:`helpers.plots.memory_sources`; each bar sums to its source's total.
 
-        A measured bar repeats what the sources before it account for, and adds the rest under its name. Where a rest
-        is negative the bar has only one part, "not told apart".
+        A measured bar repeats the parts of the sources before it, and adds the remainder under its name. If a remainder
+        is negative, the bar has only one part, "not told apart".
         """
         parts = {name: size for name, size in self.counted.items() if size}
         bars: dict[str, Mapping[str, int] | None] = {"predicted": self.predicted or None, "counted": dict(parts)}
@@ -117,37 +130,20 @@ class RankReport:
         return bars
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a header; aligned where it is printed, a table where a notebook shows it."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if place else cell.ljust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in (self.header, *self.rows)
-        )
-
-    __repr__ = __str__
-
-    def _repr_markdown_(self) -> str:
-        alignment = ["---", *["---:"] * (len(self.header) - 1)]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (self.header, alignment, *self.rows))
-
-
 def memory_table(reports: Sequence[RankReport]) -> Table:
-    """One row per category, left-over and total, one column per source, rank under rank; one unit throughout.
+    """Lay the reports out as one table: a row per category, remainder and total, a column per source.
 
-    Raises :class:`UserError` where there is no report.
+    Args:
+        reports: One report per rank; the ranks follow each other.
+
+    Returns:
+        The table, in one unit throughout.
+
+    Raises:
+        UserError: There is no report.
     """
     if not reports:
-        raise UserError("there is no report to show: make a RankReport per rank")
+        raise UserError("there is no report to show; make a RankReport for each rank")
     unit = unit_for(total for report in reports for total in report.totals.values() if total is not None)
     rows = [row for report in reports for row in _rows(report, unit, len(reports) > 1)]
     return Table([unit.name, *SOURCES, "left over"], rows)
@@ -173,8 +169,8 @@ def _rows(report: RankReport, unit: Unit, several: bool) -> list[list[str]]:
     return rows
 
 
-def _minus(whole: int | None, part: int | None) -> int | None:
-    return None if whole is None or part is None else whole - part
+def _minus(total: int | None, part: int | None) -> int | None:
+    return None if total is None or part is None else total - part
 
 
 def _check(what: str, sizes: Mapping[str, Any], known: Sequence[str]) -> None:

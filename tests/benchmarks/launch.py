@@ -79,7 +79,7 @@ def start_seconds(nprocs: int) -> list[float]:
 # Samples from one line of input to the next, in its own process, as run() does.
 SAMPLE_ON_DEMAND = """
 import sys
-from helpers.memory.nvml import Sampler
+from helpers.memory.sampler import Sampler
 while sys.stdin.readline():
     with Sampler():
         print(flush=True)
