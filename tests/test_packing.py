@@ -1,6 +1,8 @@
 """Packs: which rows go where, what a batch of them holds, and that a row in a pack is the row alone."""
 
+import inspect
 import itertools
+import json
 
 import pytest
 import torch
@@ -149,6 +151,19 @@ def test_an_adapter_on_the_output_layer_counts_in_a_chunked_loss():
         found.append(loss_and_gradients(model, padded, counted))
     assert found[0][0].item() == found[1][0].item()
     assert all(gradient.abs().max() > 0 for gradient in found[1][1])
+
+
+def test_labels_alone_get_transformers_loss_and_the_saved_model_is_the_published_one(tmp_path):
+    batch = TrainingCollator(PAD)(list(rows()))
+    model = random_model(small_config(), network=TrainedChatGLM3ForCausalLM)
+    model.loss_chunk = 7
+    chunked = model(batch["input_ids"], shift_labels=batch["shift_labels"])
+    plain = model(batch["input_ids"], labels=batch["labels"])
+    assert chunked.logits is None and plain.logits is not None
+    assert chunked.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ChatGLMModel"]
+    assert "position_ids" in inspect.signature(model.forward).parameters  # generation asks whether it may pass them
 
 
 def test_the_loss_of_every_token_is_the_one_it_has_alone():

@@ -6,7 +6,6 @@ in 32 bit), transformers builds the whole mask from the position ids, which rest
 """
 
 import inspect
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,8 +15,7 @@ from transformers import AttentionInterface
 
 IMPLEMENTATION = "packed"
 # ChatGLM3's query heads share the keys of a group. Before torch 2.12 there is no such switch, and none is needed.
-_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
-_varlen_attention = partial(varlen_attn, enable_gqa=True) if _GROUPED else varlen_attn
+_SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -58,7 +56,7 @@ def packed_attention(
     packs, heads, tokens, width = query.shape
     # The kernel knows no packs: it takes all tokens in one dimension, [packs * tokens, heads, width].
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    output = _varlen_attention(
+    output = varlen_attn(
         query,
         key,
         value,
@@ -68,6 +66,7 @@ def packed_attention(
         max_k=max_seqlen,
         window_size=(-1, 0),  # any number of tokens to the left, none to the right: causal
         scale=scaling,
+        **_SHARED_KEYS,
     )
     return cast(Tensor, output).view(packs, tokens, heads, width), None
 
