@@ -1,1 +1,1 @@
-"""Where the bytes go: predicted by formula, counted storage by storage, read from the driver."""
+"""Find where the bytes go: predicted by formula, counted storage by storage, read from the driver."""

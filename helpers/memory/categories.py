@@ -1,8 +1,8 @@
-"""The names under which the course counts and predicts bytes; the same ones in every table and figure."""
+"""Name the categories of memory, the same in every table and figure."""
 
-# What the ledger tells apart.
+# Categories of the ledger.
 CATEGORIES = ("parameters", "gradients", "optimizer states", "buffers", "activations", "communication buffers")
-# What lies outside of the memory that torch allocates.
+# Memory that torch does not allocate.
 OUTSIDE_TORCH = ("CUDA context", "NCCL")
-# What a prediction tells apart.
+# Items of a prediction.
 ITEMS = (*CATEGORIES[:5], "logits and loss", CATEGORIES[5], *OUTSIDE_TORCH, "allocator rounding")

@@ -1,10 +1,10 @@
-"""The ledger: exact bytes of a training process by category and rank, every tensor storage once.
+"""Count the exact bytes of a training process by category and rank, every tensor storage once.
 
     with SavedTensors(model) as activations:
         loss = model(**batch).loss
     print(count_bytes(model, optimizer, activations).summary())
 
-It reads what exists and allocates nothing. Temporaries inside an operation have no owner and are not in it.
+The ledger reads what exists and allocates nothing. Temporaries inside an operation have no owner; it misses them.
 """
 
 from collections import Counter
@@ -27,8 +27,8 @@ from helpers.memory.units import unit_for
 
 PARAMETERS, GRADIENTS, STATES, BUFFERS, ACTIVATIONS, COMMUNICATION = CATEGORIES
 
-# Attributes of DeepSpeed's optimizers (0.19) by what they hold; a storage counts where it is met first. All others
-# that hold tensors (fp32 masters under several names, momentum) are optimizer states.
+# Attributes of DeepSpeed's optimizers (0.19) by what they hold; the first category that claims a storage keeps it. All
+# other attributes that hold tensors (fp32 masters under several names, momentum) are optimizer states.
 DEEPSPEED_ATTRIBUTES = (
     (
         PARAMETERS,
@@ -59,10 +59,12 @@ DEEPSPEED_ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class Ledger:
-    """``devices[device][category]`` bytes of one rank, the device as in ``torch.device.type`` ("cpu", "cuda").
+    """Bytes of one rank, as plain data: ``dataclasses.asdict`` of it is JSON.
 
-    Every category of :data:`CATEGORIES` is there on every device that holds anything. Plain data:
-    ``dataclasses.asdict`` of it is JSON.
+    Attributes:
+        rank: The rank.
+        devices: Bytes by kind of device (``torch.device.type``: "cpu", "cuda") and category; each device that holds
+            anything has every category of :data:`CATEGORIES`.
     """
 
     rank: int
@@ -70,7 +72,7 @@ class Ledger:
 
     @property
     def categories(self) -> Mapping[str, int]:
-        """Bytes per category, all devices together."""
+        """Bytes per category, summed over devices."""
         return {category: sum(held[category] for held in self.devices.values()) for category in CATEGORIES}
 
     @property
@@ -79,7 +81,7 @@ class Ledger:
         return sum(self.categories.values())
 
     def on(self, device: str) -> Mapping[str, int]:
-        """Bytes per category on one kind of device; all 0 where it holds nothing."""
+        """Return the bytes per category on one kind of device; all 0 if it holds nothing."""
         return self.devices.get(device, dict.fromkeys(CATEGORIES, 0))
 
     def summary(self) -> str:
@@ -92,20 +94,30 @@ class Ledger:
 
 
 def count_bytes(model: nn.Module, optimizer: Any = None, activations: SavedTensors | None = None) -> Ledger:
-    """The bytes that ``model``, ``optimizer`` and ``activations`` hold on this rank now.
+    """Count the bytes that a model, its optimizer and its activations hold on this rank now.
 
-    ``model``: a module, PEFT's, DDP's or FSDP2's; or a DeepSpeed engine, which knows its optimizer by itself. The
-    sum over categories is the size of all distinct storages; where two categories share one, it is
+    The sum over categories is the size of all distinct storages. If two categories share a storage, it is
 
-    * a parameter rather than anything else: a weight that its optimizer works on;
-    * for a parameter gathered from its shards (ZeRO-3, FSDP2) a communication buffer: the shard is the parameter;
-    * for ZeRO's bucket a communication buffer, though gradients lie in it for a while;
-    * for DDP's bucket with ``gradient_as_bucket_view=True`` a gradient; while there are no gradients, the bucket is
-      a communication buffer.
+    * a parameter before anything else: a weight that its optimizer updates in place;
+    * a communication buffer if it is a parameter gathered from its shards (ZeRO-3, FSDP2): the shard is the parameter;
+    * a communication buffer if it is ZeRO's bucket, although gradients pass through it;
+    * a gradient if it is DDP's bucket with ``gradient_as_bucket_view=True``; without gradients, the bucket is a
+      communication buffer.
 
-    A weight that bitsandbytes quantised counts with its scales and tables, as parameters. fp32 master weights are
-    optimizer states. DDP's buckets have no tensor in Python: they are counted by the
-    parameters that they are made for, without the reducer's two integers per parameter.
+    A weight quantised by bitsandbytes counts with its scales and tables, as parameters. fp32 master weights are
+    optimizer states. DDP's buckets are not visible from Python: they are counted as the size of the parameters that
+    they are made for, without the reducer's two integers per parameter.
+
+    Args:
+        model: A module, also one wrapped by PEFT, DDP or FSDP2; or a DeepSpeed engine, which knows its optimizer.
+        optimizer: Its optimizer, of torch, DeepSpeed, accelerate or helpers.parallel; None without one.
+        activations: What autograd saved for backward; None to leave it out.
+
+    Returns:
+        Bytes per device and category.
+
+    Raises:
+        UserError: ``optimizer`` is not an optimizer.
     """
     census = _Census()
     if optimizer is None:
@@ -136,7 +148,7 @@ def count_bytes(model: nn.Module, optimizer: Any = None, activations: SavedTenso
 
 
 def gather_ledgers(ledger: Ledger) -> list[Ledger]:
-    """The ledgers of all ranks, on every rank, in order of ranks; just the one where nothing is distributed."""
+    """Gather the ledgers of all ranks, in order of ranks, on every rank; without a process group, just this one."""
     if not _distributed():
         return [ledger]
     ledgers: list[Any] = [None] * dist.get_world_size()
@@ -145,7 +157,7 @@ def gather_ledgers(ledger: Ledger) -> list[Ledger]:
 
 
 class _Census:
-    """Storages by category; the first claim of a storage stands."""
+    """Adds up storages by category; the first category that claims a storage keeps it."""
 
     def __init__(self) -> None:
         self._known: set[tuple[torch.device, int]] = set()
@@ -178,7 +190,7 @@ def _distributed() -> bool:
 
 
 def _unwrapped(optimizer: Any) -> Iterator[Any]:
-    """The optimizer and what it wraps: accelerate's and DeepSpeed's hold the next one as ``.optimizer``."""
+    """Yield the optimizer and those it wraps: accelerate's and DeepSpeed's hold the next one as ``.optimizer``."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         if not hasattr(optimizer, "param_groups"):
             raise UserError(f"{type(optimizer).__name__} is no optimizer of torch or DeepSpeed")
@@ -190,18 +202,18 @@ def _unwrapped(optimizer: Any) -> Iterator[Any]:
 def _add_parameters(census: _Census, model: nn.Module) -> None:
     parameters = list(model.parameters())
     for parameter in parameters:
-        if hasattr(parameter, "ds_id"):  # ZeRO-3: its shard, and its whole where that is gathered just now
-            census.add([parameter.ds_tensor, parameter.ds_secondary_tensor], PARAMETERS)
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: its shard, and the full parameter while it is gathered
+            census.add([getattr(parameter, name) for name in ("ds_tensor", "ds_secondary_tensor")], PARAMETERS)
             census.add(parameter, COMMUNICATION)
         census.add(parameter, PARAMETERS)
     census.add(list(quantization_states(model)), PARAMETERS)
     for parameter in parameters:
         census.add_gradient(parameter)
-        census.add(getattr(parameter, "grad_accum", None), GRADIENTS)  # ZeRO-1, where gradients add up in fp32
+        census.add(getattr(parameter, "grad_accum", None), GRADIENTS)  # ZeRO-1 accumulates gradients in fp32
 
 
 def quantization_states(model: nn.Module) -> Iterator[Tensor]:
-    """What bitsandbytes keeps beside its codes: scales and tables, attributes of the parameter or of the module."""
+    """Yield bitsandbytes' scales and tables, which are attributes of its parameters or modules."""
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes."):
             weight = module.weight
@@ -217,7 +229,7 @@ def _add_fsdp(census: _Census, model: nn.Module) -> None:
         census.add(sharded.unsharded_accumulated_grad, GRADIENTS)
         if hasattr(sharded, "_unsharded_param"):  # from the first all-gather on
             census.add_gradient(sharded._unsharded_param)
-    # What is left in them are outputs of all-gathers, the whole parameters among them, and inputs of reduce-scatters.
+    # The rest are outputs of all-gathers, full parameters among them, and inputs of reduce-scatters.
     for tensor in tensors_in(states, packages=("torch.distributed.fsdp",)):
         census.add(tensor, COMMUNICATION)
 

@@ -1,4 +1,4 @@
-"""What one run measured of its memory: torch's allocator and NVML, by rank, with the curve and the phases."""
+"""Hold what a run measured of its memory: torch's allocator and NVML per rank, the curve and the phases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,13 @@ from helpers.memory.timeline import Timeline
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Peaks of one rank in bytes; None where there is no such number (torch's and NVML's without a GPU).
+    """Peaks of one rank in bytes; None if there is no such number (torch's and NVML's without a GPU).
 
-    ``allocated`` and ``reserved`` are torch's caching allocator's, ``nvml`` is what the rank's GPU held above what it
-    held before the run, ``resident`` is the resident set of the rank's process in host memory.
+    Attributes:
+        allocated: Given to tensors by torch's caching allocator.
+        reserved: Held by torch's caching allocator.
+        nvml: Held by the rank's GPU above what it held before the run.
+        resident: Resident set of the rank's process in host memory.
     """
 
     allocated: int | None
@@ -23,7 +26,13 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Measured:
-    """``ranks[r]`` holds the peaks of rank r; ``timeline`` NVML's curves; ``phases`` what the ranks marked."""
+    """The memory of one run.
+
+    Attributes:
+        ranks: Peaks of each rank.
+        timeline: NVML's curves.
+        phases: Phases that the ranks marked.
+    """
 
     ranks: Sequence[RankMemory]
     timeline: Timeline

@@ -43,9 +43,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Memory:
-    """One reading in bytes. ``reserved`` (driver and firmware) is not part of ``used``.
+    """One reading in bytes.
 
-    A driver before 510 does not tell the two without_reserved: there ``reserved`` is None, and ``used`` includes it.
+    Attributes:
+        total: Memory of the GPU.
+        used: Bytes in use by all processes.
+        reserved: Bytes of driver and firmware, not part of ``used``. None for drivers before 510, which include them in
+            ``used``.
     """
 
     total: int

@@ -1,4 +1,4 @@
-"""The most bytes of tensors that a block of code held at one time: torch's counters on a GPU, our own on a CPU."""
+"""Measure the peak bytes of a block of code: torch's counters on a GPU, our own on a CPU."""
 
 import weakref
 from types import TracebackType
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_iter
 
 
 class PeakBytes:
-    """Counts the bytes of tensors that a block makes, at most at one time and now, on one device.
+    """Track current and peak bytes of tensors allocated inside a ``with`` block, on one device.
 
         with PeakBytes(device()) as memory:
             loss = model(**batch).loss
@@ -18,9 +18,12 @@ class PeakBytes:
             loss.backward()
         memory.peak, kept
 
-    What existed before the block is not in it; giving that free does not make the numbers smaller on a CPU. On a GPU
-    they are the allocator's, with 512-byte rounding and all temporaries, less what was allocated when the block began.
-    On a CPU they are the storages that operators return: what an operator uses inside of itself no one sees.
+    Tensors that existed before the block do not count; on a CPU, freeing them does not lower the numbers. On a GPU the
+    numbers are the allocator's, rounded to 512 bytes and with all temporaries, minus what was allocated when the block
+    began. On a CPU they are the storages that operators return; memory used inside an operator stays invisible.
+
+    Args:
+        device: The device to watch.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -46,21 +49,21 @@ class PeakBytes:
 
     @property
     def now(self) -> int:
-        """Bytes of what the block made and still holds; after the block, at its end."""
+        """Bytes that the block allocated and still holds; after the block, at its end."""
         if self._ended:
             return self._ended[0]
         return self._live.now if self._live else torch.cuda.memory_allocated(self._device) - self._before
 
     @property
     def peak(self) -> int:
-        """The most bytes at one time since the block began, to its end."""
+        """The most bytes held at one time since the block began."""
         if self._ended:
             return self._ended[1]
         return self._live.peak if self._live else torch.cuda.max_memory_allocated(self._device) - self._before
 
 
 class _Live(TorchDispatchMode):
-    """Follows every storage that an operator returns, from its birth to its end."""
+    """Follow every storage that an operator returns until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class _Live(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             key, nbytes = storage._cdata, storage.nbytes()
-            # A view, or what was changed in place, is memory that was there before.
+            # A view, or a tensor changed in place, is not new memory.
             if key not in given and key not in self._known:
                 self._known.add(key)
                 self.now += nbytes

@@ -1,7 +1,7 @@
-"""Phases of a job ("load model", "train"), marked by its ranks and read by whoever draws the memory curve.
+"""Mark the phases of a job ("load model", "train") on its ranks, and read them to draw over the memory curve.
 
-Every rank appends to a file of its own, on the wall clock (``time.time()``), so that another process on the same
-machine can lay the phases over what it sampled meanwhile.
+Every rank appends to its own file, in wall-clock time (``time.time()``), so that another process on the same machine
+can lay the phases over its samples.
 """
 
 import json
@@ -18,7 +18,14 @@ from helpers.errors import UserError
 
 @dataclass(frozen=True)
 class Phase:
-    """``name`` ran on ``rank`` from ``start`` to ``end`` (``time.time()``); ``end`` is None when it never ended."""
+    """One phase of one rank.
+
+    Attributes:
+        name: Of the phase.
+        rank: That it ran on.
+        start: When it began (``time.time()``).
+        end: When it ended; None if it never did.
+    """
 
     name: str
     rank: int
@@ -27,7 +34,7 @@ class Phase:
 
 
 class PhaseLog:
-    """Appends the phases of one rank to ``path``; see :func:`read_phases`."""
+    """Append the phases of one rank to a file that :func:`read_phases` reads."""
 
     def __init__(self, path: str | Path, rank: int = 0) -> None:
         self.path = Path(path)
@@ -36,7 +43,7 @@ class PhaseLog:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Mark the block as phase ``name``; phases may nest. The end is marked when the block raises, too."""
+        """Mark the block as phase ``name``; phases may nest. The end is marked even if the block raises."""
         self._append("begin", name)
         try:
             yield
@@ -45,8 +52,8 @@ class PhaseLog:
 
     def _append(self, event: str, name: str) -> None:
         record = {"event": event, "name": name, "rank": self.rank, "time": time.time(), "pid": os.getpid()}
-        # One write call on a descriptor opened for appending: a reader never sees half a line, and a rank that is
-        # killed leaves whole lines behind.
+        # One write call on a descriptor opened for appending: a reader never sees half a line, and a killed rank leaves
+        # complete lines behind.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(descriptor, (json.dumps(record, ensure_ascii=False) + "\n").encode())
@@ -58,27 +65,40 @@ _current: PhaseLog | None = None
 
 
 def mark_in(log: PhaseLog | None) -> None:
-    """From now on :func:`phase` of this process marks in ``log``; None ends it."""
+    """Let :func:`phase` of this process mark in ``log`` from now on; None ends that."""
     global _current
     _current = log
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """Mark a block of a rank as a phase of its run; does nothing in a process whose phases nobody collects.
+    """Mark a block of a rank as a phase of its run.
 
     with phase("forward"):
         loss = model(batch)
+
+    Args:
+        name: Of the phase; phases may nest.
+
+    Returns:
+        The context manager. It does nothing in a process without a log.
     """
     return _current.phase(name) if _current else nullcontext()
 
 
 def read_phases(paths: Iterable[str | Path]) -> list[Phase]:
-    """The phases in the given files, ordered by start. A file without records is no error, a missing one is.
+    """Read the phases that ranks marked.
 
-    A phase of a process that died has no end. Where a later process went on with the same file (a resumed run), the
-    phase ended at that process's first mark at the latest, and this is taken for its end.
+    A phase of a process that died has no end. If a later process continued the same file (a resumed run), the phase
+    ended at that process's first mark at the latest, which is taken as its end.
 
-    Raises :class:`UserError` naming file and line where a line is not a phase mark.
+    Args:
+        paths: One file per rank. A file may be empty, but has to exist.
+
+    Returns:
+        All phases, sorted by start.
+
+    Raises:
+        UserError: A file is missing, or a line of it is not a phase mark.
     """
     phases = [phase for path in paths for phase in _read_file(Path(path))]
     return sorted(phases, key=lambda phase: (phase.start, phase.rank))
@@ -94,19 +114,19 @@ def _read_file(path: Path) -> Iterator[Phase]:
     for number, line in enumerate(lines, start=1):
         try:
             mark = json.loads(line)
-            event, moment = mark["event"], float(mark["time"])
-            phase = Phase(mark["name"], mark["rank"], moment, None)
+            event, timestamp = mark["event"], float(mark["time"])
+            phase = Phase(mark["name"], mark["rank"], timestamp, None)
             if event not in ("begin", "end"):
                 raise ValueError(f"event {event!r}")
             if mark["pid"] != process:
-                yield from (_ended(left_open, moment) for left_open in open_phases)
+                yield from (_ended(left_open, timestamp) for left_open in open_phases)
                 open_phases, process = [], mark["pid"]
             if event == "begin":
                 open_phases.append(phase)
             else:
                 # The innermost open phase of this name: marks nest like the blocks that wrote them.
                 begun = next(i for i in reversed(range(len(open_phases))) if open_phases[i].name == phase.name)
-                yield _ended(open_phases.pop(begun), moment)
+                yield _ended(open_phases.pop(begun), timestamp)
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise UserError(
                 f"{path} line {number} is not a phase mark: {line[:80]!r}; delete the file and run again"
@@ -114,15 +134,15 @@ def _read_file(path: Path) -> Iterator[Phase]:
     yield from open_phases
 
 
-def _ended(phase: Phase, moment: float) -> Phase:
-    return Phase(phase.name, phase.rank, phase.start, moment)
+def _ended(phase: Phase, timestamp: float) -> Phase:
+    return Phase(phase.name, phase.rank, phase.start, timestamp)
 
 
 def across_ranks(phases: Iterable[Phase]) -> list[Phase]:
-    """One phase for all ranks: the n-th time a rank ran ``name`` joins the n-th time the others did.
+    """Join the phases of all ranks: the n-th time a rank ran a phase joins the n-th time the others did.
 
-    It lasts from the first rank's start to the last rank's end, and has no end where one rank's has none. The
-    result carries the rank that started first and is ordered by start.
+    A joined phase lasts from the first rank's start to the last rank's end, and has no end if one rank's has none. It
+    carries the rank that started first. The result is sorted by start.
     """
     occurrence: dict[tuple[str, int], int] = defaultdict(int)
     joined: dict[tuple[str, int], list[Phase]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass: its bytes, now and at the peak, and the module that made it keep them."""
+"""Count what autograd saves for backward: bytes now and at the peak, and the module that saved them."""
 
 import threading
 import weakref
@@ -17,7 +17,7 @@ from helpers.memory.storages import Storage, storages, tensors_in
 
 
 class _Kept:
-    """One storage that autograd keeps; whatever keeps it refers to this object, which dies with the last of them."""
+    """One storage that autograd keeps. Everything that keeps it refers to this object, which dies with the last."""
 
     __slots__ = ("__weakref__", "module", "storage")
 
@@ -27,7 +27,7 @@ class _Kept:
 
 
 class _Packed:
-    """What stands in the graph for a saved tensor: the thing packed, and the storages it keeps alive."""
+    """Replaces a saved tensor in the graph: what was packed, and the storages that it keeps alive."""
 
     __slots__ = ("content", "kept")
 
@@ -37,29 +37,33 @@ class _Packed:
 
 
 class SavedTensors:
-    """Records what autograd keeps for backward while a block runs; each storage counts once.
+    """Record what autograd saves for backward while a block runs; each storage counts once.
 
         with SavedTensors(model) as activations:
             loss = model(**batch).loss
         activations.total, activations.by_module
 
-    The numbers go on after the block and fall as the backward pass, or a graph that is dropped, gives tensors free.
-    Parameters and buffers of ``model`` are left out, whatever view of them was saved; the batch is in, where autograd
-    keeps it. Other ``saved_tensors_hooks`` inside the block are followed: under gradient checkpointing only the
-    inputs of the checkpointed part stay, and a tensor that ``save_on_cpu`` moved counts on the CPU. Keyword arguments
-    of a layer of ``transformers`` that checkpoints itself stay, too, in a closure that autograd does not show; they
-    are counted. A closure of one's own is not seen. bitsandbytes' 8-bit layers keep their input as an attribute of
-    their ``autograd.Function``'s context, past torch's hooks: it is counted, and free when the graph is, not before.
+    The numbers stay live after the block: they fall as backward, or a graph that is dropped, frees tensors. Parameters
+    and buffers of ``model`` do not count, whatever view of them was saved; the batch counts if autograd keeps it.
 
-    Enter the block for the forward pass: while a checkpointed part is computed again in backward, torch keeps some
-    of its tensors longer than the graph shows.
+    Other ``saved_tensors_hooks`` inside the block are followed: under gradient checkpointing only the inputs of the
+    checkpointed part count, and a tensor that ``save_on_cpu`` moved counts on the CPU. Keyword arguments of a
+    ``transformers`` layer that checkpoints itself live on in a closure that autograd does not show; they count as well.
+    Your own closures are not seen. bitsandbytes' 8-bit layers keep their input as an attribute of their
+    ``autograd.Function``'s context, past torch's hooks: it counts until the graph is freed.
+
+    Use the block around forward only: when a checkpointed part is recomputed in backward, torch keeps some of its
+    tensors longer than the graph shows.
+
+    Args:
+        model: The module whose parameters and buffers do not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._alive: weakref.WeakValueDictionary[tuple[torch.device, int], _Kept] = weakref.WeakValueDictionary()
         self._closures: dict[int, list[_Kept]] = {}
-        # A finalizer can run in the middle of anything, in this thread or in autograd's.
+        # A finalizer can run at any time, in this thread or in autograd's.
         self._lock = threading.RLock()
         self._total = 0
         self._peak = 0
@@ -74,13 +78,14 @@ class SavedTensors:
             for storage in storages(tensor)
         }
         for name, module in self._model.named_modules():
-            # Last of a module's hooks before, so that what other hooks do to the inputs is done.
+            # Registered last, so that it sees the inputs after all other hooks.
             self._handles.append(module.register_forward_pre_hook(self._begin(block_name(name)), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._end, always_call=True))
         self._enter_hooks = saved_tensors_hooks.__enter__
-        saved_tensors_hooks.__enter__ = _observed(self._pack)
-        # A leaf itself: its owner may put other memory behind it before backward. Of others a detached alias, since
-        # an output would keep its own graph alive.
+        # setattr: a type checker refuses to replace a method, which is what this does on purpose.
+        setattr(saved_tensors_hooks, "__enter__", _observed(self._pack))  # noqa: B010
+        # A leaf is kept itself: its owner may move it to other memory before backward. Other tensors are kept as a
+        # detached alias, because an output would keep its own graph alive.
         self._hooks = saved_tensors_hooks(lambda tensor: tensor if tensor.is_leaf else tensor.detach(), lambda t: t)
         self._hooks.__enter__()
         return self
@@ -89,7 +94,7 @@ class SavedTensors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
-        saved_tensors_hooks.__enter__ = self._enter_hooks
+        setattr(saved_tensors_hooks, "__enter__", self._enter_hooks)  # noqa: B010
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -101,15 +106,15 @@ class SavedTensors:
 
     @property
     def peak(self) -> int:
-        """The most bytes that were kept at one time since the block began."""
+        """The most bytes kept at one time since the block began."""
         return self._peak
 
     @property
     def by_module(self) -> Mapping[str, int]:
-        """Bytes kept now by the block of the model that ran when they were first saved, largest first.
+        """Bytes kept now, by the block of the model that ran when they were first saved; largest first.
 
-        A block is an entry of a list of modules ("model.layers.3") with all that is inside, else the module itself; ""
-        is the model's own forward, and what ran outside of it (a loss).
+        A block is an entry of a list of modules ("model.layers.3") with everything inside it, otherwise the module
+        itself; "" is the model's own forward, and what ran outside it (a loss).
         """
         counted: Counter[str] = Counter()
         for kept in list(self._alive.values()):
@@ -117,7 +122,11 @@ class SavedTensors:
         return dict(counted.most_common())
 
     def storages(self) -> list[Storage]:
-        """The storages kept now."""
+        """List the storages kept now.
+
+        Returns:
+            Each storage once.
+        """
         return [kept.storage for kept in list(self._alive.values())]
 
     def _begin(self, name: str) -> Callable[..., None]:
@@ -125,7 +134,7 @@ class SavedTensors:
             self._running.append((name, module))
             checkpointed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
             if checkpointed and module.training:
-                # Older transformers (5.17) checkpoint around this hook: there it is the caller that saves the inputs.
+                # Older transformers (5.17) checkpoint around this hook, so the caller saves the inputs.
                 self._inputs = {storage[:2]: name for tensor in tensors_in(args) for storage in storages(tensor)}
                 for key in self._inputs.keys() & self._alive.keys():
                     self._alive[key].module = name
@@ -144,8 +153,8 @@ class SavedTensors:
             self._closures[id(tensor)] = kept
             weakref.finalize(tensor, self._closures.pop, id(tensor), None)
 
-    def _keep_in_context(self, node: torch.autograd.graph.Node | None) -> None:
-        # A context is its node. What it holds by attributes lives as long as itself, and so does this list.
+    def _keep_in_context(self, node: Any) -> None:
+        # The context is the graph's node: its attributes live as long as it does, and so does this list.
         held = getattr(node, "__dict__", {})
         if held and "kept_for_ledger" not in held:
             node.kept_for_ledger = [kept for tensor in tensors_in(list(held.values())) for kept in self._track(tensor)]
@@ -160,11 +169,12 @@ class SavedTensors:
 
     def _owned(self, storage: Storage) -> bool:
         reference = self._own.get(storage[:2])
-        # A parameter gathered from shards is not where it was when the block began: ask the modules that use it. And
-        # what was an owner's memory then may be an activation's now: ask the owner.
-        owners = [owner for _, module in self._running for owner in module.parameters(recurse=False)]
-        owners += [reference()] if reference else []
-        return any(held[:2] == storage[:2] for owner in owners if owner is not None for held in storages(owner))
+        # A parameter gathered from its shards has moved since the block began: check the modules that run now. And an
+        # address freed by a parameter may have been reused by an activation: check the parameter again.
+        owners: list[Tensor] = [owner for _, module in self._running for owner in module.parameters(recurse=False)]
+        owner = reference() if reference else None
+        owners += [] if owner is None else [owner]
+        return any(held[:2] == storage[:2] for owner in owners for held in storages(owner))
 
     def _kept(self, storage: Storage) -> _Kept:
         with self._lock:
@@ -184,17 +194,17 @@ class SavedTensors:
 
 
 def block_name(name: str) -> str:
-    """The entry of the first list of modules on a module's path ("h.3" of "h.3.mlp.up"), else the whole path."""
+    """Return the entry of the first list of modules on a path ("h.3" of "h.3.mlp.up"), otherwise the path itself."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[0] + 1]) if numbers else name
 
 
 def _observed(pack: Callable[[Any], _Packed]) -> Callable[[saved_tensors_hooks], None]:
-    """In the place of ``saved_tensors_hooks.__enter__``: what the hooks pack goes through ``pack`` and back.
+    """Make a replacement for ``saved_tensors_hooks.__enter__`` that passes whatever the hooks pack through ``pack``.
 
-    Torch calls only the innermost hooks. So one's own see nothing of what is saved under checkpointing's or
-    ``save_on_cpu``'s; here those say what they keep instead.
+    Torch calls only the innermost hooks, so ours would miss what is saved under those of checkpointing or
+    ``save_on_cpu``. With the replacement, every hook reports what it keeps instead.
     """
 
     def enter(hooks: saved_tensors_hooks) -> None:

@@ -1,4 +1,4 @@
-"""Tensors reduced to the memory that they occupy: storages, each with its place and its size, none twice."""
+"""Reduce tensors to the memory that they occupy: storages with device, address and size, none twice."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,18 @@ class Storage(NamedTuple):
 
 
 def storages(tensor: Tensor) -> Iterator[Storage]:
-    """The storages of ``tensor``: the whole one of a view, the local ones of a DTensor or another wrapper.
+    """Yield the storages of a tensor.
 
-    Nothing where there is no memory: on the meta device, in an empty tensor, in a storage that was given back.
+    Args:
+        tensor: Any tensor. A view yields its complete storage, a DTensor or another wrapper its local ones.
+
+    Yields:
+        The storages; none for a tensor without memory: on the meta device, empty, or with a freed storage.
     """
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             inner = getattr(tensor, name)
-            if isinstance(inner, Tensor):  # after torch 2.11 a DTensor's mesh is among them
+            if isinstance(inner, Tensor):  # after torch 2.11 a DTensor's mesh is one of them
                 yield from storages(inner)
     elif tensor.layout == torch.sparse_coo:
         yield from storages(tensor._indices())
@@ -35,7 +39,7 @@ def storages(tensor: Tensor) -> Iterator[Storage]:
 
 
 def tensors_in(value: Any, packages: tuple[str, ...] = ()) -> Iterator[Tensor]:
-    """Every tensor that is reachable from ``value`` through containers, and through objects of ``packages``' classes.
+    """Yield every tensor reachable from ``value`` through containers, and through objects of ``packages``' classes.
 
     Modules are not entered: what belongs to a model is found through the model.
     """
@@ -53,6 +57,6 @@ def tensors_in(value: Any, packages: tuple[str, ...] = ()) -> Iterator[Tensor]:
             waiting.extend(item.values())
         elif isinstance(item, list | tuple | set | frozenset | deque):
             waiting.extend(item)
-        # A list or a mapping of a package's own class may have attributes, too.
+        # A list or a mapping of a package's own class may have attributes as well.
         if not isinstance(item, nn.Module | type) and type(item).__module__.startswith(packages):
             waiting.extend(getattr(item, "__dict__", {}).values())

@@ -1,4 +1,4 @@
-"""What NVML said over time, one curve per GPU: plain data, small on disk."""
+"""Keep what NVML measured over time, one curve per GPU: plain data, small on disk."""
 
 import json
 from collections.abc import Iterable
@@ -9,14 +9,22 @@ from helpers.errors import UserError
 from helpers.files import atomic_write
 from helpers.memory.units import GIB
 
-# A saved point takes at most 23 characters ("86400.123,343597383680,"), so that a file stays below 200 KB
-# however long the run and however many GPUs share the points.
+# A saved point takes at most 23 characters ("86400.123,343597383680,"), so a file stays below 200 KB for any length of
+# a run and any number of GPUs.
 SAVED_POINTS = 8000
 
 
 @dataclass(frozen=True)
 class GpuCurve:
-    """Used memory of one GPU: ``used[i]`` bytes at ``seconds[i]`` after the timeline's start; at least one sample."""
+    """Used memory of one GPU over time; at least one sample.
+
+    Attributes:
+        index: Of the GPU.
+        name: Of its model.
+        total_bytes: Its memory.
+        seconds: When each sample was taken, since the timeline's start.
+        used: Bytes in use at each sample.
+    """
 
     index: int
     name: str
@@ -26,7 +34,7 @@ class GpuCurve:
 
     @property
     def baseline(self) -> int:
-        """Bytes in use when sampling began: other processes, and whatever this one held already."""
+        """Bytes in use when sampling began: other processes, and what this one held already."""
         return self.used[0]
 
     @property
@@ -54,8 +62,11 @@ class GpuCurve:
 class Timeline:
     """The curves of all visible GPUs.
 
-    ``start`` is ``time.time()`` at second 0, the same clock that ranks mark their phases with; ``duration`` is in
-    seconds. ``note`` is one line that says why curves are missing or end early, ``None`` when nothing is.
+    Attributes:
+        start: ``time.time()`` at second 0, the clock with which ranks mark their phases.
+        duration: Seconds.
+        gpus: One curve per GPU.
+        note: One line that explains why curves are missing or end early; None if they are complete.
     """
 
     start: float
@@ -64,7 +75,7 @@ class Timeline:
     note: str | None
 
     def summary(self) -> str:
-        """One line per GPU with baseline, peak and difference in GiB, and the note where there is one."""
+        """Write one line per GPU with baseline, peak and difference in GiB, and the note if there is one."""
         lines = [
             f"GPU {gpu.index}: {gpu.baseline / GIB:.2f} GiB before, {gpu.peak / GIB:.2f} GiB at the peak "
             f"(+{gpu.delta / GIB:.2f}), {gpu.last / GIB:.2f} GiB after, of {gpu.total_bytes / GIB:.1f} GiB"
@@ -84,7 +95,7 @@ class Timeline:
 
     @classmethod
     def load(cls, path: str | Path) -> "Timeline":
-        """Read what :meth:`save` wrote. Raises :class:`UserError` when the file is something else."""
+        """Read what :meth:`save` wrote; raise :class:`UserError` if the file is something else."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             gpus = [GpuCurve(**gpu) for gpu in record["gpus"]]
@@ -94,10 +105,10 @@ class Timeline:
 
 
 class CurveRecorder:
-    """Collects the samples of one GPU in bounded memory.
+    """Collect the samples of one GPU in bounded memory.
 
-    A training process holds the same bytes most of the time, so a flat stretch is kept as its two ends; beyond
-    ``limit`` points the curve is thinned to half of them. A run of days needs no more memory than one of minutes.
+    A training process holds the same bytes most of the time, so a flat stretch is kept as its two ends. Beyond
+    ``limit`` points the curve is downsampled to half of them: days need no more memory than minutes.
     """
 
     def __init__(self, limit: int = 40_000) -> None:
@@ -117,11 +128,11 @@ class CurveRecorder:
 
 
 def downsample(seconds: list[float], used: list[int], limit: int) -> tuple[list[float], list[int]]:
-    """At most ``limit`` (>= 4) of the given samples, chosen so that the drawn curve stays the same.
+    """Keep at most ``limit`` (>= 4) of the samples, chosen so that the drawn curve stays the same.
 
-    Time is cut into ``limit // 4`` equal intervals and of each the first, last, lowest and highest sample are kept
-    (M4 aggregation: Jugel et al., VLDB 2014). So no peak is lost: within one interval's width of every sample there
-    is a kept one at least as high.
+    Time is divided into ``limit // 4`` equal intervals; the first, last, lowest and highest sample of each are kept (M4
+    aggregation: Jugel et al., VLDB 2014). So no peak is lost: within one interval's width of every sample, a kept one
+    is at least as high.
     """
     if len(used) <= limit:
         return list(seconds), list(used)

@@ -1,4 +1,4 @@
-"""Bytes as text: GiB, MiB or KiB (2**30, 2**20, 2**10 bytes), one unit for all the numbers that stand together."""
+"""Write bytes as text in GiB, MiB or KiB, with one unit for all numbers of a table or figure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +10,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Unit:
-    """``size`` bytes, written ``name``."""
+    """A unit of memory.
+
+    Attributes:
+        name: As printed.
+        size: Bytes.
+    """
 
     name: str
     size: int
 
     def amount(self, count: int) -> str:
-        """``count`` bytes in this unit, two decimals. What would round to nothing is "<0.01": it is not nothing."""
+        """Write ``count`` bytes in this unit with two decimals; a value that would round to zero is "<0.01"."""
         value = count / self.size
         if 0 < abs(value) < 0.005:
             return "<0.01" if count > 0 else ">-0.01"
@@ -24,7 +29,14 @@ class Unit:
 
 
 def unit_for(counts: Iterable[int]) -> Unit:
-    """GiB where the largest of ``counts`` (bytes) has at least one, else MiB; KiB for toys that do not have one."""
+    """Choose the unit for numbers that are shown together.
+
+    Args:
+        counts: Bytes, negative ones included.
+
+    Returns:
+        The largest of GiB, MiB and KiB of which the largest number has at least one; KiB if it is smaller still.
+    """
     largest = max(map(abs, counts), default=0)
     if largest >= GIB:
         return Unit("GiB", GIB)
