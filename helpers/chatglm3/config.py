@@ -67,7 +67,7 @@ def glm_arguments(published: dict[str, Any]) -> dict[str, Any]:
         )
     for key, value in FIXED.items():
         if published.get(key, value) != value:
-            raise UserError(f"config.json says {key} = {published[key]!r}; ChatGLM3 has {value!r}")
+            raise UserError(f"config.json sets {key} = {published[key]!r}; ChatGLM3 has {value!r}")
     arguments = {glm: published[name] for name, glm in NAMES.items() if name in published}
     arguments["rope_parameters"] = {
         "rope_type": "default",

@@ -98,7 +98,7 @@ def find_base_model(checkpoint: Path, base: str | None = None) -> Path:
             raise
         raise UserError(
             f"{checkpoint / ADAPTER_CONFIG} names {name} as its base model, which is not there; "
-            "say where it is now with --model"
+            "name the folder where it is now with --model"
         ) from error
 
 
