@@ -1,14 +1,16 @@
-"""What a training job will need of each GPU's memory, by formula, before anything is loaded.
+"""Predict what a training job needs of each GPU's memory, by formula, before anything is loaded.
 
     from helpers.memory.predict import Configuration, predict
-    print(predict(Configuration(rows=4, length=768)).items)
+    print(predict(Configuration(micro_batch_size=4, sequence_length=768)).items)
 
-configuration.py says what is predicted for, states.py and saved_tensors.py hold the formulas, constants.py what had to
-be measured, step.py what is alive at each moment, prediction.py the largest of them, planner.py which strategy fits,
-jobs.py reads a job's own files, build.py makes the real model that a configuration describes.
+model_shape.py and configuration.py describe the job. states.py and saved_tensors.py hold the formulas, constants.py
+what had to be measured. step.py sums what is alive at each phase, prediction.py finds the largest phase, rounding.py adds
+what the allocator wastes. planner.py finds a strategy that fits, jobs.py reads a job's own files, build.py makes the
+real model. Only build.py imports torch.
 """
 
-from helpers.memory.predict.configuration import Configuration, Lora, ModelShape, Strategy, read_shape
+from helpers.memory.predict.configuration import Configuration, Lora, Strategy
+from helpers.memory.predict.model_shape import ModelShape, read_shape
 from helpers.memory.predict.prediction import Prediction, predict
 from helpers.memory.predict.states import published_states
 

@@ -16,10 +16,9 @@ from helpers.memory.predict.configuration import (
     PRECISIONS,
     Configuration,
     Lora,
-    ModelShape,
     Strategy,
-    read_shape,
 )
+from helpers.memory.predict.model_shape import ModelShape, read_shape
 from helpers.memory.predict.planner import Candidate, fits, label, sort_strategies
 from helpers.memory.predict.prediction import Prediction, predict
 from helpers.memory.units import GIB
@@ -45,7 +44,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, nargs="?", help="a job's own configs/lora.yaml; else the options below")
+    parser.add_argument(
+        "config", type=Path, nargs="?", help="a job's own configs/lora.yaml; otherwise the options below"
+    )
     parser.add_argument("deepspeed", type=Path, nargs="?", help="and its DeepSpeed JSON")
     parser.add_argument("--model", type=Path, help="config.json or its folder; without it, ChatGLM3-6B")
     parser.add_argument("--gpus", type=positive_int, default=1, help="number of GPUs")
@@ -114,7 +115,7 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
 
 
 def prediction_table(configuration: Configuration, prediction: Prediction) -> str:
-    """The items at the peak, and what each moment needs, in GiB."""
+    """Lay out the items at the peak, and the total of each phase, in GiB."""
     c = configuration
     trains = "all parameters" if c.lora is None else f"LoRA, r = {c.lora.r} on {', '.join(c.lora.targets)}"
     lines = [
@@ -129,14 +130,14 @@ def prediction_table(configuration: Configuration, prediction: Prediction) -> st
 
 
 def strategy_list(candidates: list[Candidate]) -> str:
-    """The ranked strategies, one line each."""
+    """List the sorted strategies, one line each."""
     return "\n".join(
         f"{number:>2}. {label(r.configuration)}: {r.reason}" for number, r in enumerate(candidates, start=1)
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     arguments = _arguments(argv)
     configuration = _configuration(arguments)
     if arguments.plan:

@@ -5,7 +5,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GlmConfig, GlmForCausalLM
 
-from helpers.memory.predict.configuration import Configuration, ModelShape
+from helpers.memory.predict.configuration import Configuration
+from helpers.memory.predict.model_shape import ModelShape
 
 
 def build_base_model(shape: ModelShape, dtype: torch.dtype, device: torch.device | str) -> GlmForCausalLM:
@@ -40,7 +41,7 @@ def build_base_model(shape: ModelShape, dtype: torch.dtype, device: torch.device
 
 
 def build_without_adapter(configuration: Configuration, device: torch.device | str) -> GlmForCausalLM:
-    """Build a configuration's network without its adapter; its layers checkpoint if the configuration says so."""
+    """Build a configuration's network without its adapter; its layers checkpoint as configured."""
     dtype = torch.float32 if configuration.residual_bytes == 4 else torch.bfloat16
     model = build_base_model(configuration.shape, dtype, device)
     if configuration.checkpointing:

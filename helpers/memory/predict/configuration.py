@@ -1,109 +1,23 @@
-"""What a prediction is made for: the model's shape, what is trained, how, on how many GPUs. Plain numbers, checked."""
+"""Describe the job that is predicted for: what is trained, how, on how many GPUs. Plain numbers, checked."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from helpers.errors import UserError
-from helpers.files import read_json_object
+from helpers.memory.predict.model_shape import ModelShape, check_choice, check_positive
 
 PRECISIONS = ("fp32", "autocast", "bf16")
 KINDS = ("single", "ddp", "zero-1", "zero-2", "zero-3")
-# Names of the same thing in a published ChatGLM3 config.json and in transformers' Glm; helpers.chatglm3.config has them
-# too, but importing it imports transformers, which takes longer than everything here.
-FIELDS = {
-    "hidden": ("hidden_size",),
-    "layers": ("num_layers", "num_hidden_layers"),
-    "heads": ("num_attention_heads",),
-    "kv_groups": ("multi_query_group_num", "num_key_value_heads"),
-    "head_dim": ("kv_channels", "head_dim"),
-    "intermediate": ("ffn_hidden_size", "intermediate_size"),
-    "vocab": ("padded_vocab_size", "vocab_size"),
-}
-
-
-def check_positive(owner: object, *names: str) -> None:
-    """Raise UserError for the first attribute of ``owner`` that is no whole number above 0."""
-    for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{type(owner).__name__}: {name} is {value!r}; give a whole number above 0")
-
-
-def check_choice(owner: object, name: str, choices: tuple[Any, ...]) -> None:
-    """Raise UserError where an attribute of ``owner`` is none of ``choices``."""
-    value = getattr(owner, name)
-    if value not in choices:
-        raise UserError(f"{type(owner).__name__}: {name} is {value!r}; choose from {', '.join(map(str, choices))}")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A ``GlmForCausalLM``; the defaults are ChatGLM3-6B. Sizes in elements."""
-
-    hidden: int = 4096
-    layers: int = 28
-    heads: int = 32
-    kv_groups: int = 2
-    head_dim: int = 128
-    intermediate: int = 13696
-    vocab: int = 65024
-    qkv_bias: bool = True
-    tied: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(self, *FIELDS)
-        if self.heads % self.kv_groups:
-            raise UserError(f"ModelShape: heads is {self.heads}; it must be a multiple of kv_groups, {self.kv_groups}")
-
-    @property
-    def query(self) -> int:
-        """Width of the queries of all heads."""
-        return self.heads * self.head_dim
-
-    @property
-    def key_value(self) -> int:
-        """Width of the keys, or of the values, of all groups."""
-        return self.kv_groups * self.head_dim
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(output, input) width of each matrix of a layer, in the order in which they run."""
-        return {
-            "q_proj": (self.query, self.hidden),
-            "k_proj": (self.key_value, self.hidden),
-            "v_proj": (self.key_value, self.hidden),
-            "o_proj": (self.hidden, self.query),
-            "gate_up_proj": (2 * self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-        }
-
-    @property
-    def layer_matrices(self) -> int:
-        """Parameters of one layer's matrices."""
-        return sum(rows * columns for rows, columns in self.linears.values())
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer: matrices, biases of q, k and v, two norms."""
-        bias = self.query + 2 * self.key_value if self.qkv_bias else 0
-        return self.layer_matrices + bias + 2 * self.hidden
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding, and of the output layer."""
-        return self.vocab * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """All parameters; a tied output layer is the embedding and is counted once."""
-        return (1 if self.tied else 2) * self.embedding + self.layers * self.layer_parameters + self.hidden
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter: rank ``r`` on ``targets`` of every layer; ``dropout`` on the inputs."""
+    """A LoRA adapter (Hu et al. 2021).
+
+    Attributes:
+        r: Its rank.
+        targets: Names of the matrices that get one, in every layer.
+        dropout: On the adapter's inputs, from 0 to below 1.
+    """
 
     r: int = 8
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -121,16 +35,32 @@ class Lora:
             raise UserError(f"Lora: dropout is {self.dropout}; give a share from 0 to below 1")
 
     def parameters(self, shape: ModelShape) -> int:
-        """Trained parameters: two matrices beside each target (Hu 2021)."""
+        """Count the adapter's parameters: r·(output + input) for each target (Hu et al. 2021, section 4.1).
+
+        Args:
+            shape: The network that it adapts.
+
+        Returns:
+            Number of parameters.
+        """
         return shape.layers * sum(self.r * sum(shape.linears[target]) for target in self.targets)
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How the ranks share the work. Buckets and limits in elements, with DeepSpeed's names and defaults.
+    """How the ranks share the work; sizes in elements, with DeepSpeed's names and defaults.
 
-    ``communicators`` is the number of NCCL's: one where everything shares torch's group; the Trainer makes two for
-    ZeRO-3. A single process has none.
+    Attributes:
+        kind: "single", "ddp", "zero-1", "zero-2" or "zero-3".
+        world_size: Number of ranks, each with a GPU of its own.
+        reduce_bucket_size: Gradients that DeepSpeed reduces at a time.
+        overlap_comm: Whether DeepSpeed reduces one bucket while backward fills another.
+        max_live_parameters: ZeRO-3 gathers at most this many at a time (``stage3_max_live_parameters``).
+        sub_group_size: ZeRO-3's optimizer steps on this many parameters at a time.
+        offload_optimizer: Whether optimizer states are in host memory.
+        offload_parameters: Whether parameters are in host memory.
+        communicators: NCCL communicators: one if everything shares torch's group; the Trainer makes two for ZeRO-3. A
+            single process has none.
     """
 
     kind: str = "single"
@@ -159,7 +89,7 @@ class Strategy:
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage; 0 without DeepSpeed."""
+        """ZeRO stage; 0 without DeepSpeed."""
         return int(self.kind[-1]) if self.kind.startswith("zero") else 0
 
 
@@ -243,43 +173,21 @@ class Configuration:
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes of an element of the weights and of the residual stream, which has the embedding's type."""
+        """Bytes per element of the weights, and of the residual stream, which has the embedding's type."""
         return 4 if self.precision == "fp32" or (self.precision == "autocast" and self.lora is None) else 2
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an element where matrices are multiplied."""
+        """Bytes per element in matmuls."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def trainable_bytes(self) -> int:
-        """Bytes of a trained parameter.
+        """Bytes per trained parameter.
 
-        PEFT makes an adapter in fp32. DeepSpeed casts it with the whole module, but not under ZeRO-3, where the module
-        was partitioned while it was read (``_cast_module_mixed_precision`` in deepspeed/runtime/engine.py).
+        PEFT makes an adapter in fp32. DeepSpeed casts it with the rest of the module, except under ZeRO-3, which
+        partitioned the module while reading it (``_cast_module_mixed_precision`` in deepspeed/runtime/engine.py).
         """
         if self.lora and self.strategy.zero_stage in (0, 3):
             return 4
         return self.residual_bytes
-
-
-def read_shape(path: Path) -> ModelShape:
-    """The shape in a ``config.json``, published ChatGLM3 or Glm layout; ``path`` may be the folder that holds it.
-
-    Raises UserError where the file is missing, is not JSON, or lacks a key.
-    """
-    path = path / "config.json" if path.is_dir() else path
-    raw = read_json_object(path, f"no model configuration {path}; name a checkpoint's folder or its config.json")
-    return _shape_from(raw, str(path))
-
-
-def _shape_from(raw: Mapping[str, Any], source: str) -> ModelShape:
-    values = {}
-    for name, keys in FIELDS.items():
-        found = [key for key in keys if key in raw]
-        if not found:
-            raise UserError(f"{source} lacks {' or '.join(keys)}; not a configuration of ChatGLM3 or Glm")
-        values[name] = raw[found[0]]
-    # Missing keys are transformers' GlmConfig's defaults.
-    bias = raw.get("add_qkv_bias", raw.get("attention_bias", True))
-    return ModelShape(**values, qkv_bias=bool(bias), tied=bool(raw.get("tie_word_embeddings", False)))

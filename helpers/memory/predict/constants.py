@@ -1,6 +1,6 @@
-"""Measured constants: everything in a prediction that is not a formula, with the run that it was read from.
+"""Hold the measured constants: everything in a prediction that is not a formula, with the run that gave it.
 
-Calibrate here and nowhere else. Bytes unless it says otherwise.
+Calibrate here only. In bytes, unless stated otherwise.
 """
 
 from helpers.memory.units import GIB, MIB
@@ -16,7 +16,7 @@ NCCL_ONE_RANK = 562 * MIB
 NCCL_ONE_RANK_FURTHER = int(0.496 * GIB)
 # Two H100s over NVLink: NVML before and after the first all-reduce, 1.08 and 1.90 GiB.
 NCCL_SEVERAL_RANKS = int(0.82 * GIB)
-# The Trainer sets DeepSpeed's ZeRO-3 up before torch's group is shared, so that each has its own (finetune_6b.json).
+# The Trainer sets up DeepSpeed's ZeRO-3 before torch's group is shared, so each has its own (finetune_6b.json).
 TRAINER_ZERO_3_COMMUNICATORS = 2
 
 # torch's default on Hopper, aten/src/ATen/cuda/CublasHandlePool.cpp: 4096 KiB x 8. Counted in torch's allocated bytes.
@@ -24,10 +24,10 @@ CUBLAS_WORKSPACE = 32 * MIB
 # A workspace belongs to a handle and a handle to a thread: the caller's, and autograd's (the same file).
 CUBLAS_THREADS = 2
 
-# Rows of different lengths in each batch leave holes that the next batch's tensors do not fit. finetune_6b.json:
+# Sequences of different lengths in each batch leave holes that the next batch's tensors do not fit. finetune_6b.json:
 # reserved less allocated is 1.60, 1.60, 1.46 and 1.50 GiB, with 3.53, 3.53, 3.46 and 5.00 GiB of activations: the mean.
 # It depends on which lengths follow each other: notebooks/results/prediction.json has shares from 0.1 to 0.8.
 FRAGMENTED_SHARE_OF_ACTIVATIONS = 0.40
 
-# A choice, not a measurement: what a job that "fits" leaves free, for predictions are good to 5 %.
+# A choice, not a measurement: the share that a job that "fits" leaves free, because predictions are good to 5 %.
 SAFETY_MARGIN_SHARE = 0.05

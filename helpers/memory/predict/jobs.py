@@ -8,7 +8,8 @@ from helpers.config.deepspeed import read_deepspeed_config
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
 from helpers.memory.predict import constants
-from helpers.memory.predict.configuration import Configuration, Lora, ModelShape, Strategy
+from helpers.memory.predict.configuration import Configuration, Lora, Strategy
+from helpers.memory.predict.model_shape import ModelShape
 
 # transformers.TrainingArguments and peft.LoraConfig, where the file leaves it open.
 DEFAULT_ROWS, DEFAULT_RANK, DEFAULT_DROPOUT = 8, 8, 0.0
@@ -49,9 +50,10 @@ def configuration_of(
     sequence_length: int | None,
     source: str = "the DeepSpeed file",
 ) -> Configuration:
-    """The same for files that were read already; ``source`` names the DeepSpeed file in messages.
+    """Describe the same from files that were read already.
 
-    ``gradient_checkpointing: auto`` counts as off, which is what the job looks at first.
+    ``gradient_checkpointing: auto`` counts as off: the job tries that first. ``source`` names the DeepSpeed file in
+    messages.
     """
     kind = choose_precision(job.training, deepspeed, "bf16")
     training = job.training

@@ -19,7 +19,7 @@ class Fit:
     """Whether a prediction fits a GPU; true if it does.
 
     Attributes:
-        prediction: What the configuration needs.
+        prediction: Bytes that the configuration needs.
         usable: Bytes of the GPU that may be used.
         remedy: A setting that alone would make it fit; empty if there is none.
     """
@@ -72,7 +72,7 @@ class Candidate:
 
     @property
     def prediction(self) -> Prediction:
-        """What the configuration needs."""
+        """Bytes that the configuration needs."""
         return self.fit.prediction
 
 

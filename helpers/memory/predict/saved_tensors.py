@@ -1,10 +1,10 @@
-"""What autograd keeps of a forward pass of ``GlmForCausalLM``: each saved tensor by name, in bytes.
+"""Predict what autograd saves in a forward pass of ``GlmForCausalLM``: each tensor by name, in bytes.
 
 Read off transformers' models/glm/modeling_glm.py, integrations/sdpa_attention.py and loss/loss_utils.py, PEFT's
 tuners/lora/layer.py, and torch's tools/autograd/derivatives.yaml; tests/test_predict.py counts the same in runs.
 
-A frozen matrix does not need its input, so under LoRA most of what full training keeps is not kept. What autograd
-keeps anyway: RMSNorm's input in fp32, SwiGLU's two halves and its SiLU, and q, k, v and the output of the attention.
+A frozen matrix does not need its input, so LoRA saves much less than full training. Autograd still saves RMSNorm's
+input in fp32, SwiGLU's two halves and its SiLU, and q, k, v and the output of the attention.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,14 @@ ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """One kind of tensor: ``count`` of them of ``size`` bytes each. ``weight`` marks 16-bit copies of weights."""
+    """Saved tensors of one kind.
+
+    Attributes:
+        name: What they are.
+        size: Bytes of each.
+        count: How many are saved.
+        weight: Whether they are 16-bit copies of weights, not activations.
+    """
 
     name: str
     size: int
@@ -38,12 +45,12 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def casts_weights(configuration: Configuration) -> bool:
-    """Whether autocast makes a 16-bit copy of every matrix: it does where the weights are in fp32."""
+    """Return whether autocast makes a 16-bit copy of every matrix: it does if the weights are in fp32."""
     return configuration.residual_bytes != configuration.compute_bytes
 
 
 def attention_kernel(configuration: Configuration) -> str:
-    """Which of SDPA's kernels runs on CUDA: "flash", "efficient" or "math".
+    """Return which of SDPA's kernels runs on CUDA: "flash", "efficient" or "math".
 
     Flash takes neither a mask of the padding nor fp32. Without a mask transformers leaves the repetition of keys and
     values to SDPA (``use_gqa_in_sdpa``), which of the fp32 kernels only math can do
@@ -57,38 +64,38 @@ def attention_kernel(configuration: Configuration) -> str:
     return "math" if configuration.shape.heads > configuration.shape.kv_groups else "efficient"
 
 
-def _keeps_inputs(configuration: Configuration) -> bool:
+def _saves_inputs(configuration: Configuration) -> bool:
     # deepspeed/runtime/zero/linear.py saves its input even for a frozen weight (memory_efficient_linear, the default).
     return configuration.lora is None or configuration.strategy.zero_stage == 3
 
 
 def _normed(configuration: Configuration, consumers: int) -> Iterator[SavedTensor]:
-    """An RMSNorm and its output as ``consumers`` matrices keep it."""
+    """Yield what an RMSNorm saves, and its output as ``consumers`` matrices save it."""
     c, tokens, hidden = configuration, configuration.tokens, configuration.shape.hidden
     yield SavedTensor("norm input, fp32", tokens * hidden * FP32)
     yield SavedTensor("norm 1/rms", tokens * FP32)
     if c.lora is None:
         yield SavedTensor("normed, before its weight", tokens * hidden * c.residual_bytes)
-    if _keeps_inputs(c):
-        # Autocast casts anew for each matrix; it remembers casts of weights only.
+    if _saves_inputs(c):
+        # Autocast casts the input again for each matrix; it caches casts of weights only.
         copies = consumers if casts_weights(c) else 1
         yield SavedTensor("matrix input", tokens * hidden * c.compute_bytes, copies)
 
 
 def _adapter(configuration: Configuration, target: str) -> Iterator[SavedTensor]:
-    """What LoRA on one target keeps: the dropout's mask, the adapter's input, and the narrow product."""
+    """Yield what LoRA on one target saves: the dropout's mask, the adapter's input, and the output of matrix A."""
     c = configuration
     assert c.lora is not None
     rows, columns = c.shape.linears[target]
-    # PEFT casts the input to the adapter's type; autocast then casts it back for the product.
+    # PEFT casts the input to the adapter's type; autocast then casts it back for the matmul.
     size = c.compute_bytes if c.precision == "autocast" else c.trainable_bytes
     cast = size != c.compute_bytes or c.precision == "autocast"
     if c.lora.dropout:
         yield SavedTensor("LoRA dropout mask", c.tokens * columns)
-    shared = not c.lora.dropout and not cast and _keeps_inputs(c)
+    shared = not c.lora.dropout and not cast and _saves_inputs(c)
     if not shared:
         yield SavedTensor("LoRA input", c.tokens * columns * size)
-    yield SavedTensor("LoRA narrow product", c.tokens * c.lora.r * size)
+    yield SavedTensor("LoRA output of A", c.tokens * c.lora.r * size)
     if size != c.trainable_bytes:
         yield SavedTensor("LoRA weights, 16 bit", (rows + columns) * c.lora.r * size, weight=True)
 
@@ -97,19 +104,19 @@ def _attention(configuration: Configuration) -> Iterator[SavedTensor]:
     c, shape = configuration, configuration.shape
     kernel = attention_kernel(c)
     wide, narrow = c.tokens * shape.query * c.compute_bytes, c.tokens * shape.key_value * c.compute_bytes
-    # Half of each head is rotated; cosine and sine are stretched to that width for every layer anew.
+    # Half of each head is rotated; cosine and sine are stretched to that width again in every layer.
     yield SavedTensor("rotary cosine and sine", c.sequence_length * (shape.head_dim // 2) * c.residual_bytes, 2)
     if kernel == "math":
         yield SavedTensor("scaled q, scaled k, v", wide, 3)
         yield SavedTensor("attention weights", c.micro_batch_size * shape.heads * c.sequence_length**2 * FP32)
-        if _keeps_inputs(c):
+        if _saves_inputs(c):
             yield SavedTensor("attention output", wide)
         return
     yield SavedTensor("q", wide)
     # With a mask, keys and values are repeated for every head.
     yield SavedTensor("k, v", narrow if kernel == "flash" else wide, 2)
     yield SavedTensor("attention output", wide)
-    if c.compute_bytes == 2 and _keeps_inputs(c):
+    if c.compute_bytes == 2 and _saves_inputs(c):
         # Flash lays its output out as q, heads first, and o_proj gets a copy that it can flatten. With a mask Hopper
         # prefers cuDNN (check_prefer_cudnn_attention, sdp_utils.cpp). That it does the same is inferred: with the copy
         # finetune_6b.json's ZeRO-3 run is matched to 0.1 %, without it to 1 %.
@@ -125,12 +132,19 @@ def _attention(configuration: Configuration) -> Iterator[SavedTensor]:
 
 
 def saved_by_layer(configuration: Configuration) -> list[SavedTensor]:
-    """What one decoder layer keeps without checkpointing, and again while it is recomputed with it."""
+    """Predict what one decoder layer saves without checkpointing; with it, while the layer is recomputed.
+
+    Args:
+        configuration: The job.
+
+    Returns:
+        Every saved tensor of the layer.
+    """
     c, shape = configuration, configuration.shape
     saved = [*_normed(c, consumers=3), *_attention(c), *_normed(c, consumers=1)]
     narrow = c.tokens * shape.intermediate * c.compute_bytes
     saved += [SavedTensor("gate and up", 2 * narrow), SavedTensor("SiLU of the gate", narrow)]
-    if _keeps_inputs(c):
+    if _saves_inputs(c):
         saved.append(SavedTensor("down_proj input", narrow))
     if c.lora:
         saved += [tensor for target in c.lora.targets for tensor in _adapter(c, target)]
@@ -143,14 +157,14 @@ def saved_by_layer(configuration: Configuration) -> list[SavedTensor]:
 
 
 def saved_until_attention_adapters(configuration: Configuration) -> list[SavedTensor]:
-    """What a layer still keeps when backward reaches the adapters of q, k and v, the last of its parameters."""
+    """Predict what a layer still saves when backward reaches the adapters of q, k and v, its last parameters."""
     c = configuration
     adapters = [t for t in c.lora.targets if t in ATTENTION_INPUTS] if c.lora else []
     return [*_normed(c, consumers=3), *(tensor for target in adapters for tensor in _adapter(c, target))]
 
 
 def not_saved_by_first_layer(configuration: Configuration) -> list[SavedTensor]:
-    """What the first layer does not keep under LoRA: its input needs no gradient, as the embedding is frozen."""
+    """Predict what LoRA's first layer does not save: the embedding is frozen, so its input needs no gradient."""
     c = configuration
     if c.lora is None:
         return []
@@ -168,7 +182,14 @@ def not_saved_by_first_layer(configuration: Configuration) -> list[SavedTensor]:
 
 
 def saved_outside_layers(configuration: Configuration) -> list[SavedTensor]:
-    """What is kept beside the layers and the logits: the last norm, the output layer's input, the batch itself."""
+    """Predict what is saved outside the layers: by the last norm, the output layer, and the batch; without logits.
+
+    Args:
+        configuration: The job.
+
+    Returns:
+        Every saved tensor outside the layers.
+    """
     c = configuration
     saved = list(_normed(c, consumers=1))
     if c.lora is None and casts_weights(c):
@@ -181,7 +202,7 @@ def saved_outside_layers(configuration: Configuration) -> list[SavedTensor]:
 
 
 def saved_checkpoints(configuration: Configuration) -> list[SavedTensor]:
-    """What is kept of the layers with checkpointing: each one's input (Chen 2016), and cosine and sine for all."""
+    """Predict what checkpointing saves: each layer's input (Chen et al. 2016), and cosine and sine for all layers."""
     c = configuration
     size, count = c.tokens * c.shape.hidden * c.residual_bytes, c.shape.layers
     if c.offloaded_checkpoints:
@@ -193,12 +214,17 @@ def saved_checkpoints(configuration: Configuration) -> list[SavedTensor]:
 
 
 def saved_by_bitsandbytes(configuration: Configuration) -> list[SavedTensor]:
-    """Inputs that bitsandbytes' 8-bit matrices keep as attributes of their graph nodes (autograd/_functions.py).
+    """Predict the inputs that bitsandbytes' 8-bit matrices keep as attributes of graph nodes (autograd/_functions.py).
 
-    That goes past torch's hooks: checkpointing cannot drop them, and backward does not free them before the graph goes.
-    Those of q, k and v are one tensor. The first layer's needs no gradient and is not kept, but with checkpointing,
-    for which transformers makes the embedding's output require one. o_proj's is a copy of the output that attention
-    keeps itself, in an order that can be flattened.
+    They bypass torch's hooks: checkpointing cannot drop them, and backward does not free them before the graph. q, k
+    and v share one tensor. The first layer's is kept only with checkpointing, for which transformers makes the embedding's
+    output require a gradient. o_proj's is a copy of the output that attention saves itself, in another memory layout.
+
+    Args:
+        configuration: The job.
+
+    Returns:
+        The kept inputs; none unless the base is quantised to 8 bits.
     """
     c, shape = configuration, configuration.shape
     if c.quantization_bits != 8:
@@ -213,7 +239,7 @@ def saved_by_bitsandbytes(configuration: Configuration) -> list[SavedTensor]:
 
 
 def saved_by_model(configuration: Configuration) -> list[SavedTensor]:
-    """Everything kept from the end of forward on, without the logits and what the loss makes of them."""
+    """Predict everything saved at the end of forward, without the logits and what the loss makes of them."""
     c = configuration
     if c.checkpointing:
         return [*saved_checkpoints(c), *saved_outside_layers(c), *saved_by_bitsandbytes(c)]
@@ -223,5 +249,13 @@ def saved_by_model(configuration: Configuration) -> list[SavedTensor]:
 
 
 def total_bytes(saved: list[SavedTensor], *, weights: bool = False) -> int:
-    """Bytes of activations; with ``weights`` those of the 16-bit copies of weights instead."""
+    """Add up saved tensors.
+
+    Args:
+        saved: The tensors.
+        weights: Count the 16-bit copies of weights instead of the activations.
+
+    Returns:
+        Bytes.
+    """
     return sum(tensor.total for tensor in saved if tensor.weight == weights)
