@@ -217,8 +217,9 @@ def saved_by_bitsandbytes(configuration: Configuration) -> list[SavedTensor]:
     """Predict the inputs that bitsandbytes' 8-bit matrices keep as attributes of graph nodes (autograd/_functions.py).
 
     They bypass torch's hooks: checkpointing cannot drop them, and backward does not free them before the graph. q, k
-    and v share one tensor. The first layer's is kept only with checkpointing, for which transformers makes the embedding's
-    output require a gradient. o_proj's is a copy of the output that attention saves itself, in another memory layout.
+    and v share one tensor. The first layer's is kept only with checkpointing, for which transformers makes the
+    embedding's output require a gradient. o_proj's is a copy of the output that attention saves itself, in another
+    memory layout.
 
     Args:
         configuration: The job.

@@ -16,8 +16,8 @@ from helpers.memory.predict.configuration import Configuration
 ADAM = 2
 FP32 = 4
 # bitsandbytes at 4 bits with double quantisation (QLoRA, Dettmers et al. 2023, section 3): a scale of one byte per
-# block of 64 weights, an fp32 scale per 256 of those. Each matrix adds the tables of 16 and 256 levels, and the scales' mean,
-# in fp32.
+# block of 64 weights, an fp32 scale per 256 of those. Each matrix adds the tables of 16 and 256 levels, and the scales'
+# mean, in fp32.
 BLOCK_4BIT = 64
 BLOCK_SCALES = 256
 TABLES_4BIT = (16 + 256 + 1) * FP32
@@ -123,11 +123,12 @@ def _replicated(c: Configuration) -> States:
     """Predict one process, or DDP, whose buckets hold a copy of all gradients.
 
     DDP rebuilds its buckets before the second forward, in the order in which gradients arrived
-    (torch/csrc/distributed/c10d/reducer.cpp). The first ones stay allocated for a while. ProcessGroupNCCL.cpp stashes what a collective uses (``stashed_for_allocator_safety_``), and
-    DDP waits for the collective's future, which does not clear the stash. NCCL's watchdog hands the stash over, every
-    100 ms; the next collective after that drops it. The time per step decides if that happens before the second step's
-    logits, so this predicts the larger case. In full training an H100 held one more copy of the gradients
-    (notebooks/results/prediction.json); over gloo there is none. That the stash is the reason is inferred.
+    (torch/csrc/distributed/c10d/reducer.cpp). The first ones stay allocated for a while. ProcessGroupNCCL.cpp stashes
+    what a collective uses (``stashed_for_allocator_safety_``), and DDP waits for the collective's future, which does
+    not clear the stash. NCCL's watchdog hands the stash over, every 100 ms; the next collective after that drops it.
+    The time per step decides if that happens before the second step's logits, so this predicts the larger case. In full
+    training an H100 held one more copy of the gradients (notebooks/results/prediction.json); over gloo there is none.
+    That the stash is the reason is inferred.
     """
     trained = c.trainable_parameters * c.trainable_bytes
     buckets = trained if c.strategy.kind == "ddp" else 0
