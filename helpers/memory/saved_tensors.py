@@ -4,7 +4,6 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -90,10 +89,8 @@ class SavedTensors:
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+    def __exit__(self, *raised: Any) -> None:
+        self._hooks.__exit__(*raised)
         setattr(saved_tensors_hooks, "__enter__", self._enter_hooks)  # noqa: B010
         for handle in self._handles:
             handle.remove()

@@ -145,9 +145,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--plan needs the memory per GPU; add --gpu-memory 24 for GPUs of 24 GiB")
         print(strategy_list(sort_strategies(configuration, arguments.gpus, int(arguments.gpu_memory * GIB))))
         return
-    print(prediction_table(configuration, predict(configuration)))
-    if arguments.gpu_memory is not None:
-        print(f"a card of {arguments.gpu_memory:g} GiB: {fits(configuration, int(arguments.gpu_memory * GIB))}")
+    if arguments.gpu_memory is None:
+        print(prediction_table(configuration, predict(configuration)))
+        return
+    fit = fits(configuration, int(arguments.gpu_memory * GIB))
+    print(prediction_table(configuration, fit.prediction))
+    print(f"a card of {arguments.gpu_memory:g} GiB: {fit}")
 
 
 if __name__ == "__main__":
