@@ -27,7 +27,7 @@ NAMES = (
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def script():
     return load_benchmark("prediction")
 
 
@@ -42,53 +42,53 @@ def tiny(configuration):
     return dataclasses.replace(configuration, shape=TINY, micro_batch_size=2, sequence_length=32)
 
 
-def test_at_least_fourteen_configurations_that_can_all_be_predicted(benchmark):
-    chosen = benchmark.configurations(world_size=2)
+def test_at_least_fourteen_configurations_that_can_all_be_predicted(script):
+    chosen = script.configurations(world_size=2)
     assert len(chosen) >= 14
     assert len({predict(c).peak_phase for c in chosen.values()}) > 2
     assert max(predict(c).total for c in chosen.values()) < 40 * 2**30
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_takes_its_steps(benchmark, one_rank, name):
-    configuration = tiny(benchmark.configurations(world_size=1)[name])
-    outcome = benchmark.train(configuration)
-    assert len(outcome["losses"]) == (len(benchmark.VARYING) if configuration.padded else benchmark.STEPS)
+def test_training_takes_its_steps(script, one_rank, name):
+    configuration = tiny(script.configurations(world_size=1)[name])
+    outcome = script.train(configuration)
+    assert len(outcome["losses"]) == (len(script.VARYING) if configuration.padded else script.STEPS)
     assert all(0.5 < loss / math.log(TINY.vocab) < 2 for loss in outcome["losses"])
     assert outcome["trained_parameters"] == configuration.trainable_parameters
     assert outcome["expandable"] is False
 
 
-def test_rows_differ_where_they_should(benchmark):
-    configuration = tiny(benchmark.configurations(world_size=1)["LoRA, autocast, rows differ"])
-    lengths = [benchmark.batch(configuration, step, "cpu")["input_ids"].shape[1] for step in range(6)]
+def test_rows_differ_where_they_should(script):
+    configuration = tiny(script.configurations(world_size=1)["LoRA, autocast, rows differ"])
+    lengths = [script.batch(configuration, step, "cpu")["input_ids"].shape[1] for step in range(6)]
     assert max(lengths) == 32 and len(set(lengths)) > 3
-    mask = benchmark.batch(configuration, 1, "cpu")["attention_mask"]
+    mask = script.batch(configuration, 1, "cpu")["attention_mask"]
     assert mask[0].sum() > mask[1].sum()
 
 
-def test_the_record_compares_with_the_fullest_rank(benchmark):
-    configuration = benchmark.configurations(world_size=2)["full, autocast, DDP"]
+def test_the_record_compares_with_the_fullest_rank(script):
+    configuration = script.configurations(world_size=2)["full, autocast, DDP"]
     total = predict(configuration).total
     measured = [{"allocated": 1, "reserved": 1, "nvml": size} for size in (total // 4, total // 2)]
     outcome = {"losses": [], "trained_parameters": configuration.trainable_parameters, "expandable": False}
-    entry = benchmark.record(configuration, measured, outcome)
+    entry = script.record(configuration, measured, outcome)
     assert entry["error_percent"] == pytest.approx(100, abs=0.01)
     assert sum(entry["predicted"].values()) == entry["predicted_total"] == total
-    assert "NVML" in benchmark.line("full", entry)
+    assert "NVML" in script.line("full", entry)
 
 
-def test_ranks_inherit_the_allocator_that_is_measured(benchmark, monkeypatch):
+def test_ranks_inherit_the_allocator_that_is_measured(script, monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     for expandable, value in ((True, "expandable_segments:True"), (False, None)):
-        with benchmark.allocator(expandable):
-            assert [os.environ.get(name) for name in benchmark.ALLOCATOR_VARIABLES] == [value, value]
+        with script.allocator(expandable):
+            assert [os.environ.get(name) for name in script.ALLOCATOR_VARIABLES] == [value, value]
         assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
         assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
-def test_a_failure_does_not_lose_the_other_configurations(benchmark, monkeypatch, tmp_path, capsys):
+def test_a_failure_does_not_lose_the_other_configurations(script, monkeypatch, tmp_path, capsys):
     def run(function, ranks, configuration=None, timeout=None):
         if configuration is None:
             return None
@@ -101,11 +101,11 @@ def test_a_failure_does_not_lose_the_other_configurations(benchmark, monkeypatch
 
     path = tmp_path / "prediction.json"
     machine = dataclasses.replace(describe_machine(), gpus=(Gpu("a GPU", 80 * 2**30, (9, 0)),))
-    monkeypatch.setattr(benchmark, "run", run)
-    monkeypatch.setattr(benchmark, "describe_machine", lambda: machine)
+    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(script, "describe_machine", lambda: machine)
     monkeypatch.setattr("sys.argv", ["prediction.py", "--results", str(path)])
     with pytest.raises(SystemExit, match="1"):
-        benchmark.main()
+        script.main()
     entries = json.loads(path.read_text(encoding="utf-8"))["configurations"]
     failed = [entry for entry in entries.values() if "failed" in entry]
     assert failed and len(failed) < len(entries)

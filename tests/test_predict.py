@@ -268,7 +268,7 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
 
 def job_of_the_benchmark(deepspeed):
     """What finetune_6b.json measured on one GPU: transformers' loss and mask, torchrun's only rank a group of one."""
-    # 183 tokens is the longest row of that benchmark.
+    # 183 tokens is the longest row of that script.
     job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=1, sequence_length=183)
     return dataclasses.replace(
         job, loss_chunk=None, padding_mask=True, strategy=job.strategy if deepspeed else Strategy("ddp", 1)
@@ -316,15 +316,15 @@ EXPANDABLE_PERCENT = {"wide, full, ZeRO-2, checkpointing": 9}
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def script():
     return load_benchmark("prediction")
 
 
 @pytest.mark.parametrize("expandable", [True, False])
 @pytest.mark.parametrize("name", MEASURED["configurations"])
-def test_predictions_are_what_was_measured(benchmark, name, expandable):
+def test_predictions_are_what_was_measured(script, name, expandable):
     entry = MEASURED["configurations"][name]
-    configuration = benchmark.configurations(len(MEASURED["machine"]["gpus"]))[name]
+    configuration = script.configurations(len(MEASURED["machine"]["gpus"]))[name]
     prediction = predict(dataclasses.replace(configuration, expandable_segments=expandable))
     (measured,) = (entry if expandable else entry["default_allocator"])["measured"]
     assert prediction.allocated == pytest.approx(measured["allocated"], rel=0.005)
@@ -334,8 +334,8 @@ def test_predictions_are_what_was_measured(benchmark, name, expandable):
     assert prediction.items["CUDA context"] + prediction.items["NCCL"] == pytest.approx(outside, rel=0.025)
 
 
-def test_the_results_file_holds_what_the_formulas_say_today(benchmark):
-    again = benchmark.predicted_again(MEASURED)
+def test_the_results_file_holds_what_the_formulas_say_today(script):
+    again = script.predicted_again(MEASURED)
     assert json.loads(json.dumps(again)) == MEASURED
 
 
