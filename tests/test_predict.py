@@ -268,7 +268,7 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
 
 def job_of_the_benchmark(deepspeed):
     """What finetune_6b.json measured on one GPU: transformers' loss and mask, torchrun's only rank a group of one."""
-    # 183 tokens is the longest row of that script.
+    # 183 tokens is the longest row of that benchmark.
     job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=1, sequence_length=183)
     return dataclasses.replace(
         job, loss_chunk=None, padding_mask=True, strategy=job.strategy if deepspeed else Strategy("ddp", 1)

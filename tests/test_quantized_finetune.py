@@ -95,7 +95,7 @@ def test_two_ranks_train_what_one_process_trains_and_resume(tmp_path, two_ranks,
     yaml_file = tmp_path / "qlora.yaml"
     yaml_file.write_text(yaml.safe_dump(CONFIG | {"quantization_bit": 8}))
     folders = {"output_dir": tmp_path / "output", "resume": True, "ranks": Ranks(0, 0, 1, 1, None)}
-    with pytest.raises(UserError, match=r"was trained with quantization_bit 4, but .* says 8"):
+    with pytest.raises(UserError, match=r"was trained with quantization_bit 4, but .* has 8"):
         prepare(tmp_path, str(small_checkpoint), yaml_file, None, **folders)
 
 
