@@ -18,6 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from helpers.errors import UserError
 from helpers.files import atomic_write
 from helpers.libraries.quiet import import_jieba
+from helpers.memory.table import Table
 
 jieba = import_jieba()
 
@@ -83,10 +84,9 @@ class Evaluation:
     tuned: dict[str, float]
 
     def __str__(self) -> str:
-        lines = [f"{self.rows:,} answers" + "".join(f"{name:>10}" for name in METRICS)]
-        for name, means in (("base", self.base), ("tuned", self.tuned)):
-            lines.append(name.ljust(len(lines[0]) - 10 * len(METRICS)) + "".join(f"{means[m]:10.2f}" for m in METRICS))
-        return "\n".join(lines)
+        models = {"base": self.base, "tuned": self.tuned}
+        rows = [[name, *(f"{means[metric]:.2f}" for metric in METRICS)] for name, means in models.items()]
+        return str(Table([f"{self.rows:,} answers", *METRICS], rows, number_width=8))
 
 
 def compare(features: Dataset, base: Sequence[str], tuned: Sequence[str], output_file: Path) -> Evaluation:

@@ -12,14 +12,18 @@ class Table:
         header: Title of each column.
         rows: One cell per column in each row.
         text_columns: The first columns, which hold text and are aligned left; numbers are aligned right.
+        number_width: Smallest width of the other columns, in characters.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int = 1
+    number_width: int = 0
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        smallest = [0] * self.text_columns + [self.number_width] * (len(self.header) - self.text_columns)
+        columns = zip(self.header, *self.rows, strict=True)
+        widths = [max(least, *map(len, column)) for least, column in zip(smallest, columns, strict=True)]
         return "\n".join(
             "  ".join(
                 cell.ljust(width) if column < self.text_columns else cell.rjust(width)
