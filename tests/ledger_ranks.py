@@ -1,17 +1,13 @@
-"""Run by test_ledger.py under torchrun: train a small model in every way that shards it, and count beside the ledger.
+"""What test_ledger.py runs on ranks: train a small model in every way that shards it, and count beside the ledger.
 
-Every rank writes OUT_DIR/RANK.json: {case: {moment: {"ledger", "alive"}}}. "alive" is the size of all storages that
-Python's garbage collector finds behind tensors, less what a case does not own (earlier ones, a batch nobody keeps).
+:func:`measure` returns {case: {moment: {"ledger", "alive"}}}. "alive" is the size of all storages that Python's garbage
+collector finds behind tensors, less what a case does not own (earlier ones, a batch nobody keeps).
 """
 
 import gc
-import json
-import os
-import sys
 import warnings
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,12 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.libraries.deepspeed import skip_cpu_collectives
+from helpers.libraries.deepspeed import configure_deepspeed
 from helpers.memory.ledger import count_bytes, gather_ledgers
 from helpers.memory.saved_tensors import SavedTensors
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-warnings.simplefilter("ignore")
 WIDTH = 24
 BUCKET = 3000  # elements
 
@@ -201,24 +195,17 @@ CASES = {
 }
 
 
-def main(out_dir: str, *names: str) -> None:
-    skip_cpu_collectives()
-    import deepspeed
-
-    deepspeed.init_distributed("gloo", verbose=False)
+def measure():
+    """Every case in turn, on this rank."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    configure_deepspeed(torch.device("cpu"))
     mesh()
     gc.freeze()  # what was imported holds no tensor of a case, and takes long to search
-    rank = dist.get_rank()
     results = {}
-    for name in names or CASES:
+    for name, train in CASES.items():
         case = Case()
-        CASES[name](case)
+        train(case)
         results[name] = case.moments
-    results["gathered"] = [asdict(ledger) for ledger in gather_ledgers(count_bytes(nn.Linear(3 + rank, 1)))]
-    (Path(out_dir) / f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    own = count_bytes(nn.Linear(3 + dist.get_rank(), 1))
+    return results | {"gathered": [asdict(ledger) for ledger in gather_ledgers(own)]}

@@ -2,18 +2,16 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import LIMIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledger_ranks import measure
 from peft import LoraConfig, get_peft_model
 from small_chatglm import random_model, small_config
 from torch import nn
@@ -21,12 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.errors import UserError
+from helpers.launch import environment, run
 from helpers.memory.categories import CATEGORIES
 from helpers.memory.ledger import Ledger, count_bytes, gather_ledgers
 from helpers.memory.saved_tensors import SavedTensors, block_name
 from helpers.memory.storages import storages, tensors_in
-
-ROOT = Path(__file__).parents[1]
 
 
 def held(ledger):
@@ -422,16 +419,9 @@ def test_blocks_are_entries_of_lists(name, block):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ledger_ranks")
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-         "tests.ledger_ranks", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+def ranks():
+    with environment({"CUDA_VISIBLE_DEVICES": ""}):
+        return run(measure, 2, timeout=LIMIT).results
 
 
 WIDTH = 24
