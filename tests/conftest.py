@@ -14,7 +14,9 @@ import datasets
 import pytest
 import torch
 import transformers
+from rank_server import RankServer
 from small_chatglm import random_lora, random_model, small_config, small_tokenizer
+from small_finetune import write_rows
 
 from helpers.chatglm3 import ChatGLMTokenizer
 
@@ -56,6 +58,19 @@ def small_run(tmp_path_factory, small_checkpoint) -> Path:
         (output / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     (output / "checkpoint-20").mkdir()
     return output
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Forty rows to train on and six to answer."""
+    return write_rows(tmp_path_factory.mktemp("data"), train=40, dev=6)
+
+
+@pytest.fixture(scope="session")
+def rank_server() -> Iterator[RankServer]:
+    """Starts ranks that need not import anything; see its docstring for what must start torchrun instead."""
+    with RankServer(LIMIT) as server:
+        yield server
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import gc
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import warnings
 from math import prod
@@ -13,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT
 from safetensors.torch import load_file, save_file
 from small_chatglm import random_model, small_config
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -471,12 +468,10 @@ def test_another_tokenizer_beside_the_6b_vocabulary_warns(tmp_path, small_checkp
 # --- ZeRO-3 -------------------------------------------------------------------------------------------------------
 
 
-def test_zero_3_partitions_while_reading_and_gathers_the_same_bits(tmp_path, small_checkpoint):
+@pytest.mark.slow
+def test_zero_3_partitions_while_reading_and_gathers_the_same_bits(tmp_path, small_checkpoint, rank_server):
     script = Path(__file__).with_name("zero3_round_trip.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*torchrun, script, small_checkpoint, tmp_path], capture_output=True, text=True, timeout=LIMIT
-    )
+    finished = rank_server.run(script, small_checkpoint, tmp_path, nprocs=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     ranks = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
     elements = sum(prod(shape) for shape in tensor_shapes(small_checkpoint).values())

@@ -1,18 +1,12 @@
 """``quantization_bit`` in the fine-tune: real processes, what a run leaves, what every later command makes of it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
+from small_finetune import ROOT, TRAIN, adapter, largest_difference, prepare, write_config, write_rows
 
-from helpers.assets import TINY_DATA
 from helpers.config import compatibility
 from helpers.config.compatibility import check_quantization
 from helpers.config.deepspeed import read_deepspeed_config
@@ -20,85 +14,60 @@ from helpers.config.finetune import parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
 from helpers.finetune.export import export
 from helpers.finetune.generate import answer
-from helpers.finetune.job import prepare
 from helpers.finetune.loading import QUANTIZATION_FILE, load_for_inference, read_quantization_bit
-from helpers.finetune.ranks import Ranks
 from helpers.memory.predict import ModelShape, predict
 from helpers.memory.predict.jobs import read_job
 
-ROOT = Path(__file__).parents[1]
-CONFIG = {
-    "data_config": {"train_file": "train.json", "val_file": "dev.json"},
-    "max_input_length": 96,
-    "max_output_length": 96,
-    "max_eval_samples": 2,
-    "training_args": {
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "adam_epsilon": 1e-3,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "eval_strategy": "steps",  # between two steps of training: it must leave the weights as they are
-        "eval_steps": 2,
-        "predict_with_generate": True,
-        "generation_config": {"max_new_tokens": 4},
-        "seed": 1,
-    },
-    "peft_config": {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0},
-}
+
+@pytest.fixture(scope="module")
+def train(rank_server, small_checkpoint):
+    """Fine-tune on a base held in 4 bits; rows, configuration and output are in one folder."""
+
+    def run(nprocs, folder, *arguments, rows):
+        yaml_file = write_config(write_rows(folder, train=16, dev=2), **quantized(4, rows))
+        output = ("--output-dir", folder / "output")
+        return rank_server.run(TRAIN, folder, small_checkpoint, yaml_file, *arguments, *output, nprocs=nprocs)
+
+    return run
 
 
-def train(nprocs, folder, checkpoint, *arguments, bits=4, rows=2):
-    content = CONFIG | {"training_args": CONFIG["training_args"] | {"per_device_train_batch_size": rows}}
-    (folder / "qlora.yaml").write_text(yaml.safe_dump(content | ({"quantization_bit": bits} if bits else {})))
-    for name, count in (("train.json", 16), ("dev.json", 2)):
-        lines = (TINY_DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
-        (folder / name).write_text("".join(lines), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nprocs}"]
-    command += ["-m", "helpers.finetune.train", folder, checkpoint, folder / "qlora.yaml", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*map(str, command), "--output-dir", str(folder / "output")], capture_output=True, text=True, env=environment
-    )
-
-
-def adapter(folder, step=4):
-    return load_file(folder / "output" / f"checkpoint-{step}" / "adapter_model.safetensors")
+def quantized(bits, rows):
+    """What a configuration says of quantisation, with answers that are evaluated between two steps of training."""
+    training = {"per_device_train_batch_size": rows, "generation_config": {"max_new_tokens": 4}}
+    return {"quantization_bit": bits, "max_eval_samples": 2, "training_args": training}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, small_checkpoint):
+def two_ranks(tmp_path_factory, train):
     """Folder of a run on two ranks with ZeRO-2."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    finished = train(2, folder, small_checkpoint, ROOT / "configs" / "ds_zero_2.json")
+    finished = train(2, folder, ROOT / "configs" / "ds_zero_2.json", rows=2)
     assert finished.returncode == 0, finished.stderr
     assert "on a base held in 4 bits" in finished.stdout
     return folder
 
 
-def test_two_ranks_train_what_one_process_trains_and_resume(tmp_path, two_ranks, small_checkpoint):
+@pytest.mark.slow
+def test_two_ranks_train_what_one_process_trains_and_resume(tmp_path, two_ranks, small_checkpoint, train):
     # Steps 3 and 4 of the single process come after it was interrupted.
-    finished = train(1, tmp_path, small_checkpoint, rows=4)
+    finished = train(1, tmp_path, rows=4)
     assert finished.returncode == 0, finished.stderr
     for name in ("adapter_model.safetensors", "trainer_state.json"):
         (tmp_path / "output" / "checkpoint-4" / name).unlink()
-    resumed = train(1, tmp_path, small_checkpoint, "--resume", rows=4)
+    resumed = train(1, tmp_path, "--resume", rows=4)
     assert resumed.returncode == 0, resumed.stderr
     for step in (2, 4):
-        one, two = adapter(tmp_path, step), adapter(two_ranks, step)
-        assert one.keys() == two.keys()
-        assert max((one[name] - two[name]).abs().max() for name in one) <= 1e-6
+        one, two = (adapter(folder / "output" / f"checkpoint-{step}") for folder in (tmp_path, two_ranks))
+        assert largest_difference(one, two) <= 1e-6
     assert max(w.abs().max() for name, w in one.items() if "lora_B" in name) > 1e-3
 
     # The same run with other bits is another run.
-    yaml_file = tmp_path / "qlora.yaml"
-    yaml_file.write_text(yaml.safe_dump(CONFIG | {"quantization_bit": 8}))
-    folders = {"output_dir": tmp_path / "output", "resume": True, "ranks": Ranks(0, 0, 1, 1, None)}
+    yaml_file = write_config(tmp_path, **quantized(8, rows=4))
     with pytest.raises(UserError, match=r"was trained with quantization_bit 4, but .* has 8"):
-        prepare(tmp_path, str(small_checkpoint), yaml_file, None, **folders)
+        prepare(tmp_path, small_checkpoint, yaml_file, resume=True)
 
 
+@pytest.mark.slow
 def test_the_run_says_what_its_base_was_held_in(two_ranks, small_checkpoint):
     run = json.loads((two_ranks / "output" / "run.json").read_text())
     assert run["config"]["quantization_bit"] == 4
@@ -108,6 +77,7 @@ def test_the_run_says_what_its_base_was_held_in(two_ranks, small_checkpoint):
         assert json.loads((checkpoint / QUANTIZATION_FILE).read_text()) == {"quantization_bit": 4}
 
 
+@pytest.mark.slow
 def test_later_commands_load_the_base_in_the_same_way_and_export_keeps_the_function_that_was_trained(
     tmp_path, two_ranks, small_checkpoint
 ):

@@ -1,4 +1,4 @@
-"""Run by test_chatglm3_checkpoint.py under torchrun: read FOLDER under ZeRO-3, gather it, write it to OUT_DIR.
+"""Run by test_chatglm3_checkpoint.py on two ranks: read FOLDER under ZeRO-3, gather it, write it to OUT_DIR.
 
 Each rank prints one JSON object on its own line: how many parameter elements the model has, and how many it holds.
 """
