@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -267,11 +266,20 @@ def test_the_command_refuses_what_it_cannot_score(command_line, tmp_path, capsys
 # Over two ranks
 
 
-def _rank_answers(rank, world_size, folder):
-    """One of two processes: answer over ranks, then a training step; each rank writes what it saw."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    tokenizer = small_tokenizer(Path(folder) / f"rank{rank}")
+ANSWER_ON_A_RANK = """
+import sys
+from pathlib import Path
+from test_evaluate import answer_on_a_rank
+
+answer_on_a_rank(Path(sys.argv[1]))
+"""
+
+
+def answer_on_a_rank(folder):
+    """One of two ranks: answer over ranks, then a training step; each rank writes what it saw."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    tokenizer = small_tokenizer(folder / f"rank{rank}")
     model = small_model(tokenizer)
     prompts = prompts_of(tokenizer)
     calls = []
@@ -294,8 +302,8 @@ def _rank_answers(rank, world_size, folder):
         model.generate = generate_or_fail
     seen["halved"] = answered(model, tokenizer, prompts, batch_size=4)
     model.generate = generate
-    seen["gradients"] = _gradients_after_evaluation(model, tokenizer, Path(folder), rank)
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(seen))
+    seen["gradients"] = _gradients_after_evaluation(model, tokenizer, folder, rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
 
@@ -312,11 +320,14 @@ def _gradients_after_evaluation(model, tokenizer, folder, rank):
     return [p.grad.abs().sum().item() for p in tuned.parameters() if p.requires_grad]
 
 
-def test_two_ranks_share_the_prompts(tokenizer, tmp_path):
+@pytest.mark.slow
+def test_two_ranks_share_the_prompts(tokenizer, tmp_path, rank_server):
     for rank in (0, 1):
         (tmp_path / f"rank{rank}").mkdir()
-    torch.multiprocessing.set_forkserver_preload(["helpers.finetune.evaluate"])
-    torch.multiprocessing.start_processes(_rank_answers, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
+    script = tmp_path / "answer_on_a_rank.py"
+    script.write_text(ANSWER_ON_A_RANK)
+    finished = rank_server.run(script, tmp_path, nprocs=2)
+    assert finished.returncode == 0, finished.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     alone = answered(small_model(tokenizer), tokenizer, prompts_of(tokenizer))
     assert first["all"] == first["halved"] == alone

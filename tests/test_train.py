@@ -204,8 +204,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(killed_while_saving, finetune
     limit = 8 * 1024
     assert (output / "checkpoint-2" / "adapter_model.safetensors").stat().st_size > limit
     full = finetune(1, config, "--resume", file_bytes=limit)
-    assert full.returncode != 0
-    (line,) = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    lines = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    assert full.returncode != 0 and len(lines) == 1, full.stderr
+    line = lines[0]
     assert "checkpoint-4 could not be written" in line and "checkpoint-2 is complete" in line
     assert not (output / "checkpoint-4").exists()
     assert largest_difference(adapter(output / "checkpoint-2"), before) == 0
