@@ -34,6 +34,12 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put notebooks first, then files with slow tests: workers of pytest-xdist end at the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path not in slow))
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> ChatGLMTokenizer:
     """A tokenizer of about 400 pieces."""

@@ -48,6 +48,8 @@ class RankServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Not only closed: a process that was forked from this one may hold the socket, too.
+        self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._process.wait()
 
