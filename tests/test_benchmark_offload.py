@@ -29,6 +29,7 @@ def test_the_chunked_loss_is_cross_entropy(script, chunk):
     torch.testing.assert_close((hidden.grad, weight.grad), gradients)
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_cpu_and_a_failure_does_not_lose_the_other_settings(script, monkeypatch, tmp_path, capsys):
     path = tmp_path / "offload.json"
     broken = dataclasses.replace(script.SETTINGS["24 GiB budget"], deepspeed="no_such_file.json")

@@ -112,6 +112,7 @@ def test_logits_of_one_chunk_exist_at_a_time(frozen):
     assert logits + weight_gradient <= memory.peak <= logits + weight_gradient + hidden.nbytes + 24 * 1024
 
 
+@pytest.mark.slow
 def test_the_head_is_trained_as_with_the_models_own_loss():
     def train(chunk):
         model = build(TINY)

@@ -66,6 +66,7 @@ def token(tokenizer, character):
     return piece
 
 
+@pytest.mark.slow
 def test_batched_answers_are_those_of_one_prompt_at_a_time(tokenizer):
     model, prompts = small_model(tokenizer).eval(), prompts_of(tokenizer)
     expected = one_by_one(model, tokenizer, prompts)
@@ -176,6 +177,7 @@ def runs_out_of_memory_above(rows, model, monkeypatch):
     return sizes
 
 
+@pytest.mark.slow
 def test_the_batch_is_halved_until_it_fits(tokenizer, monkeypatch, capsys):
     model, prompts = small_model(tokenizer), prompts_of(tokenizer)
     expected = answered(model, tokenizer, prompts)

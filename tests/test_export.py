@@ -55,6 +55,7 @@ def logits(model):
         return model(IDS).logits
 
 
+@pytest.mark.slow
 def test_the_published_layout_answers_like_the_adapter(tmp_path, adapter, small_checkpoint):
     export(adapter, tmp_path / "out")
     check_checkpoint(tmp_path / "out")
@@ -88,6 +89,7 @@ def test_only_what_the_adapter_trained_is_changed(tmp_path, adapter, small_check
     assert changed == {f"transformer.encoder.layers.{n}.self_attention.query_key_value.weight" for n in (0, 1)}
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_the_glm_layout(tmp_path, adapter):
     export(adapter, tmp_path / "out", layout="glm")
     (tmp_path / "vanilla.py").write_text(VANILLA)
@@ -106,6 +108,7 @@ def test_transformers_alone_loads_the_glm_layout(tmp_path, adapter):
     assert result["stops"] == tokenizer.stop_token_ids
 
 
+@pytest.mark.slow
 def test_this_package_asks_the_glm_layout_too(tmp_path, adapter):
     export(adapter, tmp_path / "out", layout="glm")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "glm"

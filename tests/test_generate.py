@@ -210,6 +210,7 @@ def test_the_metadata_line_and_the_stop_token_are_no_part_of_an_answer(tokenizer
     assert said == {"role": "assistant", "metadata": "tols", "content": "裙"}
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed_and_differs_from_greedy(small_checkpoint):
     model, tokenizer = load_for_inference(small_checkpoint)
 
@@ -259,6 +260,7 @@ def test_streamed_text_is_the_answer(tokenizer, capsys, text):
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prompt_and_compare(monkeypatch, capsys, small_run):
     checkpoint = small_run / "checkpoint-2"
     model, tokenizer = load_for_inference(checkpoint)
@@ -329,6 +331,7 @@ def test_ctrl_c_leaves_a_conversation_cleanly(monkeypatch, capsys, small_checkpo
     assert capsys.readouterr().out.endswith("assistant> \n")
 
 
+@pytest.mark.slow
 def test_the_command_as_it_is_typed(small_run):
     command = [sys.executable, "-m", "helpers.finetune.generate", small_run / "checkpoint-10"]
     done = subprocess.run([*command, "--prompt", "裙", "--max-new-tokens", "4"], capture_output=True, text=True)

@@ -66,6 +66,7 @@ def test_the_mean_is_taken_for_each_metric():
     assert mean_scores([]) == {}
 
 
+@pytest.mark.slow
 def test_jieba_says_nothing():
     code = "from helpers.finetune.metrics import score; score('宽松的裤子', '宽松的裙子')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

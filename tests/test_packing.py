@@ -205,6 +205,7 @@ def test_another_rows_tokens_change_nothing():
     torch.testing.assert_close(before[first:second], after[first:second], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same_and_evaluation_does_without_them():
     features = rows()
     packed = packed_batch(features)

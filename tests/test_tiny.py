@@ -64,11 +64,13 @@ def answer(model, tokenizer, *messages):
 # What the builder writes
 
 
+@pytest.mark.slow
 def test_everything_but_the_weights_rebuilds_byte_identically(rebuilt):
     for name in ("tokenizer.model", "config.json", "generation_config.json", "tokenizer_config.json"):
         assert (rebuilt / name).read_bytes() == (TINY_MODEL / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_weights_rebuild_in_the_same_layout(rebuilt):
     index = "model.safetensors.index.json"
     assert json.loads((rebuilt / index).read_text()) == json.loads((TINY_MODEL / index).read_text())
@@ -149,6 +151,7 @@ def test_batches_train_the_assistants_words_alone(tokenizer):
 # What it says
 
 
+@pytest.mark.slow
 def test_it_has_learned_what_the_builder_trains(model, tokenizer):
     # Conversations of another seed. What is left of the loss is the freedom that the sentences have.
     rng = Random(99)

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.files import fresh_folder
 from helpers.finetune.torchrun import format_command, run_command, torchrun_command
@@ -35,6 +37,7 @@ def test_lines_come_through_and_the_status_comes_back(capfd):
     assert out.startswith("$ ") and "鱼尾裙\n" in out and "oops\n" in out
 
 
+@pytest.mark.slow
 def test_an_interrupt_lets_the_command_end_by_itself():
     child = textwrap.dedent("""
         import signal, sys
@@ -63,6 +66,7 @@ def test_a_second_run_gets_a_folder_of_its_own(tmp_path):
     assert fresh_folder(tmp_path, "tiny") == tmp_path / "tiny-3"
 
 
+@pytest.mark.slow
 def test_the_main_job_changes_what_the_model_says(tmp_path):
     finished = subprocess.run(
         [sys.executable, "-m", "helpers.finetune.demo"],
