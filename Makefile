@@ -12,18 +12,21 @@ FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < 
 PYTHON ?= $(shell for name in python3.12 python3.13 python3.11 python3; do \
     "$$name" -c '$(FITS)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
 
+# Two test files at a time, each with one thread. On a GPU one at a time: side by side they would count each other's memory.
+JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: run test check lint campaign benchmark notebooks lab clean
 
 run: $(VENV)/installed
 	$(RUN) -m helpers.finetune.demo
 
 test: $(VENV)/installed lint
-	$(RUN) -m pytest -m "not campaign"
-	$(RUN) -m pytest --nbval-lax --nbval-cell-timeout=900 notebooks
+	$(PYTEST) --nbval-lax --nbval-cell-timeout=900 tests notebooks
 
 # Daily work: what needs no second process.
 check: $(VENV)/installed lint
-	$(RUN) -m pytest -m "not slow and not campaign"
+	$(PYTEST) -m "not slow and not campaign" tests
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
