@@ -21,6 +21,8 @@ from typing import Any
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
+# What this process finds, another Python must find too: packages may be on the PYTHONPATH only.
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 REQUEST_BYTES = 1 << 16
 
 
@@ -36,7 +38,7 @@ class RankServer:
 
     def __enter__(self) -> "RankServer":
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH}
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],

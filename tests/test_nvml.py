@@ -22,6 +22,12 @@ from helpers.memory.timeline import CurveRecorder, GpuCurve, Timeline, downsampl
 NO_DRIVER = "NVML: not available, no NVIDIA driver answers here (NVML Shared Library Not Found)"
 
 
+@pytest.fixture(autouse=True)
+def every_gpu_is_visible(monkeypatch):
+    """What a machine hides from its users is no matter of these tests; some set the variable themselves."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 # --- readings
 
 

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from rank_server import PYTHONPATH
 
 from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.files import fresh_folder
@@ -73,7 +74,7 @@ def test_the_main_job_changes_what_the_model_says(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH},
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     run = json.loads((tmp_path / "output" / "tiny" / "run.json").read_text())
