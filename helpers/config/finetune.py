@@ -175,6 +175,9 @@ def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str,
         # YAML 1.1 reads 5e-5, which has no decimal point, as text.
         if isinstance(value, str) and known[name].type in (float, "float", float | None):
             training[name] = _number(value, f"{source}, training_args: {key}")
+    if training.get("label_smoothing_factor"):
+        # The Trainer would take it from all logits, which the chunked loss never has, and without shifting the labels.
+        raise UserError(f"{source}, training_args: label_smoothing_factor is not supported; remove it")
     training.setdefault("output_dir", "./output")
     if "seed" not in training:
         training["seed"] = DEFAULT_SEED
