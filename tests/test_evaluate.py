@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_older_one(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(UserError, match=r"predictions\.jsonl cannot be written: File too large; make room"):
+        with pytest.raises(UserError, match=r"predictions\.jsonl cannot be written: File too large; free disk space"):
             write_json_lines(path, [{"text": "裤" * 1000}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

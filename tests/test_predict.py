@@ -302,7 +302,7 @@ def test_published_buckets_cost_less_than_their_size():
     assert (published.allocated - small.allocated) / GIB == pytest.approx(1.28, rel=0.05)
 
 
-# With the default allocator: off by holes that nothing here derives, see the docstring of moments._rounding.
+# With the default allocator: off by holes that nothing here derives, see helpers/memory/predict/rounding.py.
 DEFAULT_ALLOCATOR_PERCENT = {
     "full, fp32": 6,
     "LoRA, autocast": 9,

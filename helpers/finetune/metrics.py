@@ -119,4 +119,6 @@ def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; make room or choose another folder") from error
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; free disk space or choose another folder"
+        ) from error

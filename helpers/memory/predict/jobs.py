@@ -1,4 +1,4 @@
-"""A configuration from a job's own files: ``lora.yaml``, the DeepSpeed JSON, as helpers.finetune.train takes them."""
+"""Read a configuration from a job's own files, as helpers.finetune.train takes them: ``lora.yaml``, DeepSpeed JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import Configuration, Lora, Strategy
 from helpers.memory.predict.model_shape import ModelShape
 
-# transformers.TrainingArguments and peft.LoraConfig, where the file leaves it open.
-DEFAULT_ROWS, DEFAULT_RANK, DEFAULT_DROPOUT = 8, 8, 0.0
+# Defaults of transformers.TrainingArguments and peft.LoraConfig.
+DEFAULT_MICRO_BATCH_SIZE, DEFAULT_RANK, DEFAULT_DROPOUT = 8, 8, 0.0
 
 
 def read_job(
@@ -68,7 +68,7 @@ def configuration_of(
         ),
         precision="fp32" if kind == "no" else "bf16" if strategy.zero_stage else "autocast",
         strategy=strategy,
-        micro_batch_size=training.get("per_device_train_batch_size", DEFAULT_ROWS),
+        micro_batch_size=training.get("per_device_train_batch_size", DEFAULT_MICRO_BATCH_SIZE),
         # A row is cut to the sum of both limits and one (helpers.finetune.dataset).
         sequence_length=job.speed.packing or sequence_length or job.max_input_length + job.max_output_length + 1,
         padded=job.speed.packing is None,
