@@ -351,6 +351,32 @@ def bad_uses(stage):
     )
 
 
+def step_after_a_caught_error(stage):
+    """What a backward that missed a layer raised; the largest difference of a later step to one without it."""
+    stepped = []
+    for fails_first in (True, False):
+        model = build(TWO_LAYERS, device())
+        optimizer, inputs, layer = zero(stage, model), batch(TWO_LAYERS, 2, LENGTH, 0, device()), model.model.layers[0]
+        if fails_first:
+            layer.forward = lambda hidden, **_: hidden  # uses no parameter
+            refused = refusals(lambda model=model, inputs=inputs: model(**inputs).loss.backward())
+            del layer.forward
+            optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+        with optimizer.full_parameters() if stage == 3 else nullcontext():
+            stepped.append(weights(model))
+    return refused, largest_difference(*stepped)
+
+
+@pytest.mark.slow
+@by_stage(2, step_after_a_caught_error, stages=(2, 3))
+def test_a_backward_that_failed_leaves_nothing_to_the_next_one(stage, case):
+    for [(error, message)], difference in case.results:
+        assert error == "UserError" and "backward made no gradient for model.layers.0." in message
+        assert difference == 0
+
+
 REFUSED = [shared.case(2, bad_uses, stage=stage) for stage in STAGES]
 of_each_stage = pytest.mark.parametrize("case", REFUSED, ids=STAGES)
 

@@ -121,7 +121,8 @@ class BackwardHooks(Generic[AnyBucket]):
         model: Has the parameters.
         buckets: All buckets, in the order in which to hand them over.
         on_full: Called with each full bucket.
-        on_end: Called at the end of each backward that reached all parameters of the buckets.
+        on_end: Called at the end of each backward with whether it made all gradients of the buckets. If it did not, an
+            error follows; what is in flight must be finished before that, or it would end up in the next backward.
 
     Attributes:
         enabled: Set to False, the hooks leave gradients alone.
@@ -134,7 +135,7 @@ class BackwardHooks(Generic[AnyBucket]):
         model: nn.Module,
         buckets: Sequence[AnyBucket],
         on_full: Callable[[AnyBucket], None],
-        on_end: Callable[[], None],
+        on_end: Callable[[bool], None],
     ) -> None:
         self.enabled, self.running = True, False
         self._owner, self._model, self._buckets = owner, model, buckets
@@ -168,6 +169,6 @@ class BackwardHooks(Generic[AnyBucket]):
     def _end(self) -> None:
         unused = [parameter for bucket in self._buckets for parameter in bucket.missing]
         self.reset()
+        self._on_end(not unused)
         if unused:
             raise missing_gradient_error(self._owner, self._model, unused)
-        self._on_end()

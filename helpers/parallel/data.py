@@ -184,7 +184,8 @@ class BucketedDataParallel(nn.Module):
         bucket.buffer /= dist.get_world_size(self.group)  # a mean; dividing first keeps 16-bit sums from overflowing
         bucket.work = dist.all_reduce(bucket.buffer, group=self.group, async_op=True)
 
-    def _wait_for_all(self) -> None:
+    def _wait_for_all(self, complete: bool) -> None:
         for bucket in self.buckets:
-            bucket.work.wait()
-            bucket.work = None
+            if bucket.work is not None:  # always, if backward was complete
+                bucket.work.wait()
+                bucket.work = None

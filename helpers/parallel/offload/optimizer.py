@@ -173,10 +173,12 @@ class OffloadedAdamW:
             self._copies.copy_to_host(bucket.staging, shard)
             buffer.sent = self._copies.record_event()
 
-    def _end_backward(self) -> None:
+    def _end_backward(self, complete: bool) -> None:
         self._wait_for_update()  # a delayed update still reads the gradients of the step before
         for buffer in self._send_buffers:
             self._copies.synchronize(buffer.sent)
+        if not complete:
+            return
         for bucket in self.buckets:
             bucket.accumulate(first=self._backwards == 0)
         self._backwards += 1

@@ -36,5 +36,5 @@ class Zero2(Zero1):
             self._in_flight.finish_reduce_scatter()
             self._in_flight = None
 
-    def _end_backward(self) -> None:
+    def _end_backward(self, complete: bool) -> None:
         self._finish_in_flight()

@@ -119,9 +119,9 @@ class Zero3(Zero2):
         if not any(bucket.missing for bucket in unit.trained):
             unit.reshard()
 
-    def _end_backward(self) -> None:
+    def _end_backward(self, complete: bool) -> None:
         self._reshard_all()
-        super()._end_backward()
+        super()._end_backward(complete)
 
     def _reshard_all(self) -> None:
         for unit in self.units:
