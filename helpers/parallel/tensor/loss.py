@@ -1,4 +1,4 @@
-"""Cross-entropy over a sharded vocabulary: each rank has the logits of its own tokens, and none has all."""
+"""Cross-entropy over a sharded vocabulary: each rank has the logits of its part of the vocabulary, and none has all."""
 
 from typing import Any
 

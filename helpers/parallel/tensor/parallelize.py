@@ -156,7 +156,7 @@ def _shard_of(parameter: nn.Parameter) -> Shard | None:
 def _resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = group or dist.group.WORLD
     if group is None:
-        raise UserError("parallelize: torch.distributed is not initialized; start ranks with run() or torchrun")
+        raise UserError("torch.distributed is not initialized; start ranks with run() or torchrun")
     return group
 
 
