@@ -213,8 +213,8 @@ def bad_uses():
     ],
 )
 def test_bad_use_is_named(number, line):
-    for said in bad_uses.results:
-        error, message = said[number]
+    for refused in bad_uses.results:
+        error, message = refused[number]
         assert error == "UserError" and line in message
 
 

@@ -242,20 +242,20 @@ class TestFailure:
         assert (error.value.rank, error.value.type) == (1, "KeyError")
 
     @pytest.mark.parametrize(
-        ("how", "said"),
+        ("how", "message"),
         [
             ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 was killed by SIGKILL"),
             ("os.kill(os.getpid(), signal.SIGSEGV)", "rank 1 of 2 was killed by SIGSEGV"),
             ("os._exit(7)", "rank 1 of 2 ended with status 7 before its function returned"),
         ],
     )
-    def test_a_rank_that_dies_is_the_cause_and_not_the_peer_that_notices(self, patient, how, said):
+    def test_a_rank_that_dies_is_the_cause_and_not_the_peer_that_notices(self, patient, how, message):
         def fn():
             if dist.get_rank() == 1:
                 exec(how, {"os": os, "signal": signal})
             dist.all_reduce(torch.ones(1))
 
-        with pytest.raises(RankError, match=said) as error:
+        with pytest.raises(RankError, match=message) as error:
             run(fn, 2)
         assert error.value.rank == 1 and not ranks_alive()
 
@@ -327,15 +327,15 @@ class TestFailure:
         assert not ranks_alive()
 
     @pytest.mark.parametrize(
-        ("arguments", "said"),
+        ("arguments", "message"),
         [
             ({"nprocs": 0}, "nprocs is 0"),
             ({"timeout": 0}, "timeout is 0"),
             ({"lock": threading.Lock()}, "cannot be sent to other processes"),
         ],
     )
-    def test_bad_arguments_are_one_line(self, arguments, said):
-        with pytest.raises(UserError, match=said) as error:
+    def test_bad_arguments_are_one_line(self, arguments, message):
+        with pytest.raises(UserError, match=message) as error:
             run(lambda lock=None: None, **arguments)
         assert "\n" not in str(error.value)
 
@@ -352,19 +352,19 @@ class TestFailure:
 
 
 @pytest.mark.parametrize(
-    ("dump", "said"),
+    ("dump", "message"),
     [
         (lambda **_: pickle.dumps({"entries": [{"profiling_name": "nccl:all_reduce"}]}), "nccl:all_reduce"),
         (lambda **_: pickle.dumps({}), None),
         (lambda **_: b"", "unknown"),
     ],
 )
-def test_what_nccl_did_not_end_is_added_and_never_loses_the_place(monkeypatch, dump, said):
+def test_what_nccl_did_not_end_is_added_and_never_loses_the_place(monkeypatch, dump, message):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", dump, raising=False)
     error = timeout_error(5, {0: locate(sys._getframe())}, {0: False})
     assert "rank 0 is in no collective" in str(error) and "test_launch.py" in str(error)
-    assert (f"pending on its GPU: {said}" in str(error)) if said else ("pending" not in str(error))
+    assert (f"pending on its GPU: {message}" in str(error)) if message else ("pending" not in str(error))
 
 
 def gone(pid: int) -> bool:
@@ -378,7 +378,7 @@ def gone(pid: int) -> bool:
         return False
 
 
-# Four things that a rank can do in the middle of its work, and one that the reader does; and what is then said.
+# Four things that a rank can do in the middle of its work, and one that the reader does; and the error that follows.
 FAULTS = {
     "exception": (RankError, "raised ValueError"),
     "kill": (RankError, "killed by SIGKILL"),
@@ -414,8 +414,8 @@ def faulty(fault, culprit):
 
 def inject(fault, nprocs, culprit, hang_seconds):
     """One fault; fails if it is not raised as what it is."""
-    error_type, said = FAULTS[fault]
-    with pytest.raises(error_type, match=said), pytest.MonkeyPatch.context() as patch:
+    error_type, message = FAULTS[fault]
+    with pytest.raises(error_type, match=message), pytest.MonkeyPatch.context() as patch:
         if fault == "kill":  # the others fail as well, and a busy machine may report that first
             patch.setattr(processes, "CAUSE_SECONDS", LIMIT)
         run(

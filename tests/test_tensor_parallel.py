@@ -270,15 +270,15 @@ def test_keys_and_values_are_copied_where_there_are_more_ranks_than_groups(ranks
 def refused():
     model = build(TWO_LAYERS)
     before = weights(model)
-    said = refusals(lambda: parallelize(model), lambda: parallelize(model, recompute_all_gather=True))
+    errors = refusals(lambda: parallelize(model), lambda: parallelize(model, recompute_all_gather=True))
     same = largest_difference(weights(model), before) == 0 and not model._forward_pre_hooks
-    return said, same and type(model.lm_head) is nn.Linear
+    return errors, same and type(model.lm_head) is nn.Linear
 
 
 @pytest.mark.slow
 def test_nothing_is_changed_where_it_is_refused():
-    for said, unchanged in refused.results:
-        assert [error for error, _ in said] == ["UserError"] * 2 and "num_attention_heads is 8" in said[0][1]
+    for errors, unchanged in refused.results:
+        assert [error for error, _ in errors] == ["UserError"] * 2 and "num_attention_heads is 8" in errors[0][1]
         assert unchanged
 
 
@@ -313,8 +313,9 @@ def wrong_uses():
     ],
 )
 def test_wrong_use_is_told_in_one_line(number, line):
-    for said in wrong_uses.results:
-        assert line in said[number][1]
+    for refused in wrong_uses.results:
+        error, message = refused[number]
+        assert error == "UserError" and line in message
 
 
 # --- layers

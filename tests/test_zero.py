@@ -382,8 +382,9 @@ of_each_stage = pytest.mark.parametrize("case", REFUSED, ids=STAGES)
 
 
 def assert_refused(case, number, pattern):
-    for said in case.results:
-        assert re.search(pattern, said[number][1])
+    for refused in case.results:
+        error, message = refused[number]
+        assert error == "UserError" and re.search(pattern, message)
 
 
 @pytest.mark.slow
