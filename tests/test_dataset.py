@@ -315,6 +315,10 @@ def test_the_collator_pads_ids_labels_and_mask(split, tokenizer):
     target_positions = batch.pop("target_positions")
     assert (batch["labels"].flatten()[target_positions + 1] != -100).all()
     assert target_positions.numel() == (batch["labels"][:, 1:] != -100).sum()
+    # Each position predicts the next token of its row, and the last of a row predicts nothing.
+    assert (batch["shift_labels"][:, :-1] == batch["labels"][:, 1:]).all() and (
+        batch["shift_labels"][:, -1] == -100
+    ).all()
     assert {name: tensor.shape for name, tensor in batch.items()} == dict.fromkeys(batch, (2, long))
     assert batch["input_ids"][0, short:].eq(0).all()
     assert batch["labels"][0, short:].eq(-100).all()

@@ -99,6 +99,10 @@ def test_a_batch_of_packs_holds_the_rows_and_says_where_they_are(lengths, spare)
     trained = sum(label != IGNORE_INDEX for row in features["labels"][:] for label in row[1:])
     assert batch["target_positions"].numel() == trained
     assert (batch["labels"].flatten()[batch["target_positions"] + 1] != IGNORE_INDEX).all()
+    shifted = batch["shift_labels"]
+    assert (shifted[:, :-1] == batch["labels"][:, 1:]).all() and (shifted[:, -1] == IGNORE_INDEX).all()
+    ends = cu_seqlens[1:].long() - 1
+    assert (shifted.flatten()[ends] == IGNORE_INDEX).all()  # no row's last token predicts the next row
     again = collator(list(packs)[:1])["cu_seqlens"]
     assert len(packs) * (again.numel() - 1) == cu_seqlens.numel() - 1  # shapes depend on the number of packs alone
 
