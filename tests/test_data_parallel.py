@@ -125,9 +125,9 @@ def test_uneven_ranks_are_weighted_by_their_tokens(case, rows, ignored):
 def in_two_groups():
     rank = dist.get_rank()
     groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
-    model = torch.nn.Linear(1, 1, bias=False)
+    model = torch.nn.Linear(1, 1, bias=False, device=device())
     torch.nn.init.constant_(model.weight, float(rank))
-    BucketedDataParallel(model, group=groups[rank % 2])(torch.tensor([[float(rank)]])).sum().backward()
+    BucketedDataParallel(model, group=groups[rank % 2])(torch.tensor([[float(rank)]], device=device())).sum().backward()
     return model.weight.item(), model.weight.grad.item()
 
 
@@ -138,8 +138,8 @@ def test_a_group_averages_for_itself():
 
 @shared.on(2)
 def bytes_and_buckets():
-    model = BucketedDataParallel(build(TWO_LAYERS), bucket_bytes=50 * KIB)
-    model(**batch(TWO_LAYERS, 2, 8)).loss.backward()
+    model = BucketedDataParallel(build(TWO_LAYERS, device()), bucket_bytes=50 * KIB)
+    model(**batch(TWO_LAYERS, 2, 8, device=device())).loss.backward()
     return count_bytes(model.module).categories["gradients"], len(model.buckets)
 
 
@@ -151,17 +151,15 @@ def test_buckets_are_the_gradients():
 @shared.on(2)
 def frozen_and_tied():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3))
+    model.to(device())
     model[2].weight = model[0].weight
     model[1].requires_grad_(False)
     parallel = BucketedDataParallel(model)
-    x = torch.full((1, 3), 1.0 + dist.get_rank())
-    parallel(x).sum().backward()
+    inputs = [torch.full((1, 3), 1.0 + rank, device=device()) for rank in range(2)]
+    parallel(inputs[dist.get_rank()]).sum().backward()
     averaged = model[0].weight.grad.clone()
     model.zero_grad()
-    sum(
-        torch.func.functional_call(model, dict(model.named_parameters()), torch.full((1, 3), 1.0 + rank)).sum()
-        for rank in range(2)
-    ).div(2).backward()
+    sum(torch.func.functional_call(model, dict(model.named_parameters()), x).sum() for x in inputs).div(2).backward()
     return torch.allclose(averaged, model[0].weight.grad), model[1].weight.grad
 
 
@@ -188,9 +186,9 @@ def test_the_ring_sums_and_sends_what_the_formula_says(case, ranks):
 
 
 def unused_parameter():
-    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)})
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)}).to(device())
     BucketedDataParallel(model)
-    model["used"](torch.ones(1, 2)).sum().backward()
+    model["used"](torch.ones(1, 2, device=device())).sum().backward()
 
 
 @shared.on(2)
@@ -198,8 +196,8 @@ def bad_uses():
     return refusals(
         unused_parameter,
         lambda: ring_all_reduce(torch.ones(3)),
-        lambda: loss_weight(0),
-        lambda: BucketedDataParallel(torch.nn.Linear(1, 1), bucket_bytes=0),
+        lambda: loss_weight(0, device=device()),
+        lambda: BucketedDataParallel(torch.nn.Linear(1, 1, device=device()), bucket_bytes=0),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_process import FOUR_LAYERS, LENGTH, ROWS, STEPS, make_optimizer, train_alone
+from one_process import FOUR_LAYERS, LENGTH, ROWS, STEPS, device_of, make_optimizer, train_alone
 from shared_launch import SharedLaunches, refusals
 from torch.distributed.pipelining import PipelineStage, schedules
 
@@ -245,7 +245,8 @@ def test_stages_compute_what_the_whole_does_under_the_same_names():
 
 
 def gradients(stage: Stage) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in stage.named_parameters() if parameter.grad is not None}
+    grads = {name: parameter.grad for name, parameter in stage.named_parameters()}
+    return {name: grad.to("cpu", copy=True) for name, grad in grads.items() if grad is not None}
 
 
 def test_two_halves_of_a_backward_are_the_whole_one():
@@ -389,8 +390,8 @@ def two_pipelines():
 def test_a_group_is_a_pipeline_of_its_own_and_a_pace_is_kept():
     results = two_pipelines.results
     for pair in range(2):
-        whole = build(FOUR_LAYERS)
-        loss = whole(**batch(TINY, 4, LENGTH, step=pair)).loss
+        whole = build(FOUR_LAYERS, device_of(4))
+        loss = whole(**batch(TINY, 4, LENGTH, pair, device_of(4))).loss
         loss.backward()
         assert results[2 * pair + 1][0].loss == pytest.approx(loss.item(), abs=1e-5)
         ours = results[2 * pair][1] | results[2 * pair + 1][1]

@@ -289,9 +289,9 @@ def twice():
 
 
 def odd_length():
-    model = build(TWO_LAYERS)
+    model = build(TWO_LAYERS, device())
     parallelize(model, sequence_parallel=True)
-    model(**batch(TWO_LAYERS, 2, 31))
+    model(**batch(TWO_LAYERS, 2, 31, device=device()))
 
 
 def again_alone():

@@ -147,7 +147,7 @@ def odd_differences(stage, seeds):
     rank, n = dist.get_rank(), dist.get_world_size()
     differences = []
     for seed in seeds:
-        alone, model = Odd(seed), Odd(seed)
+        alone, model = Odd(seed).to(device()), Odd(seed).to(device())
         plain_optimizer = make_optimizer([p for p in alone.parameters() if p.requires_grad])
         optimizer = (
             Zero3(model, make_optimizer, model.blocks)
@@ -155,7 +155,7 @@ def odd_differences(stage, seeds):
             else (Zero1, Zero2)[stage - 1](model, make_optimizer, bucket_bytes=4 * (1 + 7 * seed))
         )
         for step in range(5):
-            rows = torch.randn(2 * n, alone.width, generator=torch.Generator().manual_seed(step))
+            rows = torch.randn(2 * n, alone.width, generator=torch.Generator().manual_seed(step)).to(device())
             alone(rows).square().mean().backward()
             model(rows.chunk(n)[rank]).square().mean().backward()
             plain_optimizer.step()
@@ -345,9 +345,9 @@ def step_with_an_unused_parameter(stage):
 def bad_uses(stage):
     return refusals(
         lambda: step_with_an_unused_parameter(stage),
-        lambda: zero(stage, build(TWO_LAYERS)).step(),
-        lambda: zero(stage, build(TWO_LAYERS).requires_grad_(False)),
-        lambda: zero(2, build(TWO_LAYERS), bucket_bytes=0),
+        lambda: zero(stage, build(TWO_LAYERS, device())).step(),
+        lambda: zero(stage, build(TWO_LAYERS, device()).requires_grad_(False)),
+        lambda: zero(2, build(TWO_LAYERS, device()), bucket_bytes=0),
     )
 
 
