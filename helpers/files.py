@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def fresh_folder(parent: Path, name: str) -> Path:
     Returns:
         ``parent/name``, or the first of ``parent/name-2``, ``parent/name-3`` … that does not exist. Creates nothing.
     """
-    candidates = [parent / name, *(parent / f"{name}-{n}" for n in range(2, 10_000))]
-    return next(path for path in candidates if not path.exists())
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(parent / candidate for candidate in names if not (parent / candidate).exists())
 
 
 def check_new_folder(path: str | Path) -> None:
