@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import helpers.chatglm3  # noqa: F401
+from helpers.libraries.deepspeed import skip_cpu_collectives
 
 
 def main(folder: str, out_dir: str) -> None:
+    skip_cpu_collectives()
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
     # transformers looks for this object while it is alive.

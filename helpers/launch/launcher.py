@@ -148,5 +148,9 @@ def _rank_setup(
     # linecache marks sources that are in no file, such as notebook cells, by a modification time of None. A rank needs
     # them for its traceback.
     cells = {file: entry for file, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-    threads = max(1, machine.cpu_cores // world_size)
+    # More threads than cores make ranks wait for each other; an OMP_NUM_THREADS set by the user wins, because other
+    # programs may share the cores. It can be a list, one number per level of nesting.
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    threads = int(wanted) if wanted.isdecimal() else machine.cpu_cores // world_size
+    threads = max(1, threads)
     return RankSetup(rank, world_size, backend, folder, environ, os.getcwd(), cells, threads, timeout, payload)
