@@ -43,9 +43,9 @@ class Zero1:
         bucket_bytes: int = 50 * MIB,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        assigned = assign_buckets(model, bucket_bytes)  # refuses a wrong size before anything is sent
         broadcast_parameters(model, group)
-        buckets = [ZeroBucket(parameters, group) for parameters in assign_buckets(model, bucket_bytes)]
-        self._set_up(model, buckets, make_optimizer)
+        self._set_up(model, [ZeroBucket(parameters, group) for parameters in assigned], make_optimizer)
 
     def _set_up(self, model: nn.Module, buckets: Sequence[ZeroBucket], make_optimizer: MakeOptimizer) -> None:
         if not buckets:
