@@ -2,7 +2,7 @@
 
     python tests/benchmarks/campaign.py [--results notebooks/results/campaign.json]
 
-Takes about an hour on two cores, so ``make test`` runs a small sample of the same tests instead.
+Takes about five minutes on two cores, so ``make test`` runs a small sample of the same tests instead.
 """
 
 import argparse
