@@ -116,6 +116,10 @@ class TestResults:
         threads = run(torch.get_num_threads, 2).results
         assert sum(threads) <= max(2, os.cpu_count())
 
+    def test_a_number_of_threads_that_the_user_chose_is_respected(self, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+        assert run(torch.get_num_threads, 1).results == [3]
+
     def test_memory_and_phases_are_measured(self):
         def fn():
             with phase("fill"):
