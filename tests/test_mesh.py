@@ -75,7 +75,7 @@ def test_every_axis_sends_what_its_formula_says():
         calls, reduced = sent["data"]["all-reduce"]
         assert calls <= 2 and reduced == pytest.approx(nbytes, rel=0.01)  # 2 (n - 1) / n is 1
         layers = MICRO_BATCHES * 4 * (FOUR_LAYERS.layers // 2) * message
-        assert layers <= sent["tensor"]["all-reduce"][1] <= 1.4 * layers  # the ends add theirs
+        assert layers <= sent["tensor"]["all-reduce"][1] <= 1.2 * layers  # the ends add theirs
 
 
 @given(some_layouts)
