@@ -1,6 +1,6 @@
 # make run          sets up .venv and fine-tunes the embedded model, then compares its answer with the base model's
 # make test         sets up .venv and runs every test, the notebooks included
-# make check        lint, types, and the tests that start no processes: under a minute
+# make check        lint, types, and the tests that start no processes: about a minute
 # make campaign     long searches for faults; writes notebooks/results/campaign.json
 # make benchmark    measures the fine-tune of the 6B model on this machine's GPUs; CHECKPOINT=folder for real weights
 # make notebooks    executes every notebook in place, outputs as they are committed
