@@ -24,6 +24,7 @@ from helpers.plots import (
     bytes_over_step,
     codebook_histogram,
     collective,
+    collective_rounds,
     lanes,
     loss_and_memory,
     matrix_parts,
@@ -33,6 +34,7 @@ from helpers.plots import (
     memory_steps,
     memory_timeline,
     model_sizes,
+    overlap,
     prediction_errors,
     rank_groups,
     save_figure,
@@ -511,6 +513,25 @@ def test_a_number_keeps_the_colour_of_the_rank_that_had_it():
 def test_ranks_may_hold_nothing_after_a_collective():
     fig = collective([[1.5], [2]], [[3.5], []], "reduce to rank 0")
     assert [text.get_text() for text in fig.axes[1].texts] == ["3.5"]
+
+
+def test_finished_numbers_are_black_in_every_round():
+    fig = collective_rounds({"before": [[1], [2]], "round 1": [[3], [2]], "round 2": [[3], [5]]}, "ring", finished={5})
+    assert [axes.get_title() for axes in fig.axes] == ["before", "round 1", "round 2"]
+    assert [[text.get_text() for text in axes.texts] for axes in fig.axes] == [["1", "2"], ["3", "2"], ["3", "5"]]
+    first, second, last = ([patch.get_facecolor()[:3] for patch in axes.patches] for axes in fig.axes)
+    assert last[1] == (0, 0, 0) not in first + second
+    assert last[0] == second[0] not in first  # computed on the way
+
+
+def test_overlap_shows_backward_and_waiting_above_the_messages():
+    fig = overlap({"rank 0": (0.03, 0.05, [(0.01, 0.02), (0.04, 0.05)])}, "buckets")
+    (axes,) = fig.axes
+    lane = [(bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2) for bar in axes.patches]
+    assert lane == [pytest.approx(bar) for bar in ((0, 30, 0), (30, 20, 0), (10, 10, 1), (40, 10, 1))]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0, computes", "rank 0, sends"]
+    assert [text.get_text() for text in axes.texts] == ["0", "1"]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["backward", "waits", "all-reduce"]
 
 
 def test_transfer_times_are_in_milliseconds_over_sizes_with_units():

@@ -6,7 +6,7 @@ the same from a script, a rank or a notebook, and no figure stays open.
 
 from helpers.plots.allocator import allocator_history
 from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
-from helpers.plots.communication import collective, rank_groups, transfer_times
+from helpers.plots.communication import collective, collective_rounds, overlap, rank_groups, transfer_times
 from helpers.plots.curves import bytes_over_step, measured_against_formula
 from helpers.plots.matrices import matrix_parts
 from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps
@@ -28,6 +28,7 @@ __all__ = [
     "bytes_over_step",
     "codebook_histogram",
     "collective",
+    "collective_rounds",
     "lanes",
     "loss_and_memory",
     "matrix_parts",
@@ -37,6 +38,7 @@ __all__ = [
     "memory_steps",
     "memory_timeline",
     "model_sizes",
+    "overlap",
     "prediction_errors",
     "rank_groups",
     "rates_and_memory",

@@ -1,17 +1,24 @@
 """Draw what ranks send each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from helpers.memory.units import unit_for
+from helpers.plots.schedule import Span, lanes
 from helpers.plots.style import (
+    BLACK,
     GREY,
+    PURPLE,
     RANK_COLOURS,
     SMALL_SIZE,
     TEXT_SIZE,
+    VERMILION,
     CourseFigure,
     label_axes,
     new_figure,
 )
+
+# A backward pass has the colour that it has in pipeline schedules, a message that of communication buffers.
+OVERLAP_COLOURS = {"backward": VERMILION, "waits": "#D9D9D9", "all-reduce": PURPLE}
 
 
 def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], title: str) -> CourseFigure:
@@ -28,15 +35,36 @@ def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float
     Returns:
         The figure.
     """
-    colours = {value: RANK_COLOURS[rank % len(RANK_COLOURS)] for rank, row in enumerate(before) for value in row}
-    width = max(len(row) for rows in (before, after) for row in rows)
-    fig = new_figure(title, width=min(13.0, 3.4 + 1.5 * width), height=1.1 + 0.62 * len(before))
-    for axes, rows, when in zip(fig.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+    return collective_rounds({"before": before, "after": after}, title)
+
+
+def collective_rounds(
+    rounds: Mapping[str, Sequence[Sequence[float]]], title: str, finished: Collection[float] = ()
+) -> CourseFigure:
+    """Draw the numbers that each rank holds at several times, one panel per time, as :func:`collective` does.
+
+    Args:
+        rounds: ``{time: rows}`` with ``rows[rank]`` the numbers of that rank; the first time determines the colours.
+        title: The figure's title.
+        finished: Numbers to draw in black, because they are what the collective is for.
+
+    Returns:
+        The figure.
+    """
+    first = next(iter(rounds.values()))
+    colours = {value: RANK_COLOURS[rank % len(RANK_COLOURS)] for rank, row in enumerate(first) for value in row}
+    colours |= dict.fromkeys(finished, BLACK)
+    width = max(len(row) for rows in rounds.values() for row in rows)
+    fig = new_figure(title, width=min(13.0, 3.4 + 0.75 * width * len(rounds)), height=1.1 + 0.62 * len(first))
+    for axes, (when, rows) in zip(fig.subplots(1, len(rounds)), rounds.items(), strict=True):
         for rank, row in enumerate(rows):
             for column, value in enumerate(row):
-                colour = colours.get(value, GREY)
-                axes.barh(rank, 0.92, left=column - 0.46, height=0.8, color=colour)
-                axes.text(column, rank, f"{value:g}", ha="center", va="center", color="white", fontsize=TEXT_SIZE)
+                weight = "bold" if value in finished else "normal"
+                axes.barh(rank, 0.92, left=column - 0.46, height=0.8, color=colours.get(value, GREY))
+                axes.text(
+                    column, rank, f"{value:g}", ha="center", va="center", color="white", fontsize=TEXT_SIZE,
+                    fontweight=weight,
+                )  # fmt: skip
         axes.set_title(when, fontsize=TEXT_SIZE)
         axes.set_xlim(-0.6, width - 0.4)
         axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -46,6 +74,24 @@ def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float
         for spine in axes.spines.values():
             spine.set_visible(False)
     return fig
+
+
+def overlap(steps: Mapping[str, tuple[float, float, Sequence[tuple[float, float]]]], title: str) -> CourseFigure:
+    """Draw backward passes and the all-reduces of their gradients: one lane for the device and one for its link.
+
+    Args:
+        steps: ``{name: (end of the computation, end of the step, [(begin, end) of each message])}`` in seconds since
+            backward began. The device waits from the end of its computation to the end of the step.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
+    rows = {}
+    for name, (computed, done, messages) in steps.items():
+        rows[f"{name}, computes"] = [Span("backward", 0.0, computed), Span("waits", computed, done)]
+        rows[f"{name}, sends"] = [Span("all-reduce", *times, str(number)) for number, times in enumerate(messages)]
+    return lanes(rows, title, OVERLAP_COLOURS)
 
 
 def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> CourseFigure:
