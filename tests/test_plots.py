@@ -46,6 +46,7 @@ from helpers.plots import (
     trade_off,
     transfer_times,
 )
+from helpers.plots.style import TECHNIQUE_COLOURS
 
 
 def record(step, loss=None, nvml=(None, None), resident=(1.0, 1.25), **more):
@@ -390,6 +391,17 @@ def test_colours_are_distinct():
     assert len(set(CATEGORY_COLOURS.values())) == len(CATEGORY_COLOURS) == 15
 
 
+def test_a_technique_has_its_own_colour_whatever_stands_beside_it():
+    line = {1: 1.0, 2: 2.0}
+    for names in (["ZeRO-1", "ZeRO-2"], ["DDP", "ZeRO-2", "something else", "ZeRO-1"]):
+        [axes] = measured_against_formula({name: line for name in names}, {}, "title", "x", "y").axes
+        colours = {name: lines(axes)[f"{name}, measured"].get_color() for name in names}
+        assert {name: colours[name] for name in TECHNIQUE_COLOURS if name in names} == {
+            name: colour for name, colour in TECHNIQUE_COLOURS.items() if name in names
+        }
+        assert len(set(colours.values())) == len(names)
+
+
 @pytest.mark.slow
 def test_pyplot_and_its_backends_are_left_alone():
     script = (
@@ -440,6 +452,14 @@ def test_sources_stand_side_by_side_each_with_its_sum():
         tops[place] += bar.get_height()
     assert tops == pytest.approx([16, 15, 16, 17, 19])
     assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 19
+
+
+def test_an_allowance_is_hatched_in_the_bars_and_in_the_legend():
+    parts = {"parameters": 3 * GIB, "allocator allowance": GIB}
+    fig = memory_sources({"rank 0": {"predicted": parts}}, "title")
+    assert [bar.get_hatch() for bar in fig.axes[0].patches] == [None, "///"]
+    assert [patch.get_hatch() for patch in fig.legends[0].get_patches()] == [None, "///"]
+    assert memory_bars({"predicted": {name: 1.0 for name in parts}}, "title").axes[0].patches[1].get_hatch() == "///"
 
 
 def test_a_source_without_a_number_says_so():

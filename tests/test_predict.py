@@ -302,7 +302,7 @@ def test_published_buckets_cost_less_than_their_size():
     assert (published.allocated - small.allocated) / GIB == pytest.approx(1.28, rel=0.05)
 
 
-# With the default allocator: off by holes that nothing here derives, see helpers/memory/predict/rounding.py.
+# With the default allocator: off by holes that nothing here derives, see helpers/memory/predict/allocator_allowance.py.
 DEFAULT_ALLOCATOR_PERCENT = {
     "full, fp32": 6,
     "LoRA, autocast": 9,
@@ -419,7 +419,7 @@ def test_buckets_larger_than_the_logits_come_beside_them():
     small = dataclasses.replace(
         published, strategy=Strategy("zero-2", 1, reduce_bucket_size=4_000_000, overlap_comm=True)
     )
-    held = predict(small).phases[LOSS_BACKWARD] - predict(small).items["allocator rounding"]
+    held = predict(small).phases[LOSS_BACKWARD] - predict(small).items["allocator allowance"]
     assert (
         predict(published).reserved
         >= held - sum(predict(small).items[name] for name in ("CUDA context", "NCCL")) + 2 * 2 * 500_000_000

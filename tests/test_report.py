@@ -66,7 +66,7 @@ def test_a_prediction_is_compared_like_with_like():
     assert report(allocated=12 * GIB, nvml=None).difference == Difference("allocated", 25.0)
     torch_only = {"parameters": 9 * GIB, "logits and loss": GIB}
     assert report(allocated=8 * GIB, predicted=torch_only).difference == Difference("allocated", 25.0)
-    on_cpu = RankReport(0, torch_only | {"allocator rounding": GIB, "NCCL": GIB}, {"parameters": 10 * GIB}, ON_CPU)
+    on_cpu = RankReport(0, torch_only | {"allocator allowance": GIB, "NCCL": GIB}, {"parameters": 10 * GIB}, ON_CPU)
     assert on_cpu.difference == Difference("counted", 0.0)
     assert report(predicted={}).difference is None
     assert RankReport(0, PREDICTED, {}, ON_CPU).difference is None
@@ -133,6 +133,23 @@ def test_every_rank_has_its_rows_in_the_same_unit():
     assert text.count("GiB") == 1 and "MiB" not in text
     assert [line for line in text.splitlines() if line.startswith("rank")] == ["rank 0", "rank 1"]
     assert [cells(line)[-1] for line in text.splitlines() if line.startswith("total")] == ["19.00", "20.00"]
+
+
+def ranks_of(*reports):
+    return [line for line in str(memory_table(reports)).splitlines() if line.startswith("rank")]
+
+
+def test_a_rank_like_the_first_has_one_row_with_the_largest_difference():
+    like = [report(), report(rank=1), report(rank=2, nvml=19 * GIB + GIB // 20)]
+    assert ranks_of(*like) == ["rank 0", "rank 1: same as rank 0", "rank 2: same as rank 0, within 0.05 GiB"]
+    assert str(memory_table(like)).count("total") == 1
+
+
+def test_a_rank_that_differs_in_one_number_has_all_its_rows():
+    other_items = report(rank=1, predicted=PREDICTED | {"parameters": 9 * GIB, "activations": 5 * GIB})
+    assert ranks_of(report(), other_items) == ["rank 0", "rank 1"]
+    assert ranks_of(report(), report(rank=1, nvml=None)) == ["rank 0", "rank 1"]
+    assert ranks_of(report(rank=3), report(rank=4)) == ["rank 3", "rank 4: same as rank 3"]
 
 
 def test_a_notebook_shows_markdown():

@@ -5,4 +5,4 @@ CATEGORIES = ("parameters", "gradients", "optimizer states", "buffers", "activat
 # Memory that torch does not allocate.
 OUTSIDE_TORCH = ("CUDA context", "NCCL")
 # Items of a prediction.
-ITEMS = (*CATEGORIES[:5], "logits and loss", CATEGORIES[5], *OUTSIDE_TORCH, "allocator rounding")
+ITEMS = (*CATEGORIES[:5], "logits and loss", CATEGORIES[5], *OUTSIDE_TORCH, "allocator allowance")

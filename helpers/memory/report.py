@@ -18,6 +18,7 @@ from helpers.memory.units import Unit, unit_for
 
 NOT_COUNTED, CACHE, CONTEXT = "not counted: temporaries", "allocator cache", "CUDA context and NCCL"
 SOURCES = ("predicted", "counted", "allocated", "reserved", "NVML")
+SAME_SHARE = 0.01  # of the first rank's largest total: a rank that differs by no more gets one row
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class RankReport:
 
         If the prediction has items outside torch's memory and NVML has a number, everything is compared with NVML.
         Otherwise the part inside torch's memory is compared with the allocated bytes. On a CPU, for which torch counts
-        none, it is compared with the ledger, without the allocator's rounding. The ledger counts what autograd saves of
-        logits and loss as activations.
+        none, it is compared with the ledger, without the allocator's allowance. The ledger counts what autograd saves
+        of logits and loss as activations.
         """
         if not self.predicted:
             return None
@@ -107,7 +108,7 @@ class RankReport:
         elif totals["allocated"] is not None:
             source, predicted = "allocated", sum(inside.values())
         else:
-            source, predicted = "counted", sum(inside.values()) - inside.get("allocator rounding", 0)
+            source, predicted = "counted", sum(inside.values()) - inside.get("allocator allowance", 0)
         measured = totals[source]
         return Difference(source, 100 * (predicted - measured) / measured) if measured else None
 
@@ -133,6 +134,8 @@ class RankReport:
 def memory_table(reports: Sequence[RankReport]) -> Table:
     """Lay the reports out as one table: a row per category, remainder and total, a column per source.
 
+    A rank whose numbers are all within 1 % of the first rank's total gets a single row: the largest difference.
+
     Args:
         reports: One report per rank; the ranks follow each other.
 
@@ -145,16 +148,42 @@ def memory_table(reports: Sequence[RankReport]) -> Table:
     if not reports:
         raise UserError("there is no report to show; make a RankReport for each rank")
     unit = unit_for(total for report in reports for total in report.totals.values() if total is not None)
-    rows = [row for report in reports for row in _rows(report, unit, len(reports) > 1)]
+    first, *others = reports
+    rows = [[f"rank {first.rank}", *[""] * len(SOURCES), ""]] if others else []
+    rows += _rows(first, unit)
+    for report in others:
+        apart = _largest_difference(report, first)
+        same = apart is not None and apart <= SAME_SHARE * max(total or 0 for total in first.totals.values())
+        within = f", within {unit.amount(apart)} {unit.name}" if apart else ""
+        name = f"rank {report.rank}: same as rank {first.rank}{within}" if same else f"rank {report.rank}"
+        rows.append([name, *[""] * len(SOURCES), ""])
+        rows += [] if same else _rows(report, unit)
     return Table([unit.name, *SOURCES, "left over"], rows)
 
 
-def _rows(report: RankReport, unit: Unit, several: bool) -> list[list[str]]:
+def _largest_difference(report: RankReport, other: RankReport) -> int | None:
+    """Return the largest number of bytes by which two reports differ; None if only one of them has some number."""
+    largest = 0
+    for mine, theirs in (
+        (report.predicted, other.predicted),
+        (report.counted, other.counted),
+        (report.totals, other.totals),
+        (report.left_over, other.left_over),
+    ):
+        for name in {*mine, *theirs}:
+            one, two = mine.get(name, 0), theirs.get(name, 0)
+            if (one is None) != (two is None):
+                return None
+            largest = max(largest, abs((one or 0) - (two or 0)))
+    return largest
+
+
+def _rows(report: RankReport, unit: Unit) -> list[list[str]]:
     def text(size: int | None) -> str:
         return "not available" if size is None else unit.amount(size)
 
     empty = [""] * len(SOURCES)
-    rows = [[f"rank {report.rank}", *empty, ""]] if several else []
+    rows = []
     for item in ITEMS:
         predicted, counted = report.predicted.get(item, 0), report.counted.get(item, 0)
         if predicted or counted:

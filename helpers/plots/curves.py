@@ -6,7 +6,7 @@ from matplotlib.ticker import MaxNLocator
 
 from helpers.errors import UserError
 from helpers.memory.units import unit_for
-from helpers.plots.style import RANK_COLOURS, CourseFigure, label_axes, legend_below, new_figure
+from helpers.plots.style import CourseFigure, colours_for, label_axes, legend_below, new_figure
 
 Curve = Mapping[float, float]
 
@@ -14,7 +14,7 @@ Curve = Mapping[float, float]
 def measured_against_formula(
     measured: Mapping[str, Curve], formula: Mapping[str, Curve], title: str, x_label: str, y_label: str
 ) -> CourseFigure:
-    """Draw measured points and the lines of formulas; a name has the same colour in both.
+    """Draw measured points and the lines of formulas; a name has the same colour in both, a technique in all figures.
 
     Args:
         measured: ``{name: {x: y}}``.
@@ -33,7 +33,7 @@ def measured_against_formula(
         raise UserError("measured_against_formula: there are no measured points to draw")
     fig = new_figure(title, width=9, height=4.8)
     axes = fig.subplots()
-    colours = dict(zip(dict.fromkeys([*measured, *formula]), RANK_COLOURS, strict=False))
+    colours = colours_for([*measured, *formula])
     for name, curve in formula.items():
         xs = sorted(curve)
         axes.plot(xs, [curve[x] for x in xs], "--", color=colours[name], label=f"{name}, formula")
@@ -69,11 +69,11 @@ def bytes_over_step(curves: Mapping[str, Sequence[int]], title: str, x_label: st
     unit = unit_for(max(curve) for curve in curves.values() if curve)
     fig = new_figure(title, width=11, height=4.8)
     axes = fig.subplots()
-    for (name, curve), colour in zip(curves.items(), RANK_COLOURS, strict=False):
+    colours = colours_for(curves)
+    for name, curve in curves.items():
         xs = [sample / max(1, len(curve) - 1) for sample in range(len(curve))]
-        axes.plot(
-            xs, [size / unit.size for size in curve], color=colour, linewidth=2, drawstyle="steps-post", label=name
-        )
+        ys = [size / unit.size for size in curve]
+        axes.plot(xs, ys, color=colours[name], linewidth=2, drawstyle="steps-post", label=name)
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, 1)
     axes.set_xticks([])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import cycle
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
@@ -10,6 +11,7 @@ from helpers.errors import UserError
 from helpers.memory.units import Unit, unit_for
 from helpers.plots.style import (
     CATEGORY_COLOURS,
+    CATEGORY_HATCHES,
     GREY,
     SMALL_SIZE,
     TEXT_SIZE,
@@ -45,8 +47,8 @@ def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str) -> CourseFi
         widths = [parts.get(category, 0.0) for parts in bars.values()]
         if min(widths) < 0:
             raise UserError(f"memory_bars: {category!r} is {min(widths):.2f} GiB; memory cannot be negative")
-        colour = CATEGORY_COLOURS.get(category) or next(greys)
-        axes.barh(list(bars), widths, left=list(left.values()), color=colour, height=0.62, label=category)
+        look = _look(category) if category in CATEGORY_COLOURS else {"facecolor": next(greys)}
+        axes.barh(list(bars), widths, left=list(left.values()), height=0.62, label=category, **look)
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     for row, total in enumerate(left.values()):
         axes.text(total, row, f" {total:.1f} GiB", va="center", fontsize=TEXT_SIZE)
@@ -91,9 +93,15 @@ def memory_sources(ranks: Mapping[str, Mapping[str, Mapping[str, int] | None]], 
     for axes in panels[len(ranks) :]:
         axes.set_visible(False)
     present = {category for parts in bars for category, size in parts.items() if size}
-    patches = [Patch(color=colour, label=name) for name, colour in CATEGORY_COLOURS.items() if name in present]
+    patches = [Patch(label=name, **_look(name)) for name in CATEGORY_COLOURS if name in present]
     fig.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
     return fig
+
+
+def _look(category: str) -> dict[str, Any]:
+    hatch = CATEGORY_HATCHES.get(category)
+    edge = GREY if hatch else "white"  # also the hatch's colour
+    return {"facecolor": CATEGORY_COLOURS[category], "edgecolor": edge, "hatch": hatch, "linewidth": 0.6}
 
 
 def _draw_sources(axes: Axes, sources: Mapping[str, Mapping[str, int] | None], unit: Unit) -> None:
@@ -102,8 +110,7 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Mapping[str, int] | None], u
         for category in CATEGORY_COLOURS:
             height = (parts or {}).get(category, 0) / unit.size
             if height:
-                colour = CATEGORY_COLOURS[category]
-                axes.bar(column, height, 0.72, bottom, color=colour, edgecolor="white", linewidth=0.6)
+                axes.bar(column, height, 0.72, bottom, **_look(category))
                 bottom += height
         label = unit.amount(sum(parts.values())) if parts is not None else "not\navailable"
         axes.text(column, bottom, label, ha="center", va="bottom", fontsize=SMALL_SIZE)

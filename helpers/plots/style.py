@@ -1,6 +1,7 @@
 """Share one style among all figures: palette, text sizes, and a figure that notebooks show as PNG."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -35,12 +36,22 @@ CATEGORY_COLOURS = {
     # Categories that only predictions or only measurements distinguish: tints of the nearest category, greys, browns.
     "logits and loss": "#F4B183",
     "not counted: temporaries": "#F0E442",
-    "allocator rounding": "#E3E3E3",
+    "allocator allowance": "#E3E3E3",
     "allocator cache": "#C4C4C4",
     "not told apart": "#A6A6A6",
     "NCCL": "#B08A52",
     "CUDA context and NCCL": "#6E5A3C",
     "CUDA context": "#2B2B2B",
+}
+# An allowance, which a run may not need: hatched.
+CATEGORY_HATCHES = {"allocator allowance": "///"}
+# A technique has the same colour in every chapter.
+TECHNIQUE_COLOURS = {
+    "data parallel": BLACK,
+    "DDP": BLACK,
+    "ZeRO-1": BLUE,
+    "ZeRO-2": GREEN,
+    "ZeRO-3": VERMILION,
 }
 
 TEXT_SIZE = 13
@@ -81,6 +92,21 @@ def new_figure(title: str, width: float, height: float) -> CourseFigure:
     fig = CourseFigure(figsize=(width, height), layout=layout)
     fig.suptitle(title, fontsize=TITLE_SIZE, fontweight="bold")
     return fig
+
+
+def colours_for(names: Iterable[str]) -> dict[str, str]:
+    """Choose a colour for each name: its technique's, or the next one of the palette that no technique here has.
+
+    Args:
+        names: Techniques of ``TECHNIQUE_COLOURS`` or anything else; grey is left if there are more than colours.
+
+    Returns:
+        Colours by name, in the order of ``names``.
+    """
+    unique = list(dict.fromkeys(names))
+    techniques = {name: TECHNIQUE_COLOURS[name] for name in unique if name in TECHNIQUE_COLOURS}
+    free = (colour for colour in RANK_COLOURS if colour not in techniques.values())
+    return {name: techniques.get(name) or next(free, GREY) for name in unique}
 
 
 def ink_on(colour: str) -> str:

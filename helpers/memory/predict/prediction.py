@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 from helpers.memory.categories import ITEMS
 from helpers.memory.predict import constants
+from helpers.memory.predict.allocator_allowance import allowance_bytes
 from helpers.memory.predict.configuration import Configuration, Strategy
-from helpers.memory.predict.rounding import rounding_bytes
 from helpers.memory.predict.step import Step
 
 # Items that are tensors: what torch.cuda.max_memory_allocated counts.
@@ -22,8 +22,8 @@ class Prediction:
     Attributes:
         items: Bytes per item of :data:`~helpers.memory.categories.ITEMS` at the peak. "parameters" includes the 16-bit
             copies of weights that autocast makes; "buffers" is cuBLAS's workspaces and the rotary frequencies.
-            "allocator rounding" is what torch's allocator holds beyond the tensors. With its default setting that is
-            fragmentation, much of which is measured and not derived.
+            "allocator allowance" is what torch's allocator may hold beyond the tensors. With its default setting that
+            is fragmentation, much of which is measured and not derived; a run may need less of it.
         peak_phase: The phase of a step at which most is held.
         phases: Total bytes at each phase.
     """
@@ -45,7 +45,7 @@ class Prediction:
     @property
     def reserved(self) -> int:
         """Bytes that torch's allocator holds of the GPU (``torch.cuda.max_memory_reserved``)."""
-        return self.allocated + self.items["allocator rounding"]
+        return self.allocated + self.items["allocator allowance"]
 
 
 def predict(configuration: Configuration) -> Prediction:
@@ -61,7 +61,7 @@ def predict(configuration: Configuration) -> Prediction:
     tensors = step.phases()
     sizes = {name: sum(held.values()) for name, held in tensors.items()}
     peak_phase = max(sizes, key=lambda name: sizes[name])
-    outside = Counter(_outside_torch(configuration.strategy) | {"allocator rounding": rounding_bytes(step, sizes)})
+    outside = Counter(_outside_torch(configuration.strategy) | {"allocator allowance": allowance_bytes(step, sizes)})
     held = tensors[peak_phase] + outside
     totals = {name: size + sum(outside.values()) for name, size in sizes.items()}
     items = MappingProxyType({name: held[name] for name in ITEMS})

@@ -13,7 +13,7 @@ from helpers.memory.predict.saved_tensors import FP32, total_bytes
 from helpers.memory.predict.step import LOSS_BACKWARD, Step
 
 
-def rounding_bytes(step: Step, sizes: Mapping[str, int]) -> int:
+def allowance_bytes(step: Step, sizes: Mapping[str, int]) -> int:
     """Predict the bytes that the allocator holds beyond the tensors.
 
     Expandable segments grow by a page at their end, one segment per pool (``map_block`` in CUDACachingAllocator.cpp):
