@@ -34,3 +34,21 @@ class Event:
             return self._seconds - earlier._seconds
         self._event.synchronize()
         return earlier._event.elapsed_time(self._event) / 1e3  # CUDA counts milliseconds
+
+
+# How every chapter compares speed: for one rank, which has one GPU. With N ranks a step trains N times as many tokens.
+RATE = "tokens/s per GPU"
+
+
+def tokens_per_second(micro_batch_size: int, sequence_length: int, seconds: float) -> float:
+    """Compute the speed in :data:`RATE`; without GPUs it is the speed of one rank.
+
+    Args:
+        micro_batch_size: Rows per rank and step.
+        sequence_length: Tokens per row.
+        seconds: Per step.
+
+    Returns:
+        Tokens per second of one rank.
+    """
+    return micro_batch_size * sequence_length / seconds

@@ -1,0 +1,160 @@
+"""Show where the time of a step goes on a GPU: kernels, copies, NCCL, and waiting for the host.
+
+    profiles = {"ZeRO-2": profile_step(step, device())}
+    profile_table(profiles)
+
+torch.profiler records what the GPU did. Kernels, copies and NCCL overlap on several streams, so their times do not add
+up to the step's. Here each instant counts once, for the first kind of :data:`KINDS` that runs at it.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.memory.table import Table
+
+MATMUL, OTHER, COPY, NCCL, IDLE = "matmuls and attention", "other kernels", "copies", "NCCL, not hidden", "idle GPU"
+KINDS = (MATMUL, OTHER, COPY, NCCL, IDLE)
+# Kernels of cuBLAS (nvjet is its name for Hopper's), CUTLASS, FlashAttention and cuDNN.
+MATMUL_NAMES = re.compile("gemm|nvjet|cutlass|xmma|splitk|flash|fmha|sdpa", re.IGNORECASE)
+CATEGORIES = {"kernel": OTHER, "gpu_memcpy": COPY, "gpu_memset": COPY}  # of the trace, for work on the GPU
+HOST_CALLS = ("cuda_runtime", "cuda_driver")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Where the time of one step on one GPU went.
+
+    Attributes:
+        seconds: By kind, in the order of ``KINDS``; together they are the step.
+        nccl: Seconds in which an NCCL kernel ran, hidden behind other work or not. It runs from the call on this rank,
+            so waiting for a slower rank is part of it.
+        host_waits: Seconds in which the host waited for the GPU, without the wait at the end of the step.
+        operations: Kernels, copies and memory fills.
+    """
+
+    seconds: Mapping[str, float]
+    nccl: float
+    host_waits: float
+    operations: int
+
+    @property
+    def step(self) -> float:
+        """Seconds from the first call of the host to the end of the last work."""
+        return sum(self.seconds.values())
+
+
+def profile_step(step: Callable[[], object], device: torch.device) -> StepProfile | None:
+    """Run a step twice under torch.profiler and summarise the second, because starting the tracer takes time.
+
+    Tracing slows the host down. So the idle time is an upper bound.
+
+    Args:
+        step: Runs one step. All ranks must call this together if it communicates.
+        device: This rank's device.
+
+    Returns:
+        The summary; None on a CPU, which has no kernels to trace.
+    """
+    if device.type != "cuda":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            torch.cuda.synchronize(device)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                step()
+                torch.cuda.synchronize(device)
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        return summarise(json.loads(trace.read_text())["traceEvents"])
+
+
+def summarise(events: Iterable[Mapping[str, Any]]) -> StepProfile:
+    """Summarise the trace of one step that ends with a wait for the GPU.
+
+    Args:
+        events: ``traceEvents`` of torch.profiler's Chrome trace; times are in microseconds.
+
+    Returns:
+        Seconds by kind.
+    """
+    busy: dict[str, list[Interval]] = {kind: [] for kind in KINDS[:-1]}
+    calls: list[Interval] = []
+    waits: list[Interval] = []
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        interval = event["ts"], event["ts"] + event["dur"]
+        if event.get("cat") in CATEGORIES:
+            busy[_kind(event)].append(interval)
+        elif event.get("cat") in HOST_CALLS:
+            calls.append(interval)
+            waits += [interval] if event["name"] in WAITS else []
+    work = [interval for intervals in busy.values() for interval in intervals]
+    everything = [*work, *calls]
+    if not everything:
+        return StepProfile(dict.fromkeys(KINDS, 0.0), 0.0, 0.0, 0)
+    seconds, counted, covered = {}, [], 0.0
+    for kind, intervals in busy.items():
+        counted += intervals
+        seconds[kind], covered = _covered(counted) - covered, _covered(counted)
+    whole = max(end for _, end in everything) - min(start for start, _ in everything)
+    seconds[IDLE] = whole - covered
+    last_wait = max(waits, default=(0.0, 0.0))
+    host_waits = sum(end - start for start, end in waits) - (last_wait[1] - last_wait[0])
+    return StepProfile(
+        {kind: value / 1e6 for kind, value in seconds.items()}, _covered(busy[NCCL]) / 1e6, host_waits / 1e6, len(work)
+    )
+
+
+def _kind(event: Mapping[str, Any]) -> str:
+    if event["cat"] != "kernel":
+        return COPY
+    if event["name"].startswith("nccl"):
+        return NCCL
+    return MATMUL if MATMUL_NAMES.search(event["name"]) else OTHER
+
+
+def _covered(intervals: Iterable[Interval]) -> float:
+    """Return the length that intervals cover; where they overlap it counts once."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def profile_table(profiles: Mapping[str, StepProfile | None]) -> Table:
+    """Lay profiles out side by side: a row per kind in milliseconds, a column per step.
+
+    Args:
+        profiles: By name of the step; None reads "not available".
+
+    Returns:
+        The table.
+    """
+
+    def row(name: str, text: Callable[..., str]) -> list[str]:
+        return [name, *("not available" if profile is None else text(profile) for profile in profiles.values())]
+
+    rows = [
+        *(row(kind, lambda profile, kind=kind: _ms(profile.seconds[kind])) for kind in KINDS),
+        row("step", lambda profile: _ms(profile.step)),
+        row("NCCL, hidden or not", lambda profile: _ms(profile.nccl)),
+        row("host waits for the GPU", lambda profile: _ms(profile.host_waits)),
+        row("kernels and copies, number", lambda profile: f"{profile.operations:,}"),
+    ]
+    return Table(["ms", *profiles], rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
