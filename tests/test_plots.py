@@ -10,6 +10,7 @@ import pytest
 from fake_nvml import GIB
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 
 from helpers.errors import UserError
 from helpers.memory.allocator import Block, Segment
@@ -34,6 +35,7 @@ from helpers.plots import (
     memory_steps,
     memory_timeline,
     model_sizes,
+    model_states,
     overlap,
     prediction_errors,
     rank_groups,
@@ -452,6 +454,24 @@ def test_sources_stand_side_by_side_each_with_its_sum():
         tops[place] += bar.get_height()
     assert tops == pytest.approx([16, 15, 16, 17, 19])
     assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 19
+
+
+def test_ranks_hold_their_parts_of_what_is_sharded_and_all_of_the_rest():
+    fig = model_states({"data parallel": (), "ZeRO-1": ("optimizer states",)}, 4, "title")
+    assert [axes.get_title() for axes in fig.axes] == ["data parallel", "ZeRO-1"]
+    for axes, total in zip(fig.axes, ("16", "7"), strict=True):
+        assert [text.get_text() for text in axes.texts].count(total) == 4
+    green = [
+        (patch.get_x(), patch.get_y(), patch.get_height())
+        for patch in fig.axes[1].patches
+        if to_hex(patch.get_facecolor()).upper() == CATEGORY_COLOURS["optimizer states"]
+    ]
+    # One quarter of the 12 bytes on each rank, each beginning where the one before it ends.
+    assert [(y, height) for _, y, height in sorted(green)] == [(4, 3), (7, 3), (10, 3), (13, 3)]
+    with pytest.raises(UserError, match="model_states"):
+        model_states({"ZeRO-1": ("activations",)}, 4, "title")
+    with pytest.raises(UserError, match="model_states"):
+        model_states({}, 4, "title")
 
 
 def test_an_allowance_is_hatched_in_the_bars_and_in_the_legend():

@@ -11,6 +11,7 @@ from helpers.plots.curves import bytes_over_step, measured_against_formula
 from helpers.plots.matrices import matrix_parts
 from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps
 from helpers.plots.memory_timeline import memory_timeline
+from helpers.plots.model_states import model_states
 from helpers.plots.predictions import model_sizes, prediction_errors
 from helpers.plots.quantization import codebook_histogram
 from helpers.plots.saved_tensors import saved_tensor_bars, trade_off
@@ -38,6 +39,7 @@ __all__ = [
     "memory_steps",
     "memory_timeline",
     "model_sizes",
+    "model_states",
     "overlap",
     "prediction_errors",
     "rank_groups",
