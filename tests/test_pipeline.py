@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the tables as pure data, then every schedule in real processes against a single one."""
+"""Pipeline parallelism: schedules as pure data, then every schedule in real processes against a single one."""
 
 from collections import Counter
 from itertools import combinations, pairwise
@@ -36,7 +36,7 @@ from helpers.parallel.pipeline import (
 )
 from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.stages import flops_per_token
-from helpers.parallel.pipeline.timeline import needs, result, transfers
+from helpers.parallel.pipeline.timeline import Transfer, needs, result, transfer_batches, transfers
 from helpers.parallel.traffic import count_traffic
 
 shared = SharedLaunches(__name__)
@@ -49,7 +49,7 @@ def seconds(forward: float = 1.0, backward: float = 2.0):
 
 
 @st.composite
-def tables(draw):
+def any_schedule(draw):
     """Any schedule at any size."""
     ranks, micro_batches = draw(ranks_and_batches)
     kind = draw(st.sampled_from(["GPipe", "1F1B", "interleaved", "zero-bubble"]))
@@ -58,26 +58,26 @@ def tables(draw):
     return SCHEDULES[kind](ranks, micro_batches)
 
 
-@given(tables())
-def test_each_stage_does_everything_once_for_each_micro_batch_and_in_order(table):
-    stages = {action.stage for row in table for action in row}
-    numbers = {action.micro_batch for row in table for action in row}
+@given(any_schedule())
+def test_each_stage_does_everything_once_for_each_micro_batch_and_in_order(schedule):
+    stages = {action.stage for row in schedule for action in row}
+    numbers = {action.micro_batch for row in schedule for action in row}
     assert stages == set(range(max(stages) + 1)) and numbers == set(range(max(numbers) + 1))
-    for rank, row in enumerate(table):
-        assert {action.stage % len(table) for action in row} == {rank}
+    for rank, row in enumerate(schedule):
+        assert {action.stage % len(schedule) for action in row} == {rank}
         kinds = "FIW" if any(action.kind == "W" for action in row) else "FB"
-        own = [stage for stage in stages if stage % len(table) == rank]
+        own = [stage for stage in stages if stage % len(schedule) == rank]
         assert Counter(row) == Counter(Action(k, s, n) for k in kinds for s in own for n in numbers)
         place = {action: place for place, action in enumerate(row)}
         for earlier, later in pairwise(kinds):
             assert all(place[Action(earlier, s, n)] < place[Action(later, s, n)] for s in own for n in numbers)
 
 
-@given(tables(), st.floats(0.1, 10), st.floats(0.1, 10))
-def test_no_action_begins_before_what_it_needs_and_no_rank_does_two_at_once(table, forward, backward):
-    timeline = simulate(table, seconds(forward, backward))
+@given(any_schedule(), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_no_action_begins_before_what_it_needs_and_no_rank_does_two_at_once(schedule, forward, backward):
+    timeline = simulate(schedule, seconds(forward, backward))
     check_causes(timeline, tolerance=1e-9)
-    assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
+    assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in schedule]
 
 
 def check_causes(timeline: ScheduleTimeline, tolerance: float = 0.0):
@@ -99,9 +99,9 @@ def test_gpipe_and_1f1b_idle_as_the_formula_says_whatever_backward_costs(size, f
 
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.floats(0.1, 10), st.floats(0.1, 10))
 def test_interleaving_divides_the_bubble_by_the_chunks(ranks, groups, chunks, forward, backward):
-    table = interleaved(ranks, ranks * groups, chunks)
+    schedule = interleaved(ranks, ranks * groups, chunks)
     formula = idle_fraction(ranks, ranks * groups, chunks)
-    assert simulate(table, seconds(forward, backward)).idle == pytest.approx(formula, abs=1e-9)
+    assert simulate(schedule, seconds(forward, backward)).idle == pytest.approx(formula, abs=1e-9)
 
 
 @given(st.integers(1, 8), st.integers(0, 16))
@@ -136,53 +136,69 @@ def test_interleaving_with_one_chunk_is_1f1b():
     assert interleaved(4, 8, chunks=1) == one_f_one_b(4, 8)
 
 
-@given(tables())
+@given(any_schedule())
 @settings(deadline=None)
-def test_the_order_of_transfers_cannot_deadlock_even_where_each_waits_for_the_other_side(table):
-    """Every send and receive blocks until the other side is at the same one: the strictest that a backend can be."""
-    last = max(action.stage for row in table for action in row)
-    programs = []
-    for rank, row in enumerate(table):
-        pending = [t for t in transfers(table) if rank in (t.source, t.target)]
-        program = []
-        for action in row:
-            wanted = {need for need in needs(action, last)} & {t.result for t in pending if t.target == rank}
-            while wanted & {t.result for t in pending}:
-                program.append(pending.pop(0))
-            program.append(action)
-            while result(action) in {t.result for t in pending if t.source == rank}:
-                program.append(pending.pop(0))
-        assert not pending
-        programs.append(program)
-    done: set[Action] = set()
-    places = [0] * len(table)
+def test_batches_are_the_transfers_of_a_rank_in_order_and_none_waits_for_a_second_receive(schedule):
+    for rank in range(len(schedule)):
+        batches = transfer_batches(schedule, rank)
+        own = [transfer for transfer in transfers(schedule) if rank in (transfer.source, transfer.target)]
+        assert [transfer for batch in batches for transfer in batch] == own
+        directions = {
+            tuple("send" if transfer.source == rank else "receive" for transfer in batch) for batch in batches
+        }
+        assert directions <= {("send", "receive"), ("send",), ("receive",)}
 
-    def following(rank):
-        return programs[rank][places[rank]] if places[rank] < len(programs[rank]) else None
 
-    progress = True
-    while progress:
-        progress = False
-        for rank in range(len(table)):
-            step = following(rank)
-            if isinstance(step, Action):
-                assert all(need in done for need in needs(step, last))
-                done.add(result(step))
-                places[rank] += 1
-                progress = True
-            elif step is not None and step.source == rank and following(step.target) == step:
-                assert step.result in done
-                places[rank] += 1
-                places[step.target] += 1
-                progress = True
-    assert [following(rank) for rank in range(len(table))] == [None] * len(table)
+@given(any_schedule())
+@settings(deadline=None)
+def test_ranks_cannot_deadlock_even_where_each_waits_for_all_that_it_has_started(schedule):
+    """The strictest that a backend can be: batches run one after the other, and no action runs beside one."""
+    ranks, last = range(len(schedule)), max(action.stage for row in schedule for action in row)
+    waiting = [list(transfer_batches(schedule, rank)) for rank in ranks]  # not started
+    started: list[list[tuple[Transfer, ...]]] = [[] for _ in ranks]  # not ended
+    actions, known = [list(row) for row in schedule], [set() for _ in ranks]
+    happened: set[Transfer] = set()
+
+    def start_receives(rank):
+        while waiting[rank] and waiting[rank][0][0].target == rank:
+            started[rank].append(waiting[rank].pop(0))
+
+    def exchange():
+        """Let every message happen that both sides are at."""
+        at = [{transfer for batch in own[:1] for transfer in batch} for own in started]
+        for transfer in [
+            transfer for transfer in set().union(*at) if transfer in at[transfer.source] & at[transfer.target]
+        ]:
+            happened.add(transfer)
+            known[transfer.target].add(transfer.result)
+        ended = [own for own in started if own and happened.issuperset(own[0])]
+        for own in ended:
+            own.pop(0)
+        return bool(ended)
+
+    def act(rank):
+        if started[rank] or not actions[rank]:
+            return False
+        action = actions[rank].pop(0)
+        assert known[rank].issuperset(needs(action, last))
+        known[rank].add(result(action))
+        if waiting[rank] and waiting[rank][0][0].result == result(action):
+            started[rank].append(waiting[rank].pop(0))
+        start_receives(rank)
+        return True
+
+    for rank in ranks:
+        start_receives(rank)
+    while exchange() or any([act(rank) for rank in ranks]):
+        pass
+    assert not any(actions) and not any(started) and not any(waiting)
 
 
 F, B = (lambda stage, number, kind=kind: Action(kind, stage, number) for kind in "FB")
 
 
 @pytest.mark.parametrize(
-    ("table", "message"),
+    ("schedule", "message"),
     [
         ([[F(0, 0), B(0, 0)], [B(1, 0), F(1, 0)]], "locks: rank 0 before B0 of stage 0, rank 1 before B0 of stage 1"),
         ([[F(0, 0), B(0, 0)], [F(1, 0)]], "stage 1 does F for micro-batch 0"),
@@ -192,9 +208,9 @@ F, B = (lambda stage, number, kind=kind: Action(kind, stage, number) for kind in
         ([[], []], "no actions"),
     ],
 )  # fmt: skip
-def test_a_wrong_table_is_refused(table, message):
+def test_a_wrong_schedule_is_refused(schedule, message):
     with pytest.raises(UserError, match=message):
-        simulate(table, seconds())
+        simulate(schedule, seconds())
 
 
 def test_sizes_that_make_no_schedule_are_refused():
@@ -300,10 +316,10 @@ def shape_for(ranks):
     return {2: FOUR_LAYERS, 4: TINY}[ranks]
 
 
-def own_stages(shape, table, rank):
-    stages = 1 + max(action.stage for row in table for action in row)
+def own_stages(shape, schedule, rank):
+    stages = 1 + max(action.stage for row in schedule for action in row)
     return build_stages(
-        build(shape, device()), partition_layers(shape, stages, LENGTH), {action.stage for action in table[rank]}
+        build(shape, device()), partition_layers(shape, stages, LENGTH), {action.stage for action in schedule[rank]}
     )
 
 
@@ -319,9 +335,9 @@ def train(stages, step, steps=STEPS):
 
 
 def train_with(name):
-    table = SCHEDULES[name](dist.get_world_size(), MICRO_BATCHES)
-    stages = own_stages(shape_for(dist.get_world_size()), table, dist.get_rank())
-    executor = Executor(table, stages)
+    schedule = SCHEDULES[name](dist.get_world_size(), MICRO_BATCHES)
+    stages = own_stages(shape_for(dist.get_world_size()), schedule, dist.get_rank())
+    executor = Executor(schedule, stages)
     with count_traffic() as traffic:
         spans = executor.step(*batch(TINY, ROWS, LENGTH).values()).spans
     for stage in stages.values():
@@ -345,14 +361,14 @@ def test_every_schedule_trains_what_a_single_process_trains(ranks, name, case):
     ours = {key: tensor for own in weights_by_rank for key, tensor in own.items()}
     assert largest_difference(ours, expected.weights) <= 1e-6
     assert list(losses) == [None] * (ranks - 1) + [pytest.approx(expected.losses[-1], abs=1e-5)]
-    # What was recorded is the table, in a possible order.
+    # What was recorded is the schedule, in a possible order.
     timeline = ScheduleTimeline(list(spans))
-    table = SCHEDULES[name](ranks, MICRO_BATCHES)
-    assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in table]
+    schedule = SCHEDULES[name](ranks, MICRO_BATCHES)
+    assert [[span.action for span in row] for row in timeline.ranks] == [list(row) for row in schedule]
     check_causes(timeline)
     # Across each boundary: activations one way, their gradients the other, a micro-batch at a time.
     activations = ROWS * LENGTH * TINY.hidden * 4
-    boundaries = len({action.stage for row in table for action in row}) - 1
+    boundaries = len({action.stage for row in schedule for action in row}) - 1
     sent = [operations.get("send", (0, 0)) for operations in traffic]
     assert [sum(column) for column in zip(*sent, strict=True)] == [
         2 * boundaries * MICRO_BATCHES,
@@ -363,9 +379,9 @@ def test_every_schedule_trains_what_a_single_process_trains(ranks, name, case):
 
 @shared.on(1)
 def two_stages_on_one_rank():
-    table = interleaved(1, 4, chunks=2)
-    stages = own_stages(FOUR_LAYERS, table, 0)
-    executor = Executor(table, stages)
+    schedule = interleaved(1, 4, chunks=2)
+    stages = own_stages(FOUR_LAYERS, schedule, 0)
+    executor = Executor(schedule, stages)
     return train(stages, lambda ids, labels: executor.step(ids, labels).loss, steps=2)
 
 
@@ -379,10 +395,10 @@ def test_two_stages_on_one_rank_hand_over_without_sending():
 def two_pipelines():
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group = pairs[dist.get_rank() // 2]
-    table = one_f_one_b(2, 2)
-    stages = own_stages(FOUR_LAYERS, table, dist.get_rank(group))
+    schedule = one_f_one_b(2, 2)
+    stages = own_stages(FOUR_LAYERS, schedule, dist.get_rank(group))
     data = batch(TINY, 4, LENGTH, dist.get_rank() // 2, device())
-    step = Executor(table, stages, group, pace={"F": 0.02}).step(data["input_ids"], data["labels"])
+    step = Executor(schedule, stages, group, pace={"F": 0.02}).step(data["input_ids"], data["labels"])
     return step, {name: grad for stage in stages.values() for name, grad in gradients(stage).items()}
 
 
@@ -403,13 +419,13 @@ def test_a_group_is_a_pipeline_of_its_own_and_a_pace_is_kept():
 @shared.on(2)
 def misfits():
     rank = dist.get_rank()
-    table = gpipe(2, 3)
-    stages = own_stages(FOUR_LAYERS, table, rank)
+    schedule = gpipe(2, 3)
+    stages = own_stages(FOUR_LAYERS, schedule, rank)
     return refusals(
-        lambda: Executor(table, stages).step(*batch(TINY, 4, LENGTH).values()),
+        lambda: Executor(schedule, stages).step(*batch(TINY, 4, LENGTH).values()),
         lambda: Executor(gpipe(4, 4), stages),
-        lambda: Executor(table, {rank + 1: stages[rank]}),
-        lambda: Executor([row[::-1] for row in table], stages),
+        lambda: Executor(schedule, {rank + 1: stages[rank]}),
+        lambda: Executor([row[::-1] for row in schedule], stages),
         lambda: Executor([[], gpipe(1, 3)[0]], {}),
     )
 
@@ -417,12 +433,12 @@ def misfits():
 @pytest.mark.slow
 def test_what_does_not_fit_together_is_refused():
     assert all(error == "UserError" for rank in misfits.results for error, _ in rank)
-    rows, ranks, stages, table, idle = (message for _, message in misfits.results[0])
+    rows, ranks, stages, schedule, idle = (message for _, message in misfits.results[0])
     assert rows == "4 sequences do not divide into 3 micro-batches; change one of the two"
     assert ranks == "the schedule is for 4 ranks but the group has 2; build it for 2"
     assert stages == "rank 0 has the stages [1] but the schedule assigns it [0]"
     assert idle == "the schedule gives rank 0 nothing to do; build it for fewer ranks"
-    assert table.startswith("the schedule deadlocks: rank 0 before B2 of stage 0")
+    assert schedule.startswith("the schedule deadlocks: rank 0 before B2 of stage 0")
 
 
 # --- other people's pipelines, with the same stages ---

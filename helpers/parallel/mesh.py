@@ -128,12 +128,12 @@ class Parallel3D:
         pipeline_group = mesh.get_group("pipeline")
         # The order matters: first every matrix is sharded, then this rank picks its layers of the thinner model.
         parallelize(model, self._tensor_group)
-        table = schedule(dist.get_world_size(pipeline_group), micro_batches)
-        own_stages = {action.stage for action in table[dist.get_rank(pipeline_group)]}
-        layers = partition_layers(shape, 1 + max(action.stage for row in table for action in row), sequence_length)
+        actions = schedule(dist.get_world_size(pipeline_group), micro_batches)
+        own_stages = {action.stage for action in actions[dist.get_rank(pipeline_group)]}
+        layers = partition_layers(shape, 1 + max(action.stage for row in actions for action in row), sequence_length)
         self.stages = build_stages(model, layers, own_stages)
         self._executor = Executor(
-            table,
+            actions,
             self.stages,
             pipeline_group,
             loss=lambda logits, labels: vocab_parallel_causal_lm_loss(logits, labels, self._tensor_group),

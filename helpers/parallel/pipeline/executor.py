@@ -14,7 +14,7 @@ from helpers.errors import UserError
 from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.schedules import Action, Schedule
 from helpers.parallel.pipeline.stages import Stage, causal_lm_loss
-from helpers.parallel.pipeline.timeline import TimedAction, Transfer, needs, ranks_of_stages, result, transfers
+from helpers.parallel.pipeline.timeline import TimedAction, Transfer, needs, ranks_of_stages, result, transfer_batches
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Executor:
         self._last_stage = max(ranks)
         self._micro_batches = 1 + max(action.micro_batch for action in self._actions)
         self._split_stages = {action.stage for action in self._actions if action.kind == "W"}
-        self._transfers = [transfer for transfer in transfers(schedule) if rank in (transfer.source, transfer.target)]
+        self._batches = transfer_batches(schedule, rank)
         parameter = next(stages[assigned[0]].parameters())
         self._device, self._dtype, self._hidden = parameter.device, parameter.dtype, stages[assigned[0]].hidden
 
@@ -110,9 +110,8 @@ class _Run:
 
     def __init__(self, executor: Executor, input_ids: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
         self._executor, self._input_ids, self._labels = executor, input_ids, labels
-        self._pending = deque(executor._transfers)  # not started yet, in the order common to all ranks
-        self._receives: dict[Action, tuple[dist.Work, Tensor]] = {}
-        self._sends: dict[Action, tuple[dist.Work, Tensor]] = {}
+        self._pending = deque(executor._batches)  # not started yet, in the order common to all ranks
+        self._messages: dict[Action, tuple[dist.Work, Tensor]] = {}  # started: a tensor must live until it is sent
         self._local_results: dict[Action, Tensor] = {}  # passed between two stages of this rank
         # By stage and micro-batch: the input and output of forward, and its deferred weight gradients.
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor, defer_weight_gradients | None]] = {}
@@ -122,13 +121,14 @@ class _Run:
 
     def run(self) -> StepResult:
         work = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._backward_weight}
+        self._start_receives()
         for action in self._executor._actions:
             received = self._receive_input(action)
             with self._timed(action):
                 output = work[action.kind](action.stage, action.micro_batch, received)
             if output is not None:
                 self._pass_on(result(action), output)
-        for sent, _ in self._sends.values():
+        for sent, _ in self._messages.values():
             sent.wait()
         return StepResult(float(sum(self._losses)) if self._losses else None, self._spans)
 
@@ -162,43 +162,49 @@ class _Run:
         needed = next((need for need in needs(action, executor._last_stage) if need.stage != action.stage), None)
         if needed is None:
             return None
-        if needed.kind == "I" and (sent := self._sends.pop(Action("F", action.stage, action.micro_batch), None)):
+        if needed.kind == "I" and (sent := self._messages.pop(Action("F", action.stage, action.micro_batch), None)):
             # The next stage has computed with this activation, so it has arrived: waiting only frees its memory.
             sent[0].wait()
         if needed in self._local_results:
             return self._local_results.pop(needed)
-        if needed not in self._receives:
-            self._start_receives_before(needed)
-            self._start_receive(self._pending.popleft())
-        work, tensor = self._receives.pop(needed)
-        work.wait()
+        message, tensor = self._messages.pop(needed)
+        message.wait()
         return tensor
 
     def _pass_on(self, produced: Action, tensor: Tensor) -> None:
         """Send a result to the rank that needs it, or keep it if that is this rank."""
-        if not any(transfer.result == produced for transfer in self._pending):
+        if self._pending and self._pending[0][0].result == produced:
+            self._start(self._pending.popleft(), tensor.contiguous())
+            self._start_receives()
+        else:
             self._local_results[produced] = tensor
-            return
-        self._start_receives_before(produced)
-        transfer, tensor = self._pending.popleft(), tensor.contiguous()
-        work = dist.isend(tensor, group=self._executor._group, group_dst=transfer.target)
-        self._sends[produced] = _started(work), tensor  # the tensor must live until it is sent
 
-    def _start_receives_before(self, transferred: Action) -> None:
-        """Start the receives that come before the transfer of ``transferred`` in the order common to all ranks.
+    def _start_receives(self) -> None:
+        """Start the receives before the next send, so that they run while this rank computes."""
+        # A batch starts with a receive only if it has no send.
+        while self._pending and self._pending[0][0].target == self._executor._rank:
+            self._start(self._pending.popleft())
 
-        All of them are receives: a send starts as soon as its result exists.
+    def _start(self, batch: Sequence[Transfer], sent: Tensor | None = None) -> None:
+        """Start the messages of a batch at once; ``sent`` is what this rank sends, if it sends anything.
+
+        NCCL must get them as a batch: for a single isend it would build a communicator per pair of ranks.
         """
-        while self._pending[0].result != transferred:
-            self._start_receive(self._pending.popleft())
+        group, operations = self._executor._group, []
+        for transfer in batch:
+            if sent is not None and transfer.source == self._executor._rank:
+                operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=transfer.target))
+            else:
+                operations.append(dist.P2POp(dist.irecv, self._buffer(), group=group, group_peer=transfer.source))
+        works = dist.batch_isend_irecv(operations)
+        # NCCL returns one handle for the whole batch, gloo one per operation.
+        for transfer, operation, work in zip(batch, operations, works * len(batch), strict=False):
+            self._messages[transfer.result] = work, operation.tensor
 
-    def _start_receive(self, transfer: Transfer) -> None:
-        executor = self._executor
+    def _buffer(self) -> Tensor:
         # [sequences, tokens, hidden]: activations and their gradients have the same shape at every boundary.
-        shape = (*self._input_ids[0].shape, executor._hidden)
-        buffer = torch.empty(shape, device=executor._device, dtype=executor._dtype)
-        work = dist.irecv(buffer, group=executor._group, group_src=transfer.source)
-        self._receives[transfer.result] = _started(work), buffer
+        shape = (*self._input_ids[0].shape, self._executor._hidden)
+        return torch.empty(shape, device=self._executor._device, dtype=self._executor._dtype)
 
     @contextmanager
     def _timed(self, action: Action) -> Iterator[None]:
@@ -213,10 +219,3 @@ class _Run:
     def _synchronize(self) -> None:
         if self._executor._device.type == "cuda":
             torch.cuda.current_stream(self._executor._device).synchronize()
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    """Return the handle of a message; torch returns None on a rank outside the group."""
-    if work is None:
-        raise RuntimeError("this rank does not belong to the pipeline's process group")
-    return work

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from helpers.errors import UserError
 from helpers.parallel.pipeline.schedules import Action, Schedule
 
+# A backward computes two matmuls for each one of forward; I and W compute one of them each.
+_TYPICAL_TIMES = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+
 
 class TimedAction(NamedTuple):
     """An action and when it ran: ``start`` and ``end`` in seconds, on one clock for all ranks."""
@@ -132,16 +135,12 @@ class Transfer(NamedTuple):
 
 
 def transfers(schedule: Schedule) -> list[Transfer]:
-    """List every message between ranks, in the order in which an ideal run would send it.
-
-    If every rank starts its sends and receives in this order, they cannot deadlock, not even if a send blocks until
-    its receiver is ready (NCCL). Proof: look at the first transfer that has not happened. Everything that its sender
-    computes before it needs only earlier transfers, which have happened. Neither side is stuck in another transfer,
-    because both keep to the order. So it happens.
-    """
+    """List every message between ranks, in the order in which an ideal run sends it if backward takes twice as long."""
     ranks = ranks_of_stages(schedule)
     last_stage = max(ranks)
-    timed = [entry for actions in simulate(schedule, lambda action: 1.0).ranks for entry in actions]
+    timed = [
+        entry for actions in simulate(schedule, lambda action: _TYPICAL_TIMES[action.kind]).ranks for entry in actions
+    ]
     messages = []
     for entry in sorted(timed, key=lambda entry: (entry.end, entry.action)):
         kind, stage, _ = sent = result(entry.action)
@@ -149,6 +148,31 @@ def transfers(schedule: Schedule) -> list[Transfer]:
         if 0 <= neighbour <= last_stage and ranks[neighbour] != ranks[stage]:
             messages.append(Transfer(sent, ranks[stage], ranks[neighbour], neighbour))
     return messages
+
+
+def transfer_batches(schedule: Schedule, rank: int) -> list[tuple[Transfer, ...]]:
+    """List the messages of one rank in batches: each send with the receive that follows it, other receives alone.
+
+    A rank must start its batches in this order. It may start receives early, but none before an earlier send. Then the
+    ranks cannot deadlock, even if a batch starts only after the one before it has ended (NCCL runs them in one stream),
+    and even if a rank waits for everything that it has started. Proof: look at the first message, in the order of
+    :func:`transfers`, that has not happened. Everything that its sender computes before it needs only earlier messages,
+    which have happened. Neither side waits for a later message, because it has started none. So it happens.
+
+    Args:
+        schedule: The actions of each rank.
+        rank: The rank.
+
+    Returns:
+        Batches of one or two messages, in the order common to all ranks.
+    """
+    batches: list[tuple[Transfer, ...]] = []
+    for transfer in transfers(schedule):
+        if transfer.target == rank and batches and batches[-1][-1].source == rank:
+            batches[-1] += (transfer,)  # both directions at once
+        elif rank in (transfer.source, transfer.target):
+            batches.append((transfer,))
+    return batches
 
 
 def _check_complete(schedule: Schedule, last_stage: int) -> None:
