@@ -34,13 +34,16 @@ from helpers.plots import (
     memory_sources,
     memory_steps,
     memory_timeline,
+    message_orders,
     model_sizes,
     model_states,
     overlap,
+    partition_lanes,
     prediction_errors,
     rank_groups,
     save_figure,
     saved_tensor_bars,
+    schedule_lanes,
     score_bars,
     smoothed,
     stacked_seconds,
@@ -632,6 +635,40 @@ def test_a_text_without_room_is_left_out_and_no_span_at_all_is_an_error():
         lanes({"rank 0": []}, "")
 
 
+def test_schedules_have_a_lane_per_rank_and_each_clock_starts_with_the_first_action():
+    ideal = [[(("F", 0, 0), 0.0, 1.0), (("B", 2, 1), 1.0, 3.0)], [(("I", 1, 0), 1.0, 2.0), (("W", 1, 0), 2.0, 3.0)]]
+    real = [[(action, start + 50, end + 50) for action, start, end in actions] for actions in ideal]
+    fig = schedule_lanes({"ideal, rank": ideal, "real, rank": real}, "1F1B", unit="steps")
+    (axes,) = fig.axes
+    names = ["ideal, rank 0", "ideal, rank 1", "real, rank 0", "real, rank 1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert bars(axes)[:2] == [(0, 1, 0), (1, 2, 0)] and bars(axes)[4:6] == [(0, 1, 2), (1, 2, 2)]
+    kinds = ["forward", "backward, second chunk", "backward: input", "backward: weights"]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == kinds
+    assert [text.get_text() for text in axes.texts][:4] == ["0", "1", "0", "0"]
+    assert axes.get_xlabel() == "steps"
+
+
+def test_the_last_stage_of_a_partition_also_runs_the_output_layer():
+    (axes,) = partition_lanes({"by count": [range(2), range(2, 4)]}, 1.2, "").axes
+    assert bars(axes) == [pytest.approx(bar) for bar in [(0, 1, 0), (1, 1, 0), (0, 1, 1), (1, 1, 1), (2, 1.2, 1)]]
+    assert [text.get_text() for text in axes.texts] == ["0", "1", "2", "3", "head"]
+
+
+def test_arrows_lead_from_each_send_to_its_receive_and_are_dashed_where_nothing_arrives():
+    there, back = (("F", 0, 1), 0, 1), (("B", 1, 0), 1, 0)
+    fig = message_orders({"crossed": [[there, back], [back, there]], "common": [[there, back]] * 2}, {there, back}, "")
+    crossed, common = fig.axes
+    assert [text.get_text() for text in crossed.texts if text.get_text()] == [
+        "send F1", "receive B0", "send B0", "receive F1",
+    ]  # fmt: skip
+    for axes, style, ends in ((crossed, "--", [(0, 1), (0, 1)]), (common, "-", [(0, 0), (1, 1)])):
+        arrows = [text for text in axes.texts if not text.get_text()]
+        assert [(arrow.xyann[0], arrow.xy[0]) for arrow in arrows] == ends
+        assert {arrow.arrow_patch.get_linestyle() for arrow in arrows} == {style}
+    assert [axes.get_title() for axes in fig.axes] == ["crossed", "common"]
+
+
 # --- measured points beside a formula
 
 
@@ -640,15 +677,13 @@ def test_points_and_the_line_of_their_formula_have_one_colour():
         {"1F1B": {2: 0.4, 1: 0.6}}, {"1F1B": {1: 0.5, 2: 0.33}, "ideal": {1: 0, 2: 0}}, "idle", "m", "%"
     )
     (axes,) = fig.axes
-    drawn = lines(axes)
-    assert list(drawn) == ["1F1B, formula", "ideal, formula", "1F1B, measured"]
-    assert drawn["1F1B, measured"].get_xydata().tolist() == [[1, 0.6], [2, 0.4]]
-    assert drawn["1F1B, measured"].get_linestyle() == "None" and drawn["1F1B, formula"].get_linestyle() == "--"
-    assert (
-        drawn["1F1B, measured"].get_color() == drawn["1F1B, formula"].get_color() != drawn["ideal, formula"].get_color()
-    )
+    line, ideal, points, entry = axes.lines
+    assert points.get_xydata().tolist() == [[1, 0.6], [2, 0.4]]
+    assert points.get_linestyle() == "None" and line.get_linestyle() == entry.get_linestyle() == "--"
+    assert points.get_marker() == entry.get_marker() and not len(entry.get_xdata())
+    assert points.get_color() == line.get_color() == entry.get_color() != ideal.get_color()
     assert axes.get_ylim()[0] == 0 and (axes.get_xlabel(), axes.get_ylabel()) == ("m", "%")
-    assert legend(axes) == list(drawn)
+    assert legend(axes) == ["ideal, formula", "1F1B: formula, measured"]  # one entry for the line and its points
     with pytest.raises(UserError, match="no measured points"):
         measured_against_formula({"a": {}}, {"a": {1: 1}}, "", "", "")
 

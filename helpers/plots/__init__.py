@@ -15,7 +15,7 @@ from helpers.plots.model_states import model_states
 from helpers.plots.predictions import model_sizes, prediction_errors
 from helpers.plots.quantization import codebook_histogram
 from helpers.plots.saved_tensors import saved_tensor_bars, trade_off
-from helpers.plots.schedule import Span, lanes
+from helpers.plots.schedule import Span, lanes, message_orders, partition_lanes, schedule_lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
 from helpers.plots.training import loss_and_memory, score_bars, smoothed, token_lengths
 
@@ -38,14 +38,17 @@ __all__ = [
     "memory_sources",
     "memory_steps",
     "memory_timeline",
+    "message_orders",
     "model_sizes",
     "model_states",
     "overlap",
+    "partition_lanes",
     "prediction_errors",
     "rank_groups",
     "rates_and_memory",
     "save_figure",
     "saved_tensor_bars",
+    "schedule_lanes",
     "score_bars",
     "smoothed",
     "stacked_seconds",

@@ -15,6 +15,7 @@ from helpers.plots.style import (
     TEXT_SIZE,
     VERMILION,
     CourseFigure,
+    colours_for,
     grid_along_x,
     ink_on,
     label_axes,
@@ -47,9 +48,10 @@ def bars_by_rank(
     axes = fig.subplots()
     width = 0.84 / len(measured)
     handles: list[Artist | BarContainer] = []
-    for number, ((name, values), colour) in enumerate(zip(measured.items(), RANK_COLOURS, strict=False)):
+    colours = colours_for(measured)
+    for number, (name, values) in enumerate(measured.items()):
         centres = [rank + (number - (len(measured) - 1) / 2) * width for rank in range(world_size)]
-        handles.append(axes.bar(centres, values, 0.94 * width, color=colour, label=name))
+        handles.append(axes.bar(centres, values, 0.94 * width, color=colours[name], label=name))
         for centre, value in zip(centres, expected.get(name, ()), strict=False):
             axes.plot([centre - width / 2, centre + width / 2], [value, value], color=BLACK, linewidth=2.4)
     if expected:

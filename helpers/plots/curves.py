@@ -1,6 +1,7 @@
 """Draw measured points against a formula, and bytes over the course of a step."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from matplotlib.ticker import MaxNLocator
 
@@ -34,12 +35,23 @@ def measured_against_formula(
     fig = new_figure(title, width=9, height=4.8)
     axes = fig.subplots()
     colours = colours_for([*measured, *formula])
+    markers = dict(zip(measured, cycle("os^Dv<>X")))
+    both = measured.keys() & formula.keys()
     for name, curve in formula.items():
         xs = sorted(curve)
-        axes.plot(xs, [curve[x] for x in xs], "--", color=colours[name], label=f"{name}, formula")
-    for (name, curve), marker in zip(measured.items(), "os^Dv<>X", strict=False):
+        label = f"{name}, formula"
+        axes.plot(xs, [curve[x] for x in xs], "--", color=colours[name], label=f"_{label}" if name in both else label)
+    for name, curve in measured.items():
         xs = sorted(curve)
-        axes.plot(xs, [curve[x] for x in xs], marker, color=colours[name], markersize=9, label=f"{name}, measured")
+        label = f"{name}, measured"
+        axes.plot(
+            xs, [curve[x] for x in xs], markers[name], color=colours[name], markersize=9,
+            label=f"_{label}" if name in both else label,
+        )  # fmt: skip
+    for name in (name for name in measured if name in both):  # one entry of the legend for line and points
+        axes.plot(
+            [], [], "--", marker=markers[name], color=colours[name], markersize=9, label=f"{name}: formula, measured"
+        )
     axes.set_ylim(bottom=0)
     if all(float(x).is_integer() for curve in measured.values() for x in curve):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,15 +1,40 @@
-"""Draw what each rank did when, on a common clock: overlap, pipeline schedules, waiting."""
+"""Draw what each rank did when, on a common clock: overlap, pipeline schedules, waiting; and the order of messages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.patches import Patch
 
 from helpers.errors import UserError
-from helpers.plots.style import GREY, RANK_COLOURS, SMALL_SIZE, TEXT_SIZE, CourseFigure, ink_on, new_figure
+from helpers.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RANK_COLOURS,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    VERMILION,
+    CourseFigure,
+    ink_on,
+    new_figure,
+)
 
 TIME_UNITS = ((1.0, "seconds"), (1e-3, "milliseconds"), (1e-6, "microseconds"))
 CHARACTER_WIDTH = 0.0085  # as a share of the axis
+PASSES = {"F": "forward", "B": "backward", "I": "backward: input", "W": "backward: weights"}
+PASS_COLOURS = {
+    "forward": BLUE,
+    "backward": VERMILION,
+    "backward: input": ORANGE,
+    "backward: weights": GREEN,
+    "forward, second chunk": "#8FC3E6",
+    "backward, second chunk": "#F2B48C",
+}
+
+Action = tuple[str, int, int]  # kind ("F", "B", "I" or "W"), stage, micro-batch
+Message = tuple[Action, int, int]  # the result that is sent, source, target
 
 
 class Span(NamedTuple):
@@ -80,4 +105,94 @@ def lanes(
     fig.legend(
         handles=handles, loc="outside lower center", ncols=min(6, len(kinds)), fontsize=SMALL_SIZE, frameon=False
     )
+    return fig
+
+
+def schedule_lanes(
+    runs: Mapping[str, Sequence[Sequence[tuple[Action, float, float]]]], title: str, unit: str | None = None
+) -> CourseFigure:
+    """Draw runs of pipeline schedules, one lane per rank; bars carry the number of the micro-batch.
+
+    Args:
+        runs: ``{label: ranks}`` with ``ranks[r]`` the actions of rank r with their start and end. A lane is called
+            after its label and rank, and the clock of each run starts with its first action.
+        title: The figure's title.
+        unit: Of the axis, if times are not in seconds.
+
+    Returns:
+        The figure.
+    """
+    rows = {}
+    for label, ranks in runs.items():
+        begin = min(start for actions in ranks for _, start, _ in actions)
+        for rank, actions in enumerate(ranks):
+            rows[f"{label} {rank}"] = [
+                Span(_pass(action, len(ranks)), start - begin, end - begin, str(action[2]))
+                for action, start, end in actions
+            ]
+    return lanes(rows, title, PASS_COLOURS, unit)
+
+
+def _pass(action: Action, world_size: int) -> str:
+    kind, stage, _ = action
+    return PASSES[kind] + (", second chunk" if stage >= world_size else "")
+
+
+def partition_lanes(partitions: Mapping[str, Sequence[range]], head: float, title: str) -> CourseFigure:
+    """Draw how long one micro-batch's forward keeps each stage busy, one lane per stage; bars carry the layer's number.
+
+    Args:
+        partitions: ``{label: partition}`` with the layer numbers of each stage.
+        head: What the output layer costs, in layers; it belongs to the last stage.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
+    rows = {}
+    for label, partition in partitions.items():
+        for stage, layers in enumerate(partition):
+            spans = [Span("layer", place, place + 1, str(number)) for place, number in enumerate(layers)]
+            rows[f"{label}, stage {stage}"] = spans
+        spans.append(Span("output layer", len(layers), len(layers) + head, "head"))
+    return lanes(rows, title, unit="time of one layer")
+
+
+def message_orders(
+    orders: Mapping[str, Sequence[Sequence[Message]]], stuck: Collection[Message], title: str
+) -> CourseFigure:
+    """Draw in which order each rank starts its messages, one panel per order, with an arrow per message.
+
+    Args:
+        orders: ``{name: ranks}`` with ``ranks[r]`` the messages of rank r in its order; each has a source and a target.
+        stuck: Messages of the first panel that never happen, drawn dashed.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
+    fig = new_figure(title, width=13, height=3.4)
+    for number, (axes, (name, ranks)) in enumerate(zip(fig.subplots(1, len(orders)), orders.items(), strict=True)):
+        places = {(rank, message): place for rank, order in enumerate(ranks) for place, message in enumerate(order)}
+        for (rank, message), place in places.items():
+            (kind, _, micro_batch), source, target = message
+            colour = PASS_COLOURS[PASSES[kind]]
+            label = f"{'send' if rank == source else 'receive'} {kind}{micro_batch}"
+            axes.barh(rank, 0.9, left=place - 0.45, height=0.34, color=colour)
+            axes.text(place, rank, label, ha="center", va="center", fontsize=SMALL_SIZE, color=ink_on(colour))
+            if rank == source:
+                down = 0.17 if target > source else -0.17
+                waits = number == 0 and message in stuck
+                axes.annotate(
+                    "", (places[target, message], target - down), (place, source + down),
+                    arrowprops={"arrowstyle": "-|>", "color": BLACK, "lw": 2, "ls": "--" if waits else "-"},
+                )  # fmt: skip
+        axes.set_title(name, fontsize=TEXT_SIZE)
+        axes.set_xlim(-0.6, max(map(len, ranks)) - 0.4)
+        axes.set_ylim(len(ranks) - 0.7, -0.3)
+        axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in range(len(ranks))], fontsize=SMALL_SIZE)
+        axes.set_xticks([])
+        axes.set_xlabel("order in which the rank starts them", fontsize=SMALL_SIZE)
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
     return fig

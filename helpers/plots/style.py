@@ -52,6 +52,10 @@ TECHNIQUE_COLOURS = {
     "ZeRO-1": BLUE,
     "ZeRO-2": GREEN,
     "ZeRO-3": VERMILION,
+    "GPipe": GREY,
+    "1F1B": SKY,
+    "interleaved 1F1B": ORANGE,
+    "zero-bubble": PURPLE,
 }
 
 TEXT_SIZE = 13

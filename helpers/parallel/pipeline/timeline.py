@@ -157,7 +157,7 @@ def transfer_batches(schedule: Schedule, rank: int) -> list[tuple[Transfer, ...]
     ranks cannot deadlock, even if a batch starts only after the one before it has ended (NCCL runs them in one stream),
     and even if a rank waits for everything that it has started. Proof: look at the first message, in the order of
     :func:`transfers`, that has not happened. Everything that its sender computes before it needs only earlier messages,
-    which have happened. Neither side waits for a later message, because it has started none. So it happens.
+    which have happened. Neither side is stuck in another message, because both keep to the order. So it happens.
 
     Args:
         schedule: The actions of each rank.
