@@ -23,6 +23,10 @@ from helpers.chatglm3 import ChatGLMTokenizer
 # Seconds after which a process that a test waits for counts as hung. No test measures speed, so a slow or busy machine
 # stretches it: TEST_TIME_FACTOR=10.
 LIMIT = 300 * float(os.environ.get("TEST_TIME_FACTOR", 1))
+GPUS = torch.cuda.device_count()
+needs_no_gpu = pytest.mark.skipif(GPUS > 0, reason="there is a GPU here")
+needs_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
+needs_two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
 
 def pytest_configure() -> None:
@@ -32,6 +36,7 @@ def pytest_configure() -> None:
     # Networks this small gain nothing from a second thread, and on busy cores threads wait for each other.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # results of GPUs are compared in full fp32
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

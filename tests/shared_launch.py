@@ -1,7 +1,6 @@
 """One launch of ranks for many tests: starting ranks takes longer than what most tests compute in them."""
 
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,32 +19,28 @@ class Case:
 
     def __init__(self, cases: list["Case"], nprocs: int, fn: Callable[..., Any], arguments: dict[str, Any]) -> None:
         self._cases, self._nprocs, self._fn, self._arguments = cases, nprocs, fn, arguments
-        self._launched = False
         self._results: list[Any] | None = None
+        self._error: RankError | None = None
 
     @property
     def results(self) -> list[Any]:
         """What the function returned, by rank. The first case that is asked for launches all of them.
 
-        If that launch fails, each case runs in a launch of its own, so that only the tests of the faulty one fail.
+        If one of them fails there are no results of any, and every test that asks gets the error, which names the line.
         """
-        if not self._launched:
+        if self._results is None and self._error is None:
             self._launch_all()
-        if self._results is None:
-            alone = run(_call_each, self._nprocs, timeout=LIMIT, calls=[(self._fn, self._arguments)])
-            self._results = [results[0] for results in alone.results]
+        if self._error is not None:
+            raise self._error
         return self._results
 
     def _launch_all(self) -> None:
-        for case in self._cases:
-            case._launched = True
         calls = [(case._fn, case._arguments) for case in self._cases]
         try:
             by_rank = run(_call_each, self._nprocs, timeout=LIMIT, calls=calls).results
         except RankError as error:
-            warnings.warn(
-                f"{len(calls)} cases on {self._nprocs} ranks run one by one now, since\n{error}", stacklevel=2
-            )
+            for case in self._cases:
+                case._error = error
             return
         for number, case in enumerate(self._cases):
             case._results = [results[number] for results in by_rank]

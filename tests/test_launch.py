@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LIMIT
+from conftest import GPUS, LIMIT, needs_gpu, needs_no_gpu, needs_two_gpus
 from nbclient import NotebookClient
 from rank_server import PYTHONPATH
 from shared_launch import SharedLaunches
@@ -41,6 +41,7 @@ pytestmark = pytest.mark.slow
 run = functools.partial(run_ranks, timeout=LIMIT)
 # It also makes ranks get the functions of this file with their code, as in a notebook: importing it takes a second.
 shared = SharedLaunches(__name__)
+MORE_THAN_GPUS = max(2, GPUS + 1)  # so many ranks use gloo, on every machine: a rank notices when another one dies
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ class TestResults:
         assert [(rank, size, word) for rank, size, _, word in result.results] == [(r, 3, "裙") for r in range(3)]
         assert len({pid for *_, pid, _ in result.results} | {os.getpid()}) == 4
         assert 0 < result.seconds and 0 < result.start_seconds
-        assert repr(result).startswith("<3 ranks over gloo: ready after ") and "\n" not in repr(result)
+        assert repr(result).startswith(f"<3 ranks over {result.backend}: ready after ") and "\n" not in repr(result)
 
     def test_collectives_give_tensors_on_the_cpu(self):
         first, second = run(add_up, 2, amount=2).results
@@ -132,7 +133,7 @@ class TestResults:
         lower = run(lambda: None, 1).memory.ranks[0].resident
         assert all(rank.resident - lower > 100 * 2**20 for rank in memory.ranks)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    @needs_no_gpu
     def test_without_a_gpu_its_numbers_are_not_made_up(self):
         memory = run(lambda: None, 1).memory
         assert (memory.ranks[0].allocated, memory.ranks[0].reserved, memory.ranks[0].nvml) == (None, None, None)
@@ -229,13 +230,15 @@ class TestFailure:
 
     def test_the_first_of_several_exceptions_is_shown(self, patient):
         def fn():
+            word = torch.ones(1, device=device())
             if dist.get_rank() == 0:
-                dist.recv(torch.ones(1), src=1)
+                dist.broadcast(word, src=1)
+                word.item()  # on a GPU: wait until it has come
                 raise ValueError("second")
 
             def failed(error, with_time=worker._failed):
                 message = with_time(error)
-                dist.send(torch.ones(1), 0)  # rank 0 may fail now, when the time of this failure is known
+                dist.broadcast(word, src=1)  # rank 0 may fail now, when the time of this failure is known
                 return message
 
             worker._failed = failed
@@ -248,9 +251,9 @@ class TestFailure:
     @pytest.mark.parametrize(
         ("how", "message"),
         [
-            ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 was killed by SIGKILL"),
-            ("os.kill(os.getpid(), signal.SIGSEGV)", "rank 1 of 2 was killed by SIGSEGV"),
-            ("os._exit(7)", "rank 1 of 2 ended with status 7 before its function returned"),
+            ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
+            ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+            ("os._exit(7)", "ended with status 7 before its function returned"),
         ],
     )
     def test_a_rank_that_dies_is_the_cause_and_not_the_peer_that_notices(self, patient, how, message):
@@ -259,8 +262,8 @@ class TestFailure:
                 exec(how, {"os": os, "signal": signal})
             dist.all_reduce(torch.ones(1))
 
-        with pytest.raises(RankError, match=message) as error:
-            run(fn, 2)
+        with pytest.raises(RankError, match=f"rank 1 of {MORE_THAN_GPUS} {message}") as error:
+            run(fn, MORE_THAN_GPUS)
         assert error.value.rank == 1 and not ranks_alive()
 
     def test_leaving_the_function_by_sys_exit_is_a_failure(self):
@@ -283,7 +286,7 @@ class TestFailure:
         )
         for seconds in (1, 10, LIMIT):  # in the first second a busy machine may not have brought every rank that far
             with pytest.raises(RankError) as error:
-                run(fn, 4, timeout=seconds)
+                run(fn, max(4, MORE_THAN_GPUS), timeout=seconds)
             text = str(error.value)
             assert error.value.rank is None and f"no result after {seconds:g} s" in text and not ranks_alive()
             missing = [line for line in expected if line not in text]
@@ -324,7 +327,9 @@ class TestFailure:
     def test_ctrl_c_ends_all_ranks_and_is_passed_on(self):
         def fn():
             report_progress(1, 1)
-            dist.recv(torch.ones(1))
+            if dist.get_rank() == 0:
+                dist.barrier()
+            threading.Event().wait()
 
         with pytest.raises(KeyboardInterrupt):
             run(fn, 2, on_progress=lambda progress: signal.raise_signal(signal.SIGINT))
@@ -451,7 +456,7 @@ def test_nothing_is_left_after_faults(monkeypatch, tmp_path, number):
     ports, files = listening_ports(), set(os.listdir(SEGMENTS))
     descriptors = psutil.Process().num_fds()
     for turn in range(number):
-        inject(list(FAULTS)[turn % len(FAULTS)], max(2, torch.cuda.device_count() + 1), turn % 2, hang_seconds=0.5)
+        inject(list(FAULTS)[turn % len(FAULTS)], MORE_THAN_GPUS, turn % 2, hang_seconds=0.5)
     assert not ranks_alive()
     assert listening_ports() <= ports
     assert not segments_of_nobody(set(os.listdir(SEGMENTS)) - files)
@@ -621,11 +626,11 @@ def raised_in(cell):
 
 def train_with_ddp():
     torch.manual_seed(0)
-    model = torch.nn.Linear(8, 1)
+    model = torch.nn.Linear(8, 1).to(device())
     if dist.get_world_size() > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.arange(32.0).reshape(4, 8).chunk(dist.get_world_size())[dist.get_rank()] / 32
+    x = torch.arange(32.0).reshape(4, 8).chunk(dist.get_world_size())[dist.get_rank()].to(device()) / 32
     for _ in range(20):
         model(x).pow(2).mean().backward()
         optimizer.step()
@@ -638,7 +643,7 @@ def train_with_deepspeed():
     import deepspeed
 
     skip_cpu_collectives()
-    model = torch.nn.Linear(8, 1)
+    model = torch.nn.Linear(8, 1).to(device())
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 2},
@@ -647,7 +652,7 @@ def train_with_deepspeed():
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     losses = []
     for _ in range(3):
-        loss = engine(torch.ones(1, 8)).pow(2).mean()
+        loss = engine(torch.ones(1, 8, device=device())).pow(2).mean()
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -656,7 +661,7 @@ def train_with_deepspeed():
 
 @shared.on(2)
 def ranks_of_the_trainer():
-    arguments = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
+    arguments = TrainingArguments(output_dir="unused", use_cpu=device().type == "cpu", report_to=[])
     return arguments.world_size, arguments.process_index
 
 
@@ -676,20 +681,23 @@ class TestLibraries:
         assert ranks_of_the_trainer.results == [(2, 0), (2, 1)]
 
 
-def test_a_case_that_fails_in_a_shared_launch_hides_no_other():
+def test_a_case_that_fails_in_a_shared_launch_is_named_in_every_test():
     def broken():
         raise ValueError("only mine")
 
     launches = SharedLaunches(__name__)
-    before, bad, after = (launches.case(1, fn) for fn in (add_up, broken, add_up))
-    with pytest.warns(UserWarning, match="3 cases on 1 ranks run one by one"):
-        assert before.results[0].tolist() == [1, 1, 1]
-    with pytest.raises(RankError, match="only mine"):
-        bad.results  # noqa: B018
-    assert after.results[0].tolist() == [1, 1, 1]
+    for case in [launches.case(1, fn) for fn in (add_up, broken, add_up)]:
+        with pytest.raises(RankError, match="only mine"):
+            case.results  # noqa: B018
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ranks_on_the_cpu_say_so_to_deepspeed_and_what_they_start():
+    names = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+    result = run(lambda: [os.environ[name] for name in names], MORE_THAN_GPUS)
+    assert result.results == [["cpu", ""]] * MORE_THAN_GPUS
+
+
+@needs_gpu
 class TestGpu:
     def test_ranks_use_the_gpu_though_this_process_did(self):
         torch.ones(1, device="cuda")
@@ -717,9 +725,35 @@ class TestGpu:
             run(fn, 1, timeout=20)
         assert "torch.cuda.synchronize()" in str(error.value) and "all_reduce" in str(error.value)
 
+    @pytest.mark.parametrize("nprocs", [1, pytest.param(2, marks=needs_two_gpus)])
+    def test_a_rank_starts_with_autograd_ready_and_no_tensor(self, capfd, nprocs):
+        def fn():
+            held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            weight = torch.ones(64, 64, device=device(), requires_grad=True)
+            (weight @ weight).backward(torch.ones_like(weight))  # backward begins with cuBLAS
+            return held
+
+        assert run(fn, nprocs).results == [(0, 0)] * nprocs
+        assert "[rank" not in "".join(capfd.readouterr())
+
+    @needs_two_gpus
+    def test_ranks_know_their_gpu_before_the_first_collective(self, capfd):
+        def fn():
+            dist.barrier()
+            pair = dist.new_group([0, 1])
+            dist.barrier(pair)
+            return dist.group.WORLD.bound_device_id.index
+
+        assert run(fn, 2).results == [0, 1]
+        assert "[rank" not in "".join(capfd.readouterr())
+
     def test_more_ranks_than_gpus_run_on_the_cpu(self, capsys):
-        count = torch.cuda.device_count() + 1
-        assert run(lambda: str(device()), count).results == ["cpu"] * count
+        def fn():
+            from deepspeed.accelerator import get_accelerator
+
+            return str(device()), get_accelerator().device_name()
+
+        assert run(fn, MORE_THAN_GPUS).results == [("cpu", "cpu")] * MORE_THAN_GPUS
         assert "running on the CPU over gloo" in capsys.readouterr().out
 
 

@@ -144,7 +144,8 @@ def _rank_setup(
     if backend == "nccl":
         environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # turns on NCCL's flight recorder, which explains a hang
     if backend == "gloo":
-        environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the same cell does not put tensors on a GPU gloo cannot use
+        # On a machine with GPUs: neither the function nor DeepSpeed may put tensors on one, where gloo cannot use them.
+        environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     # linecache marks sources that are in no file, such as notebook cells, by a modification time of None. A rank needs
     # them for its traceback.
     cells = {file: entry for file, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}

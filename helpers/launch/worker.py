@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from helpers.errors import UserError
 from helpers.launch.messages import EXIT, Done, Failed, Location, ProgressReport, RankSetup, Ready
+from helpers.libraries.deepspeed import use_cpu_accelerator
 from helpers.memory.measured import RankMemory
 from helpers.memory.phases import PhaseLog, mark_in
 
@@ -130,17 +131,41 @@ def _prepare(setup: RankSetup) -> None:
     os.chdir(setup.working_directory)
     source_lines.update(setup.sources)
     torch.set_num_threads(setup.threads)
+    if setup.backend == "gloo":
+        use_cpu_accelerator()  # the server, which this process is a copy of, may have seen a GPU
     mark_in(PhaseLog(setup.folder / f"phases-{setup.rank:03}.jsonl", setup.rank))
 
 
 def _join_process_group(setup: RankSetup) -> None:
-    if setup.backend == "nccl":
-        torch.cuda.set_device(setup.rank)
+    gpu = torch.device("cuda", setup.rank) if setup.backend == "nccl" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
+        _start_autograd(gpu)
     # Ranks find each other through a file, not through a port that a simultaneous launch could take.
     store = dist.FileStore(str(setup.folder / "store"), setup.world_size)
     # Longer than the launcher's own limit, which explains a hang better.
     limit = timedelta(seconds=setup.timeout + 60)
-    dist.init_process_group(setup.backend, store=store, rank=setup.rank, world_size=setup.world_size, timeout=limit)
+    dist.init_process_group(
+        setup.backend,
+        store=store,
+        rank=setup.rank,
+        world_size=setup.world_size,
+        timeout=limit,
+        # With its GPU named, NCCL connects the ranks now and not in their first collective, and a barrier need not
+        # guess the GPU. A single rank has nobody to connect to: it would hold half a GiB that it never uses.
+        device_id=gpu if setup.world_size > 1 else None,
+    )
+
+
+def _start_autograd(gpu: torch.device) -> None:
+    """Start autograd's thread for this GPU, and make the GPU's context current in it.
+
+    Torch sets a thread's GPU only if it is not the thread's default, GPU 0. So on GPU 0 a first backward that begins
+    with a matmul would find no context, and cuBLAS would warn. The empty tensor takes no memory and loads no kernel.
+    """
+    x = torch.empty(0, device=gpu, requires_grad=True)
+    x.register_hook(lambda _: torch.cuda.synchronize())  # called by autograd's thread
+    x.backward(torch.empty_like(x))
 
 
 class _ResultPickler(cloudpickle.Pickler):

@@ -28,24 +28,30 @@ def share_world_group() -> None:
     groups._clone_world_group = lambda: dist.group.WORLD
 
 
+def use_cpu_accelerator() -> None:
+    """Make DeepSpeed use the CPU, even if it found a GPU when it was imported."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    set_accelerator(CPU_Accelerator())
+
+
 def configure_deepspeed(device: torch.device) -> None:
     """Make DeepSpeed use this rank's device and process group, and log only errors.
 
-    Call it before ``deepspeed.initialize``, in an initialised process group. It calls the two functions above as well.
+    Call it before ``deepspeed.initialize``, in an initialised process group. It also calls ``skip_cpu_collectives`` and
+    ``share_world_group``.
 
     Args:
-        device: This rank's device. DeepSpeed would pick a GPU whenever there is one, even if the ranks outnumber the
-            GPUs and therefore run on the CPU.
+        device: This rank's device.
     """
     skip_cpu_collectives()
     share_world_group()
     import deepspeed
-    from deepspeed.accelerator import set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     if device.type == "cpu":
-        set_accelerator(CPU_Accelerator())
+        use_cpu_accelerator()
     # Without this, zero.Init reads its configuration before it knows the number of ranks.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
