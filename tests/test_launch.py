@@ -161,6 +161,11 @@ class TestOutput:
         lines = capfd.readouterr().out.splitlines()
         assert lines.count("[rank 0] " + "x" * 99) == 20_000
 
+    def test_a_warning_from_c_that_the_course_silences_is_left_out(self, capfd):
+        warning = "[W] Warning: An unbatched P2P op (send/recv) was called on this ProcessGroup with size 2."
+        run(lambda: os.write(2, f"{warning}\nanother line\n".encode()), 1)
+        assert capfd.readouterr().err == "[rank 0] another line\n"
+
     def test_lines_of_a_rank_that_failed_are_shown(self, capfd):
         def fn():
             print("before")

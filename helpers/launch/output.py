@@ -5,6 +5,8 @@ import os
 from multiprocessing.connection import wait
 from typing import TextIO
 
+from helpers.libraries.quiet import SILENCED_LINES
+
 
 class RankOutput:
     """A pipe that replaces a rank's stdout or stderr; its complete lines appear on ``stream``."""
@@ -41,4 +43,6 @@ class RankOutput:
         self.read_end.close()
 
     def _show_line(self, line: bytes) -> None:
-        print(self._prefix + line.decode("utf-8", "replace"), file=self._stream, flush=True)
+        text = line.decode("utf-8", "replace")
+        if not any(silenced in text for silenced in SILENCED_LINES):
+            print(self._prefix + text, file=self._stream, flush=True)

@@ -10,6 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+# Parts of lines that libraries write to stderr from C++, where Python's filters do not see them.
+SILENCED_LINES = (
+    # The pipelines of torch and DeepSpeed also send outside of batches. NCCL then connects each pair of ranks anew.
+    "An unbatched P2P op (send/recv) was called on this ProcessGroup",
+)
+
 
 def silence_warnings() -> None:
     """Silence the warnings of this list, in this process and in ranks forked from it."""
