@@ -66,7 +66,7 @@ def _draw_rank(axes: Axes, rank: int, world_size: int, sharded: Collection[str])
         axes.add_patch(Rectangle((left, bottom), WIDTH, size, facecolor="white", edgecolor=GREY, linestyle=":"))
         axes.add_patch(Rectangle((left, start), WIDTH, part, facecolor=colour, edgecolor="white", linewidth=0.8))
         if part > 1:
-            text = {"ha": "center", "va": "center", "fontsize": SMALL_SIZE, "color": ink_on(colour)}
-            axes.text(rank, start + part / 2, f"{part:g}", **text)
+            middle, ink = start + part / 2, ink_on(colour)
+            axes.text(rank, middle, f"{part:g}", ha="center", va="center", fontsize=SMALL_SIZE, color=ink)
         bottom, held = bottom + size, held + part
     axes.text(rank, bottom, f"{held:g}", ha="center", va="bottom", fontsize=TEXT_SIZE, fontweight="bold")
