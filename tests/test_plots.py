@@ -26,8 +26,10 @@ from helpers.plots import (
     codebook_histogram,
     collective,
     collective_rounds,
+    format_errors,
     lanes,
     loss_and_memory,
+    loss_differences,
     matrix_parts,
     measured_against_formula,
     memory_bars,
@@ -39,6 +41,7 @@ from helpers.plots import (
     model_states,
     overlap,
     partition_lanes,
+    predicted_and_measured,
     prediction_errors,
     rank_groups,
     save_figure,
@@ -824,6 +827,52 @@ def test_a_trade_off_shows_every_way_from_zero():
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["plain", "recomputed"]
     with pytest.raises(UserError, match="no points"):
         trade_off({}, "None", "s", "GiB")
+
+
+def test_in_a_trade_off_a_point_that_another_beats_is_hollow():
+    fig = trade_off({"plain": (1.0, 8.0), "slow": (2.0, 8.0), "recomputed": (1.4, 2.0)}, "Ways", "seconds", "GiB")
+    faces = [line.get_markerfacecolor() for line in fig.axes[0].lines[:3]]
+    assert [face == "none" for face in faces] == [False, True, False]
+    assert fig.legends[0].get_texts()[-1].get_text() == "hollow: beaten on both axes"
+
+
+def test_predicted_and_measured_stand_side_by_side_for_every_configuration():
+    measured = {"parameters": 4 * GIB, "allocator cache": 3 * GIB, "CUDA context and NCCL": GIB, "buffers": 1}
+    predicted = {"parameters": 4 * GIB, "CUDA context": GIB, "NCCL": GIB, "allocator allowance": 2 * GIB}
+    sources = {"predicted": predicted, "counted": {"parameters": 4 * GIB}, "NVML": measured}
+    without = {"predicted": None, "counted": {"parameters": 2 * GIB}, "NVML": None}
+    fig = predicted_and_measured({"plain": sources, "offloaded": without}, "Two ways")
+    (axes,) = fig.axes
+    assert axes.get_ylabel() == "memory (GiB)"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["predicted", "NVML", "predicted", "counted"]
+    assert [text.get_text() for text in axes.texts] == [
+        *("8.00", "8.00", "not\navailable", "2.00"),
+        *("plain", "offloaded"),
+    ]
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names == ["parameters", "allocator allowance", "allocator cache", "CUDA context and NCCL"]
+    with pytest.raises(UserError, match="no configuration"):
+        predicted_and_measured({}, "None")
+
+
+def test_format_errors_name_the_block_size_at_each_point():
+    fig = format_errors({"even": {4096: (4.0, 15.8), 64: (4.5, 10.8)}, "NF4": {64: (4.5, 9.2)}}, "t", "bits", "%")
+    (axes,) = fig.axes
+    assert [text.get_text() for text in axes.texts] == ["4,096", "64", "64"]
+    assert axes.get_ylim()[0] == 0 and legend(axes) == ["even", "NF4"]
+    with pytest.raises(UserError, match="no points"):
+        format_errors({"even": {}}, "t", "bits", "%")
+
+
+def test_loss_differences_are_to_the_reference():
+    fig = loss_differences({"32 bits": [2.0, 1.0], "4 bits": [2.5, 1.25]}, "32 bits", "t")
+    losses, apart = fig.axes
+    assert legend(losses) == ["32 bits", "4 bits"] and legend(apart) == ["4 bits"]
+    assert lines(apart)["4 bits"].get_ydata().tolist() == [0.5, 0.25]
+    with pytest.raises(UserError, match="no run is called '16 bits'"):
+        loss_differences({"32 bits": [1.0]}, "16 bits", "t")
+    with pytest.raises(UserError, match="differ in length"):
+        loss_differences({"32 bits": [1.0], "4 bits": []}, "32 bits", "t")
 
 
 def test_a_memory_history_keeps_each_segment_in_its_place():

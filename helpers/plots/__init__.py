@@ -9,11 +9,11 @@ from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
 from helpers.plots.communication import collective, collective_rounds, overlap, rank_groups, transfer_times
 from helpers.plots.curves import bytes_over_step, measured_against_formula
 from helpers.plots.matrices import matrix_parts
-from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps
+from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps, predicted_and_measured
 from helpers.plots.memory_timeline import memory_timeline
 from helpers.plots.model_states import model_states
 from helpers.plots.predictions import model_sizes, prediction_errors
-from helpers.plots.quantization import codebook_histogram
+from helpers.plots.quantization import codebook_histogram, format_errors, loss_differences
 from helpers.plots.saved_tensors import saved_tensor_bars, trade_off
 from helpers.plots.schedule import Span, lanes, message_orders, partition_lanes, schedule_lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
@@ -30,8 +30,10 @@ __all__ = [
     "codebook_histogram",
     "collective",
     "collective_rounds",
+    "format_errors",
     "lanes",
     "loss_and_memory",
+    "loss_differences",
     "matrix_parts",
     "measured_against_formula",
     "memory_bars",
@@ -43,6 +45,7 @@ __all__ = [
     "model_states",
     "overlap",
     "partition_lanes",
+    "predicted_and_measured",
     "prediction_errors",
     "rank_groups",
     "rates_and_memory",

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from helpers.errors import UserError
+from helpers.memory.categories import OUTSIDE_TORCH
+from helpers.memory.report import CONTEXT
 from helpers.memory.units import Unit, unit_for
 from helpers.plots.style import (
     CATEGORY_COLOURS,
@@ -116,6 +118,67 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Mapping[str, int] | None], u
         axes.text(column, bottom, label, ha="center", va="bottom", fontsize=SMALL_SIZE)
     axes.set_xticks(range(len(sources)), list(sources))
     axes.set_xlim(-0.6, len(sources) - 0.4)
+
+
+def predicted_and_measured(
+    configurations: Mapping[str, Mapping[str, Mapping[str, int] | None]], title: str
+) -> CourseFigure:
+    """Draw two stacked bars per configuration: the prediction, and the last source that has a number.
+
+    The legend leaves out parts that are too thin to see: below 1 % of the tallest bar.
+
+    Args:
+        configurations: ``{configuration: {"predicted": {category: bytes}, "counted": ..., "NVML": None}}``, as
+            :attr:`helpers.memory.report.RankReport.bars` returns them. A prediction of None reads "not available".
+        title: The figure's title.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``configurations`` is empty.
+    """
+    if not configurations:
+        raise UserError("predicted_and_measured: there is no configuration to draw")
+    pairs = [_pair(sources) for sources in configurations.values()]
+    bars = [parts for pair in pairs for _, parts in pair]
+    tallest = max(sum(parts.values()) for parts in bars)
+    unit = unit_for(sum(parts.values()) for parts in bars)
+    fig = new_figure(title, width=13, height=5.4)
+    axes = fig.subplots()
+    places = [group + side for group in range(len(pairs)) for side in (-0.21, 0.21)]
+    for place, parts in zip(places, bars, strict=True):
+        bottom = 0.0
+        for category in (name for name in CATEGORY_COLOURS if name in parts):
+            axes.bar(place, parts[category] / unit.size, 0.38, bottom, **_look(category))
+            bottom += parts[category] / unit.size
+        text = unit.amount(sum(parts.values())) if parts else "not\navailable"
+        axes.text(place, bottom, text, ha="center", va="bottom", fontsize=SMALL_SIZE)
+    for group, name in enumerate(configurations):
+        axes.annotate(
+            name, (group, 0), (0, -26), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center",
+            va="top", fontsize=TEXT_SIZE, fontweight="bold",
+        )  # fmt: skip
+    axes.set_xlim(-0.6, len(pairs) - 0.4)
+    axes.set_ylim(0, 1.12 * tallest / unit.size)
+    label_axes(axes, "", "", f"memory ({unit.name})")
+    axes.set_xticks(places, [source for pair in pairs for source, _ in pair], fontsize=SMALL_SIZE)
+    axes.tick_params(axis="x", length=0)
+    visible = {name for parts in bars for name, size in parts.items() if size >= tallest / 100}
+    patches = [Patch(label=name, **_look(name)) for name in CATEGORY_COLOURS if name in visible]
+    fig.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=SMALL_SIZE, frameon=False)
+    return fig
+
+
+def _pair(sources: Mapping[str, Mapping[str, int] | None]) -> list[tuple[str, dict[str, int]]]:
+    """Return the prediction and the last source that has a number, with one name for all that torch does not show."""
+    measured = [(source, parts) for source, parts in sources.items() if source != "predicted" and parts is not None]
+    pair: list[tuple[str, dict[str, int]]] = []
+    for source, parts in [("predicted", sources["predicted"] or {}), measured[-1]]:
+        outside = sum(parts.get(name, 0) for name in (*OUTSIDE_TORCH, CONTEXT))
+        inside = {name: size for name, size in parts.items() if size and name not in (*OUTSIDE_TORCH, CONTEXT)}
+        pair.append((source, inside | ({CONTEXT: outside} if outside else {})))
+    return pair
 
 
 def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, source: str) -> CourseFigure:

@@ -7,6 +7,7 @@ from matplotlib.patches import Patch
 
 from helpers.errors import UserError
 from helpers.plots.style import (
+    GREY,
     RANK_COLOURS,
     SMALL_SIZE,
     TEXT_SIZE,
@@ -80,7 +81,8 @@ def _shade(colour: str, paler: int) -> str:
 def trade_off(points: Mapping[str, tuple[float, float]], title: str, x_label: str, y_label: str) -> CourseFigure:
     """Draw alternatives as named points: what each costs against what it needs.
 
-    Both axes start at 0, so that distances are proportional.
+    Both axes start at 0, so that distances are proportional. A point is hollow if another one is at least as good on
+    both axes.
 
     Args:
         points: ``{name: (x, y)}``.
@@ -100,8 +102,16 @@ def trade_off(points: Mapping[str, tuple[float, float]], title: str, x_label: st
     axes = fig.subplots()
     axes.set_xlim(0, 1.12 * max(x for x, _ in points.values()))
     axes.set_ylim(0, 1.15 * max(y for _, y in points.values()))
+    beaten = {
+        name
+        for name, (x, y) in points.items()
+        if any(other != (x, y) and other[0] <= x and other[1] <= y for other in points.values())
+    }
     for (name, (x, y)), colour, marker in zip(points.items(), RANK_COLOURS, "os^Dv<>X", strict=False):
-        axes.plot(x, y, marker, color=colour, markersize=13, label=name)
+        face = "none" if name in beaten else colour
+        axes.plot(x, y, marker, color=colour, markerfacecolor=face, markeredgewidth=2, markersize=13, label=name)
+    if beaten:
+        axes.plot([], [], "o", color=GREY, markerfacecolor="none", markersize=13, label="hollow: beaten on both axes")
     label_axes(axes, "", x_label, y_label)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     fig.legend(loc="outside right center", fontsize=SMALL_SIZE, frameon=False)
