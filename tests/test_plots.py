@@ -588,6 +588,15 @@ def test_transfer_times_are_in_milliseconds_over_sizes_with_units():
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
+def test_the_bend_of_a_curve_is_marked_on_it_if_it_was_measured():
+    curves = {"gloo": {2**10: 1e-3, 2**20: 4e-3}, "nccl": {2**10: 1e-5, 2**20: 2e-5}}
+    (axes,) = transfer_times(curves, "all-reduce", {"gloo": 2**15, "nccl": 2**30}).axes
+    rings = [line for line in axes.lines if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
+    assert [line.get_xydata().tolist() for line in rings] == [[[2**15, pytest.approx(2.0)]]]  # on the line, in log-log
+    assert legend(axes) == ["gloo", "nccl", "bend"]
+    assert axes.yaxis.get_major_formatter()(0.5) == "0.5"
+
+
 def test_memory_steps_say_what_each_added_and_what_was_measured():
     steps = {"context": {"CUDA context and NCCL": 500 * 2**20}, "tensor": {"CUDA context and NCCL": 500 * 2**20}}
     steps["tensor"]["allocated"] = 4 * 2**20

@@ -6,14 +6,17 @@ the same from a script, a rank or a notebook, and no figure stays open.
 
 from helpers.plots.allocator import allocator_history
 from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
+from helpers.plots.cluster import cluster_sketch
 from helpers.plots.communication import collective, collective_rounds, overlap, rank_groups, transfer_times
 from helpers.plots.curves import bytes_over_step, measured_against_formula
 from helpers.plots.matrices import matrix_parts
 from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps, predicted_and_measured
 from helpers.plots.memory_timeline import memory_timeline
 from helpers.plots.model_states import model_states
+from helpers.plots.movement import movement, ring_all_reduce
 from helpers.plots.predictions import model_sizes, prediction_errors
 from helpers.plots.quantization import codebook_histogram, format_errors, loss_differences
+from helpers.plots.roofline import roofline
 from helpers.plots.saved_tensors import saved_tensor_bars, trade_off
 from helpers.plots.schedule import Span, lanes, message_orders, partition_lanes, schedule_lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
@@ -27,6 +30,7 @@ __all__ = [
     "allocator_history",
     "bars_by_rank",
     "bytes_over_step",
+    "cluster_sketch",
     "codebook_histogram",
     "collective",
     "collective_rounds",
@@ -43,12 +47,15 @@ __all__ = [
     "message_orders",
     "model_sizes",
     "model_states",
+    "movement",
     "overlap",
     "partition_lanes",
     "predicted_and_measured",
     "prediction_errors",
     "rank_groups",
     "rates_and_memory",
+    "ring_all_reduce",
+    "roofline",
     "save_figure",
     "saved_tensor_bars",
     "schedule_lanes",

@@ -2,6 +2,9 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from helpers.memory.units import unit_for
 from helpers.plots.schedule import Span, lanes
 from helpers.plots.style import (
@@ -94,24 +97,36 @@ def overlap(steps: Mapping[str, tuple[float, float, Sequence[tuple[float, float]
     return lanes(rows, title, OVERLAP_COLOURS)
 
 
-def transfer_times(seconds: Mapping[str, Mapping[int, float]], title: str) -> CourseFigure:
+def transfer_times(
+    seconds: Mapping[str, Mapping[int, float]], title: str, bends: Mapping[str, float] | None = None
+) -> CourseFigure:
     """Draw the time of collectives over their size, with both axes logarithmic.
 
     Args:
         seconds: ``{collective: {bytes of the tensor on each rank: seconds}}``.
         title: The figure's title.
+        bends: ``{collective: bytes}`` at which its curve bends, to mark; not drawn outside of the measured sizes.
 
     Returns:
         The figure.
     """
-    fig = new_figure(title, width=9, height=4.8)
+    fig = new_figure(title, width=10, height=4.8)
     axes = fig.subplots()
     for (name, curve), colour, marker in zip(seconds.items(), RANK_COLOURS, "os^Dv<>X", strict=False):
         sizes = sorted(curve)
         milliseconds = [1e3 * curve[size] for size in sizes]
         axes.plot(sizes, milliseconds, f"{marker}-", color=colour, linewidth=1.8, markersize=7, label=name)
+        bend = (bends or {}).get(name)
+        if bend and sizes[0] <= bend <= sizes[-1]:
+            height = np.exp(np.interp(np.log(bend), np.log(sizes), np.log(milliseconds)))
+            axes.plot(bend, height, "o", color=colour, markersize=17, markerfacecolor="none", markeredgewidth=2.2)
+    if bends:
+        axes.plot([], [], "o", color=GREY, markersize=13, markerfacecolor="none", markeredgewidth=2.2, label="bend")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     ticks = sorted({size for curve in seconds.values() for size in curve})
     labels = [f"{unit_for([size]).amount(size).removesuffix('.00')} {unit_for([size]).name}" for size in ticks]
     axes.set_xticks(ticks, labels, fontsize=SMALL_SIZE)

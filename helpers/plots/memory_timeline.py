@@ -46,7 +46,7 @@ def memory_timeline(timeline: Timeline, phases: Sequence[Phase], title: str) -> 
     for axes in rows:
         label_axes(axes, "", "", "GiB")
         for name, start, end in spans:
-            axes.axvspan(start, end, color=tints[name], alpha=0.22, linewidth=0)
+            axes.axvspan(start, end, color=tints[name], alpha=0.4, linewidth=0)
     for axes, gpu, colour in zip(rows, timeline.gpus, cycle(RANK_COLOURS), strict=False):
         _draw_gpu_curve(axes, gpu, colour, small=len(timeline.gpus) > 2)
         axes.set_ylim(0, 1.12 * max(other.peak for other in timeline.gpus) / GIB)
@@ -65,7 +65,7 @@ def _draw_gpu_curve(axes: Axes, gpu: GpuCurve, colour: str, small: bool) -> None
     axes.plot(gpu.seconds, [used / GIB for used in gpu.used], color=colour, linewidth=1.8)
     for second, used, marker in ((gpu.seconds[0], gpu.baseline, "o"), (gpu.peak_seconds, gpu.peak, "^")):
         axes.plot(second, used / GIB, marker, color=colour, markersize=9, markeredgecolor="white", clip_on=False)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4 if small else 6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4 if small else 8, steps=[1, 2, 5, 10]))
     axes.text(
         1.01,
         0.5,
