@@ -13,8 +13,16 @@ def event(category, name, start, end):
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": end - start}
 
 
+def marked(events, begin, end):
+    """Between the two kernels that mark the ends of a step, with what a profiler does before and after."""
+    ends = (begin - 2, begin), (end, end + 2)
+    marks = [event("kernel", "at::cuda::(anonymous namespace)::spin_kernel(long)", *at) for at in ends]
+    outside = [event("kernel", "ncclDevKernel_Barrier", begin - 90, begin - 50)]
+    return [*outside, *marks, *events, event("cuda_runtime", "cudaDeviceSynchronize", end + 5, end + 50)]
+
+
 # Times in microseconds: two streams overlap, the GPU pauses while the host waits, and the trace has other events.
-TRACE = [
+STEP = [
     {"ph": "M", "name": "process_name"},
     {"ph": "s", "cat": "ac2g", "name": "ac2g", "ts": 5},
     event("cuda_runtime", "cudaLaunchKernel", 0, 5),
@@ -26,15 +34,16 @@ TRACE = [
     event("cuda_runtime", "cudaStreamSynchronize", 200, 300),
     event("kernel", "pytorch_flash::flash_bwd_kernel<Flash_bwd_kernel_traits>", 400, 450),
     event("gpu_memset", "Memset (Device)", 450, 460),
-    event("cuda_runtime", "cudaDeviceSynchronize", 310, 500),
+    event("cuda_runtime", "cudaDeviceSynchronize", 310, 465),
 ]
+TRACE = marked(STEP, 0, 500)
 
 
 def test_each_instant_counts_once_for_the_first_kind_that_runs():
     found = summarise(TRACE)
     in_us = {kind: round(1e6 * seconds) for kind, seconds in found.seconds.items()}
-    assert in_us == {MATMUL: 150, OTHER: 20, COPY: 40, NCCL: 100, IDLE: 190}
-    assert list(in_us) == list(KINDS) and found.step == pytest.approx(500e-6)
+    assert in_us == {MATMUL: 150, OTHER: 20, COPY: 40, NCCL: 100, IDLE: 150}
+    assert list(in_us) == list(KINDS) and found.step == pytest.approx(460e-6)
 
 
 def test_nccl_in_all_the_waits_before_the_last_one_and_the_number_of_operations():
@@ -44,8 +53,16 @@ def test_nccl_in_all_the_waits_before_the_last_one_and_the_number_of_operations(
     assert found.operations == 6
 
 
-def test_an_empty_trace_is_an_empty_step():
-    assert summarise([]).step == 0
+def test_what_the_host_does_after_the_last_kernel_belongs_to_the_step():
+    late = [event("kernel", "nvjet_x", 0, 100), event("cuda_runtime", "cudaDeviceSynchronize", 180, 190)]
+    found = summarise(marked(late, 0, 500))
+    assert found.step == pytest.approx(180e-6) and found.seconds[IDLE] == pytest.approx(80e-6)
+    assert found.host_waits == 0
+
+
+def test_a_trace_without_its_two_ends_makes_no_numbers_up():
+    assert summarise(marked([], 0, 1)).step == 0
+    assert summarise(STEP) is None
 
 
 NAMES = st.sampled_from(["nvjet_x", "ncclDevKernel", "elementwise", "flash_fwd"])
@@ -54,10 +71,10 @@ KERNELS = st.lists(st.tuples(NAMES, st.integers(0, 1000), st.integers(0, 300)), 
 
 @given(KERNELS)
 def test_the_kinds_add_up_to_the_step(kernels):
-    found = summarise(event("kernel", name, start, start + length) for name, start, length in kernels)
-    begin, end = min(start for _, start, _ in kernels), max(start + length for _, start, length in kernels)
-    assert found.step == pytest.approx((end - begin) / 1e6)
-    assert min(found.seconds.values()) >= 0 and found.nccl >= found.seconds[NCCL] - 1e-12
+    step = [event("kernel", name, start, start + length) for name, start, length in kernels]
+    found = summarise(marked(step, 0, 2000))
+    assert found.step == pytest.approx(max(start + length for _, start, length in kernels) / 1e6)
+    assert min(found.seconds.values()) >= -1e-12 and found.nccl >= found.seconds[NCCL] - 1e-12
 
 
 def test_the_table_has_a_column_per_step_and_makes_no_number_up():

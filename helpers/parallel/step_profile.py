@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from helpers.memory.table import Table
 
@@ -23,7 +24,9 @@ MATMUL, OTHER, COPY, NCCL, IDLE = "matmuls and attention", "other kernels", "cop
 KINDS = (MATMUL, OTHER, COPY, NCCL, IDLE)
 # Kernels of cuBLAS (nvjet is its name for Hopper's), CUTLASS, FlashAttention and cuDNN.
 MATMUL_NAMES = re.compile("gemm|nvjet|cutlass|xmma|splitk|flash|fmha|sdpa", re.IGNORECASE)
-CATEGORIES = {"kernel": OTHER, "gpu_memcpy": COPY, "gpu_memset": COPY}  # of the trace, for work on the GPU
+MARKER = "spin_kernel"  # of torch.cuda._sleep
+# Categories of events in the trace.
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST_CALLS = ("cuda_runtime", "cuda_driver")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 
@@ -49,7 +52,7 @@ class StepProfile:
 
     @property
     def step(self) -> float:
-        """Seconds from the first call of the host to the end of the last work."""
+        """Seconds from the call until the GPU has done its work and the host waits for it."""
         return sum(self.seconds.values())
 
 
@@ -59,61 +62,65 @@ def profile_step(step: Callable[[], object], device: torch.device) -> StepProfil
     Tracing slows the host down. So the idle time is an upper bound.
 
     Args:
-        step: Runs one step. All ranks must call this together if it communicates.
+        step: Runs one step. All ranks must call this together if there are several.
         device: This rank's device.
 
     Returns:
-        The summary; None on a CPU, which has no kernels to trace.
+        The summary; None on a CPU, which has no kernels to trace, or if the driver does not let them be traced.
     """
     if device.type != "cuda":
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):
-            torch.cuda.synchronize(device)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                step()
+    for _ in range(2):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            if dist.is_initialized():
+                dist.barrier()  # else NCCL's first kernel would wait for the rank whose tracer starts last
+            for part in (lambda: None, step):
+                part()
                 torch.cuda.synchronize(device)
+                torch.cuda._sleep(1)  # a kernel that marks the two ends of the step
+    with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         return summarise(json.loads(trace.read_text())["traceEvents"])
 
 
-def summarise(events: Iterable[Mapping[str, Any]]) -> StepProfile:
-    """Summarise the trace of one step that ends with a wait for the GPU.
+def summarise(events: Iterable[Mapping[str, Any]]) -> StepProfile | None:
+    """Summarise the trace of one step: what comes after the first marker and before the second.
 
     Args:
-        events: ``traceEvents`` of torch.profiler's Chrome trace; times are in microseconds.
+        events: ``traceEvents`` of torch.profiler's Chrome trace; times are in microseconds. The step ends with a wait
+            for the GPU.
 
     Returns:
-        Seconds by kind.
+        Seconds by kind; None if the trace does not have the two markers.
     """
+    traced = [event for event in events if event.get("ph") == "X" and event.get("cat") in (*GPU_WORK, *HOST_CALLS)]
+    marks = sorted(_interval(event) for event in traced if event["cat"] == "kernel" and MARKER in event["name"])
+    if len(marks) != 2:
+        return None
+    (_, begin), (end, _) = marks
+    traced = [event for event in traced if begin <= event["ts"] < end and MARKER not in event["name"]]
     busy: dict[str, list[Interval]] = {kind: [] for kind in KINDS[:-1]}
-    calls: list[Interval] = []
     waits: list[Interval] = []
-    for event in events:
-        if event.get("ph") != "X":
-            continue
-        interval = event["ts"], event["ts"] + event["dur"]
-        if event.get("cat") in CATEGORIES:
-            busy[_kind(event)].append(interval)
-        elif event.get("cat") in HOST_CALLS:
-            calls.append(interval)
-            waits += [interval] if event["name"] in WAITS else []
-    work = [interval for intervals in busy.values() for interval in intervals]
-    everything = [*work, *calls]
-    if not everything:
-        return StepProfile(dict.fromkeys(KINDS, 0.0), 0.0, 0.0, 0)
+    for event in traced:
+        if event["cat"] in GPU_WORK:
+            busy[_kind(event)].append(_interval(event))
+        elif event["name"] in WAITS:
+            waits.append(_interval(event))
     seconds, counted, covered = {}, [], 0.0
     for kind, intervals in busy.items():
         counted += intervals
-        seconds[kind], covered = _covered(counted) - covered, _covered(counted)
-    whole = max(end for _, end in everything) - min(start for start, _ in everything)
-    seconds[IDLE] = whole - covered
-    last_wait = max(waits, default=(0.0, 0.0))
-    host_waits = sum(end - start for start, end in waits) - (last_wait[1] - last_wait[0])
-    return StepProfile(
-        {kind: value / 1e6 for kind, value in seconds.items()}, _covered(busy[NCCL]) / 1e6, host_waits / 1e6, len(work)
-    )
+        seconds[kind], covered = (_covered(counted) - covered) / 1e6, _covered(counted)
+    *waits, last_wait = sorted(waits) or [(begin, begin)]
+    # The step is over when the GPU has done its work and the host has nothing left to do but wait.
+    finish = max([last_wait[0], *(until for _, until in counted)])
+    seconds[IDLE] = (finish - begin - covered) / 1e6
+    host_waits = sum(until - start for start, until in waits) / 1e6
+    return StepProfile(seconds, _covered(busy[NCCL]) / 1e6, host_waits, len(counted))
+
+
+def _interval(event: Mapping[str, Any]) -> Interval:
+    return event["ts"], event["ts"] + event["dur"]
 
 
 def _kind(event: Mapping[str, Any]) -> str:
