@@ -15,7 +15,7 @@ from helpers.memory.predict import ModelShape
 from helpers.parallel.mesh import AXES, Layout, Parallel3D, device_mesh
 from helpers.parallel.network import batch, build, largest_difference
 from helpers.parallel.pipeline import gpipe, idle_fraction, interleaved, one_f_one_b, zero_bubble
-from helpers.parallel.step_time import Cluster, Link, TrainingJob, estimate, layouts, sort_layouts
+from helpers.parallel.step_time import Cluster, Link, TrainingJob, estimate, layouts, rank_correlation, sort_layouts
 from helpers.parallel.traffic import count_traffic
 
 MICRO_BATCHES = 2
@@ -182,6 +182,12 @@ def test_a_link_is_fast_only_within_a_node():
 def test_a_ring_takes_its_messages():
     link = Link(1.0, 10.0)
     assert link.all_reduce(400, 4) == 6 * (1 + 10) and link.all_reduce(400, 1) == 0 and link.send(20) == 3
+
+
+def test_orders_correlate_from_one_to_minus_one():
+    assert rank_correlation([1, 2, 3], [10.0, 20.0, 99.0]) == 1 and rank_correlation([1, 2, 3], [3, 2, 1]) == -1
+    # Two neighbours change places: d is 1 twice, so 1 - 6 * 2 / (4 * 15).
+    assert rank_correlation([0.1, 0.2, 0.3, 0.4], [5, 9, 7, 11]) == pytest.approx(0.8)
 
 
 def test_blooms_layout():

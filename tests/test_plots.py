@@ -28,14 +28,17 @@ from helpers.plots import (
     collective_rounds,
     format_errors,
     lanes,
+    layout_times,
     loss_and_memory,
     loss_differences,
+    matmul_parts,
     matrix_parts,
     measured_against_formula,
     memory_bars,
     memory_sources,
     memory_steps,
     memory_timeline,
+    mesh_cube,
     message_orders,
     model_sizes,
     model_states,
@@ -43,7 +46,6 @@ from helpers.plots import (
     partition_lanes,
     predicted_and_measured,
     prediction_errors,
-    rank_groups,
     save_figure,
     saved_tensor_bars,
     schedule_lanes,
@@ -696,6 +698,8 @@ def test_points_and_the_line_of_their_formula_have_one_colour():
     assert points.get_color() == line.get_color() == entry.get_color() != ideal.get_color()
     assert axes.get_ylim()[0] == 0 and (axes.get_xlabel(), axes.get_ylabel()) == ("m", "%")
     assert legend(axes) == ["ideal, formula", "1F1B: formula, measured"]  # one entry for the line and its points
+    (axes,) = measured_against_formula({"2 ranks": {64: 1.0, 1024: 0.1}}, {}, "", "h", "bytes", log=True).axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     with pytest.raises(UserError, match="no measured points"):
         measured_against_formula({"a": {}}, {"a": {1: 1}}, "", "", "")
 
@@ -730,6 +734,25 @@ def test_fused_parts_alternate_and_shared_ones_bear_all_their_numbers():
     assert labels == ["0", "1", "0", "1", "0, 1", "2, 3", "all"]
 
 
+def test_fused_matrices_are_named_and_parted():
+    masks = [np.ones((4, 2), bool)] * 2
+    (axes,) = matrix_parts({"gate and up": masks}, "", {"gate and up": ("gate", "up")}).axes
+    (gate,), (up,) = ([t for t in axes.texts if t.get_text() == name] for name in ("gate", "up"))
+    (line,) = axes.lines
+    assert gate.get_position()[1] < line.get_ydata()[0] < up.get_position()[1]
+
+
+def test_a_matmul_shows_three_matrices_to_one_scale():
+    rows, columns = np.arange(8)[:, None] // 4 + np.zeros((1, 2)), np.zeros((8, 1)) + np.arange(2)
+    halves = {"A": [rows == rank for rank in (0, 1)], "B": [columns == rank for rank in (0, 1)]}
+    everyone = [np.ones((8, 2), bool)] * 2
+    fig = matmul_parts({"first": [("X", everyone), ("A", halves["A"]), ("Y", halves["B"])]}, "")
+    (axes,) = fig.axes
+    assert [t.get_text() for t in axes.texts if t.get_text() in "01all×="] == ["all", "×", "0", "1", "=", "0", "1", ""]
+    assert len({patch.get_width() * patch.get_height() for patch in axes.patches[1:]}) == 1
+    assert axes.get_title(loc="left") == "first"
+
+
 @pytest.mark.parametrize("held", [{}, {"a": [np.ones((2, 2)), np.ones((2, 3))]}, {"a": [np.ones(4)]}])
 def test_matrices_that_cannot_be_drawn(held):
     with pytest.raises(UserError):
@@ -755,14 +778,30 @@ def test_bars_for_different_numbers_of_ranks_are_refused():
             bars_by_rank(measured, expected, "", "")
 
 
-def test_ranks_of_a_group_share_a_colour_and_nodes_are_parted():
-    fig = rank_groups({"tensor": [(0, 1), (2, 3)], "data": [(0, 2), (1, 3)]}, 2, "mesh")
-    (axes,) = fig.axes
-    colour = {(round(p.get_y() + 0.4), round(p.get_x() + 0.46)): p.get_facecolor() for p in axes.patches}
-    assert colour[0, 0] == colour[0, 1] != colour[0, 2] == colour[0, 3]
-    assert colour[1, 0] == colour[1, 2] != colour[1, 1] == colour[1, 3]
-    assert [line.get_xdata()[0] for line in axes.lines] == [1.5]
-    assert [t.get_text() for t in axes.texts] == ["0", "1", "2", "3", "0", "2", "1", "3", "node 0", "node 1"]
+def test_a_mesh_is_a_cube_whose_edges_have_the_colour_of_their_axis():
+    groups = {"tensor": [(0, 1), (2, 3)], "data": [(0,), (1,), (2,), (3,)], "pipeline": [(0, 2), (1, 3)]}
+    (axes,) = (fig := mesh_cube(groups, 2, "mesh")).axes
+    edges = [line for line in axes.lines if line.get_linewidth() == 5 and len(line.get_xdata()) == 2]
+    colours = [line.get_color() for line in edges]
+    assert len(edges) == 4 and colours[0] == colours[1] != colours[2] == colours[3]
+    # Tensor neighbours stand above each other, the stages of a pipeline beside each other.
+    assert edges[0].get_xdata()[0] == edges[0].get_xdata()[1] and edges[2].get_ydata()[0] == edges[2].get_ydata()[1]
+    assert {t.get_text() for t in axes.texts} == {"0", "1", "2", "3", "node 0", "node 1"}
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["tensor", "data", "pipeline"]
+    first, second = axes.patches
+    assert first.get_bbox().x1 < second.get_bbox().x0
+
+
+def test_layouts_show_shares_of_the_prediction_and_both_times_with_their_ratio():
+    fig = layout_times({"a": {"compute": 1.0, "tensor": 3.0}, "b": {"compute": 8.0, "tensor": 0}}, {"b": 8, "a": 8}, "")
+    left, right = fig.axes
+    assert [(p.get_x(), p.get_width()) for p in left.patches] == [(0, 0.25), (0.25, 0.75), (0, 1), (1, 0)]
+    assert [t.get_text() for t in right.texts] == ["x 2", "x 1"] and right.get_xscale() == "log"
+    points = [line.get_xdata()[0] for line in right.lines if line.get_marker() in "oD"]
+    assert points == [4, 8, 8, 8] and right.get_xlabel() == "seconds per step"
+    for predicted, measured in (({}, {}), ({"a": {"compute": 1.0}}, {"b": 1.0})):
+        with pytest.raises(UserError, match="give both for each"):
+            layout_times(predicted, measured, "")
 
 
 def test_predicted_seconds_are_stacked_and_a_diamond_is_what_was_measured():

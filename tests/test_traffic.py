@@ -8,7 +8,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from shared_launch import SharedLaunches
 
+from helpers.launch import device
 from helpers.parallel import traffic
+from helpers.parallel.clock import time_all_reduces
 from helpers.parallel.traffic import count_traffic, loopback_bytes
 
 shared = SharedLaunches(__name__)
@@ -125,3 +127,20 @@ def ddp_step():
 @pytest.mark.slow
 def test_ddps_all_reduces_are_counted_in_backward():
     assert ddp_step.results[0] == (0, {"all-reduce": (1, 40_000)})
+
+
+@shared.on(2)
+def all_reduces_of_a_group_timed():
+    own = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    everyone, original = dist.group.WORLD, dist.all_reduce
+    x = torch.ones(1000, device=device())
+    with time_all_reduces(device(), everyone) as spans:
+        for group in (None, everyone, own):
+            dist.all_reduce(x, group=group)
+    return [end.since(begin) for begin, end in spans], dist.all_reduce is original, x[0].item()
+
+
+@pytest.mark.slow
+def test_the_all_reduces_of_one_group_are_timed_and_work_as_before():
+    for seconds, restored, value in all_reduces_of_a_group_timed.results:
+        assert len(seconds) == 2 and min(seconds) >= 0 and restored and value == 4

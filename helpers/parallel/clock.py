@@ -1,8 +1,12 @@
 """Time what a rank's device does, on a GPU without stopping its stream."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 class Event:
@@ -52,3 +56,33 @@ def tokens_per_second(micro_batch_size: int, sequence_length: int, seconds: floa
         Tokens per second of one rank.
     """
     return micro_batch_size * sequence_length / seconds
+
+
+@contextmanager
+def time_all_reduces(device: torch.device | str, group: dist.ProcessGroup) -> Iterator[list[tuple[Event, Event]]]:
+    """Record when each ``dist.all_reduce`` in a ``with`` block began and ended on this rank.
+
+    A rank that arrives early waits inside the all-reduce, so its time contains the waiting.
+
+    Args:
+        device: The device whose work is timed.
+        group: Only all-reduces among exactly these ranks are recorded.
+
+    Returns:
+        One pair of events per all-reduce, in the order of their calls; complete after the block.
+    """
+    original, ranks = dist.all_reduce, dist.get_process_group_ranks(group)
+    spans: list[tuple[Event, Event]] = []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = Event(device)
+        work = original(*args, **kwargs)
+        if dist.get_process_group_ranks(kwargs.get("group") or dist.group.WORLD) == ranks:
+            spans.append((begin, Event(device)))
+        return work
+
+    dist.all_reduce = timed
+    try:
+        yield spans
+    finally:
+        dist.all_reduce = original

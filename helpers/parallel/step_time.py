@@ -4,7 +4,7 @@ Every link has a latency and a bandwidth; communication does not overlap with co
 bound for libraries that overlap, and it is meant for comparing meshes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from helpers.errors import UserError
@@ -209,6 +209,23 @@ def sort_layouts(job: TrainingJob, cluster: Cluster) -> list[Estimate]:
     candidates = [layout for layout in layouts(cluster.world_size) if not _find_problem(job, cluster, layout)]
     estimates = [estimate(job, cluster, layout) for layout in candidates]
     return sorted(estimates, key=lambda e: (e.memory > cluster.memory, e.seconds))
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Compare two orders by Spearman's rho, without ties: 1 if they agree, 0 if unrelated, -1 if reversed.
+
+    Args:
+        first: One number per candidate, at least two.
+        second: The other number of the same candidates.
+
+    Returns:
+        1 - 6 sum(d^2) / (n (n^2 - 1)), where d is how many places a candidate moves.
+    """
+    places = [
+        {index: place for place, index in enumerate(sorted(range(len(x)), key=x.__getitem__))} for x in (first, second)
+    ]
+    moved = sum((places[0][index] - places[1][index]) ** 2 for index in range(len(first)))
+    return 1 - 6 * moved / (len(first) * (len(first) ** 2 - 1))
 
 
 def layouts(world_size: int) -> Iterator[Layout]:

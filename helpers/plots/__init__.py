@@ -7,11 +7,12 @@ the same from a script, a rank or a notebook, and no figure stays open.
 from helpers.plots.allocator import allocator_history
 from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
 from helpers.plots.cluster import cluster_sketch
-from helpers.plots.communication import collective, collective_rounds, overlap, rank_groups, transfer_times
+from helpers.plots.communication import collective, collective_rounds, overlap, transfer_times
 from helpers.plots.curves import bytes_over_step, measured_against_formula
-from helpers.plots.matrices import matrix_parts
+from helpers.plots.matrices import matmul_parts, matrix_parts
 from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps, predicted_and_measured
 from helpers.plots.memory_timeline import memory_timeline
+from helpers.plots.meshes import layout_times, mesh_cube
 from helpers.plots.model_states import model_states
 from helpers.plots.movement import movement, ring_all_reduce
 from helpers.plots.predictions import model_sizes, prediction_errors
@@ -36,14 +37,17 @@ __all__ = [
     "collective_rounds",
     "format_errors",
     "lanes",
+    "layout_times",
     "loss_and_memory",
     "loss_differences",
+    "matmul_parts",
     "matrix_parts",
     "measured_against_formula",
     "memory_bars",
     "memory_sources",
     "memory_steps",
     "memory_timeline",
+    "mesh_cube",
     "message_orders",
     "model_sizes",
     "model_states",
@@ -52,7 +56,6 @@ __all__ = [
     "partition_lanes",
     "predicted_and_measured",
     "prediction_errors",
-    "rank_groups",
     "rates_and_memory",
     "ring_all_reduce",
     "roofline",

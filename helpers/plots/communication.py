@@ -135,38 +135,3 @@ def transfer_times(
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     axes.legend(fontsize=SMALL_SIZE, frameon=False)
     return fig
-
-
-def rank_groups(groups: Mapping[str, Sequence[Sequence[int]]], ranks_per_node: int, title: str) -> CourseFigure:
-    """Draw which ranks communicate: one row per axis of a mesh, one cell per rank, one colour per group.
-
-    Vertical lines separate the nodes.
-
-    Args:
-        groups: All groups of ranks of each axis, ``{axis: [ranks, ranks, ...]}``.
-        ranks_per_node: Number of ranks per node.
-        title: The figure's title.
-
-    Returns:
-        The figure.
-    """
-    world_size = 1 + max(rank for axis_groups in groups.values() for group in axis_groups for rank in group)
-    fig = new_figure(title, width=min(13.0, 2.2 + 0.9 * world_size), height=1.3 + 0.62 * len(groups))
-    axes = fig.subplots()
-    for row, axis_groups in enumerate(groups.values()):
-        for number, group in enumerate(axis_groups):
-            for rank in group:
-                axes.barh(row, 0.92, left=rank - 0.46, height=0.8, color=RANK_COLOURS[number % len(RANK_COLOURS)])
-                axes.text(rank, row, str(rank), ha="center", va="center", color="white", fontsize=TEXT_SIZE)
-    for border in range(ranks_per_node, world_size, ranks_per_node):
-        axes.axvline(border - 0.5, color="black", linewidth=1.5)
-    for node, first in enumerate(range(0, world_size, ranks_per_node)):
-        middle = (first + min(first + ranks_per_node, world_size) - 1) / 2
-        axes.text(middle, len(groups) - 0.3, f"node {node}", ha="center", va="top", fontsize=SMALL_SIZE)
-    axes.set_xlim(-0.6, world_size - 0.4)
-    axes.set_ylim(len(groups), -0.55)
-    axes.set_xticks([])
-    axes.set_yticks(range(len(groups)), list(groups), fontsize=TEXT_SIZE)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return fig

@@ -13,7 +13,12 @@ Curve = Mapping[float, float]
 
 
 def measured_against_formula(
-    measured: Mapping[str, Curve], formula: Mapping[str, Curve], title: str, x_label: str, y_label: str
+    measured: Mapping[str, Curve],
+    formula: Mapping[str, Curve],
+    title: str,
+    x_label: str,
+    y_label: str,
+    log: bool = False,
 ) -> CourseFigure:
     """Draw measured points and the lines of formulas; a name has the same colour in both, a technique in all figures.
 
@@ -23,6 +28,7 @@ def measured_against_formula(
         title: The figure's title.
         x_label: Label of the axis, with its unit.
         y_label: Label of the axis, with its unit; it starts at 0.
+        log: Draw both axes logarithmic (to base 2 along x).
 
     Returns:
         The figure.
@@ -52,8 +58,14 @@ def measured_against_formula(
         axes.plot(
             [], [], "--", marker=markers[name], color=colours[name], markersize=9, label=f"{name}: formula, measured"
         )
-    axes.set_ylim(bottom=0)
-    if all(float(x).is_integer() for curve in measured.values() for x in curve):
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
+    if not log and all(float(x).is_integer() for curve in measured.values() for x in curve):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(axes, "", x_label, y_label)
     legend_below(axes)

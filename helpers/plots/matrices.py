@@ -15,7 +15,9 @@ GAP = 0.35
 LABEL_HEIGHT = 0.3  # above a matrix, for its name and size
 
 
-def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> CourseFigure:
+def matrix_parts(
+    held: Mapping[str, Sequence[np.ndarray]], title: str, bands: Mapping[str, Sequence[str]] | None = None
+) -> CourseFigure:
     """Draw matrices side by side, with each part in the colour of the rank that holds it.
 
     A part that several ranks hold is striped and shows all their numbers; a part that all ranks hold is grey.
@@ -24,6 +26,8 @@ def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> Course
         held: ``{matrix: [mask of rank 0, of rank 1, ...]}``; a mask [rows, columns] is true if the rank holds the
             element.
         title: The figure's title.
+        bands: ``{matrix: names}`` of equally high bands, from top to bottom, for a matrix that fuses several; a line
+            parts them.
 
     Returns:
         The figure.
@@ -57,11 +61,53 @@ def matrix_parts(held: Mapping[str, Sequence[np.ndarray]], title: str) -> Course
             corner = (start + width * first / columns, height * top / rows)
             size = (width * (last - first) / columns, height * (bottom - top) / rows)
             _draw_block(axes, corner, size, ranks, len(masks))
+        names = (bands or {}).get(name, ())
+        for number, band in enumerate(names):
+            middle = height * (number + 0.5) / len(names)
+            axes.text(start - 0.03, middle, band, ha="right", va="center", fontsize=TEXT_SIZE)
+            if number:
+                edge = height * number / len(names)
+                axes.plot([start - 0.12, start + width + 0.03], [edge, edge], color="black", linewidth=2)
         left += slots[name] + GAP
     axes.set_xlim(-0.05, total + 0.05)
     axes.set_ylim(tallest + 0.03, -LABEL_HEIGHT)
     axes.set_aspect("equal")
     axes.axis("off")
+    return fig
+
+
+def matmul_parts(equations: Mapping[str, Sequence[tuple[str, Sequence[np.ndarray]]]], title: str) -> CourseFigure:
+    """Draw matrix multiplications X A = Y as rectangles, with each part in the colour of the rank that holds it.
+
+    Args:
+        equations: ``{name: [(label, masks) of X, of A, of Y]}``, one per line; masks as in :func:`matrix_parts`.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
+    shapes = [np.shape(masks[0]) for factors in equations.values() for _, masks in factors]
+    longest, tallest = max(map(max, shapes)), max(rows for rows, _ in shapes)
+    widest = max(sum(np.shape(masks[0])[1] / longest + 0.4 for _, masks in factors) for factors in equations.values())
+    fig = new_figure(title, width=9, height=0.6 + 2.2 * len(equations))
+    for axes, (name, factors) in zip(np.atleast_1d(fig.subplots(len(equations))), equations.items(), strict=True):
+        left = 0.0
+        for (label, masks), sign in zip(factors, ("×", "=", ""), strict=True):
+            rows, columns = np.shape(masks[0])
+            height, width, top = rows / longest, columns / longest, (tallest - rows) / longest / 2
+            for first, last, begin, end, ranks in _blocks(np.asarray(masks, dtype=bool)):
+                corner = (left + width * begin / columns, top + height * first / rows)
+                size = (width * (end - begin) / columns, height * (last - first) / rows)
+                _draw_block(axes, corner, size, ranks, len(masks))
+            text = f"{label}\n{rows} x {columns}"
+            axes.text(left + width / 2, top - 0.03, text, ha="center", va="bottom", fontsize=SMALL_SIZE)
+            axes.text(left + width + 0.2, tallest / longest / 2, sign, ha="center", va="center", fontsize=22)
+            left += width + 0.4
+        axes.set_title(name, fontsize=TEXT_SIZE, loc="left")
+        axes.set_xlim(-0.1, widest)
+        axes.set_ylim(tallest / longest + 0.02, -0.42)
+        axes.set_aspect("equal")
+        axes.axis("off")
     return fig
 
 

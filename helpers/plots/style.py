@@ -49,6 +49,7 @@ CATEGORY_HATCHES = {"allocator allowance": "///"}
 TECHNIQUE_COLOURS = {
     "data parallel": BLACK,
     "DDP": BLACK,
+    "tensor parallel": "#882255",  # the palette is used up: wine of Paul Tol's muted scheme
     "ZeRO-1": BLUE,
     "ZeRO-2": GREEN,
     "ZeRO-3": VERMILION,
