@@ -1,14 +1,19 @@
 """What several test files need: a small random checkpoint in the published layout, its tokenizer, a limit of time.
 
-Two markers divide the tests. `slow` is everything that starts ranks, a kernel or another Python (each imports torch and
+Markers divide the tests. `slow` is everything that starts ranks, a kernel or another Python (each imports torch and
 more, for seconds) or computes for more than a second: what is left runs in a minute, while you edit (`make check`).
 `campaign` is what repeats a test of the normal run many times to find a rare fault, for minutes (`make campaign`).
+`gpu_memory` is what reads how much of a GPU is in use: where others run beside it, leave it for a run of its own.
 """
 
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+
+# Networks this small gain nothing from a second thread, and on busy cores threads wait for each other. Before numpy is
+# imported, which starts a thread for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
@@ -33,9 +38,7 @@ def pytest_configure() -> None:
     """Prepare this process, and what it starts, for tests that run beside others."""
     # Several tests send Ctrl-C. A shell lets what it runs in the background ignore it, children included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Networks this small gain nothing from a second thread, and on busy cores threads wait for each other.
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # the launcher's tests change the variable
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # results of GPUs are compared in full fp32
 
 
@@ -82,6 +85,12 @@ def rank_server() -> Iterator[RankServer]:
     """Starts ranks that need not import anything; see its docstring for what must start torchrun instead."""
     with RankServer(LIMIT) as server:
         yield server
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch) -> None:
+    """Let code that chooses a device choose the CPU, also on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ def train_tokenizer(corpus: tuple[str, ...] = CORPUS) -> bytes:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        num_threads=1,  # the default starts 16, which ends the process where a container limits their number
         minloglevel=2,
     )
     return model.getvalue()

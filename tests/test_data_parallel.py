@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import GPUS
 from hypothesis import given
 from hypothesis import strategies as st
 from one_process import LENGTH, ROWS, STEPS, TWO_LAYERS, make_optimizer, train_alone
@@ -26,7 +27,7 @@ from helpers.parallel.traffic import count_traffic
 
 pytestmark = pytest.mark.slow
 KIB = 1024
-RANKS = torch.cuda.device_count() if torch.cuda.device_count() > 1 else 2
+RANKS = max(2, GPUS)
 shared = SharedLaunches(__name__)
 
 

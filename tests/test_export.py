@@ -20,7 +20,7 @@ from helpers.finetune.export import export
 from helpers.finetune.generate import answer
 from helpers.finetune.loading import load_for_inference
 
-pytestmark = pytest.mark.usefixtures("progress_bars_afterwards")
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "progress_bars_afterwards")
 
 PROMPTS = ["鱼尾裙", "类型#裤*版型#宽松", "Hello <|user|>", ""]
 IDS = torch.arange(3, 43)[None]

@@ -21,7 +21,7 @@ from helpers.finetune.export import as_glm
 from helpers.finetune.generate import AnswerPrinter, answer, reply
 from helpers.finetune.loading import find_checkpoint, load_for_inference
 
-pytestmark = pytest.mark.usefixtures("progress_bars_afterwards")
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "progress_bars_afterwards")
 
 ASKED = [{"role": "user", "content": "鱼尾裙"}]
 

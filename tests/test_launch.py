@@ -704,6 +704,7 @@ def test_ranks_on_the_cpu_say_so_to_deepspeed_and_what_they_start():
 
 @needs_gpu
 class TestGpu:
+    @pytest.mark.gpu_memory
     def test_ranks_use_the_gpu_though_this_process_did(self):
         torch.ones(1, device="cuda")
         result = run(add_up, 1)
@@ -711,6 +712,7 @@ class TestGpu:
         rank = result.memory.ranks[0]
         assert 0 < rank.allocated <= rank.reserved < rank.nvml
 
+    @pytest.mark.gpu_memory
     def test_memory_is_back_after_faults(self):
         run(add_up, 1)
         before = open_nvml().used_bytes(0)

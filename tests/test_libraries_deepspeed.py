@@ -1,6 +1,7 @@
 """The switches reach what they are meant for in the installed DeepSpeed, and configs/ds_*.json train with it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,10 @@ print("fine")
 
 @pytest.mark.slow
 def test_deepspeed_works_on_the_cpu_compiles_nothing_and_makes_no_second_world_group():
-    finished = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    on_the_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, env=on_the_cpu
+    )
     assert finished.stdout.endswith("fine\n"), finished.stderr
 
 

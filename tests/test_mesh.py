@@ -88,7 +88,7 @@ def test_every_axis_divides_all_ranks_into_groups(layout):
 
 
 def ranks_by_axis(layout):
-    mesh = device_mesh(layout, "cpu")
+    mesh = device_mesh(layout, device())
     return {axis: tuple(dist.get_process_group_ranks(mesh.get_group(axis))) for axis in AXES}
 
 
@@ -104,13 +104,13 @@ def test_the_groups_are_those_of_torchs_mesh(layout, case):
 
 
 def odd_rows():
-    ids = batch(FOUR_LAYERS, 3, LENGTH)["input_ids"]
-    Parallel3D(build(FOUR_LAYERS), FOUR_LAYERS, device_mesh(Layout(data=2), "cpu"), 1, LENGTH).step(ids, ids)
+    ids, mesh = batch(FOUR_LAYERS, 3, LENGTH, device=device())["input_ids"], device_mesh(Layout(data=2), device())
+    Parallel3D(build(FOUR_LAYERS, device()), FOUR_LAYERS, mesh, 1, LENGTH).step(ids, ids)
 
 
 @shared.on(2)
 def bad_layouts():
-    return refusals(lambda: device_mesh(Layout(2, 2, 2), "cpu"), odd_rows)
+    return refusals(lambda: device_mesh(Layout(2, 2, 2), device()), odd_rows)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pynvml
 import pytest
 import torch
+from conftest import needs_gpu
 from fake_nvml import GIB, FakeGpu, FakeNvml, h100s
 from hypothesis import given
 from hypothesis import strategies as st
@@ -425,7 +426,8 @@ def test_across_ranks_joins_the_same_occurrence_of_a_phase():
 # --- a real driver
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu_memory
+@needs_gpu
 def test_a_real_gpu_shows_what_torch_allocates():
     nvml = open_nvml()
     reading = nvml.memory(nvml.visible()[0])

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import GPUS
 from one_process import LENGTH, STEPS, TWO_LAYERS, device_of, make_optimizer, train_alone
 from shared_launch import SharedLaunches, refusals
 
@@ -14,7 +15,7 @@ from helpers.parallel.offload import OffloadedAdamW
 
 pytestmark = pytest.mark.slow
 KIB = 1024
-RANKS = torch.cuda.device_count() if torch.cuda.device_count() > 1 else 2
+RANKS = max(2, GPUS)
 ROWS = 3 * RANKS
 shared = SharedLaunches(__name__)
 
@@ -108,9 +109,9 @@ def test_its_bytes_are_what_it_says(ranks, dtype, case):
 
 @shared.on(1)
 def bytes_of_tensors():
-    model = build(TWO_LAYERS)
+    model = build(TWO_LAYERS, device())
     optimizer = OffloadedAdamW(model, lr=1e-3, bucket_bytes=64 * KIB)
-    model(**batch(TWO_LAYERS, 2, 8)).loss.backward()
+    model(**batch(TWO_LAYERS, 2, 8, device=device())).loss.backward()
     optimizer.step()
     storages = {}
     for bucket in optimizer.buckets:
@@ -128,11 +129,11 @@ def test_the_tensors_hold_what_the_roles_say():
 
 @shared.on(1)
 def frozen_layers():
-    model = build(TWO_LAYERS, dtype=torch.bfloat16)
+    model = build(TWO_LAYERS, device(), torch.bfloat16)
     model.model.requires_grad_(False)
     before = model.model.embed_tokens.weight.clone()
     optimizer = OffloadedAdamW(model, lr=1e-3)
-    model(**batch(TWO_LAYERS, 2, 8)).loss.backward()
+    model(**batch(TWO_LAYERS, 2, 8, device=device())).loss.backward()
     optimizer.step()
     return torch.equal(model.model.embed_tokens.weight, before), optimizer.bytes_to_host
 
@@ -142,13 +143,13 @@ def test_frozen_parameters_stay_where_they_are():
 
 
 def unused_parameter():
-    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)})
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)}).to(device())
     OffloadedAdamW(model, lr=1e-3)
-    model["used"](torch.ones(1, 2)).sum().backward()
+    model["used"](torch.ones(1, 2, device=device())).sum().backward()
 
 
 def construct(trained=True, mixed=False, **arguments):
-    model = torch.nn.Linear(2, 2).requires_grad_(trained)
+    model = torch.nn.Linear(2, 2, device=device()).requires_grad_(trained)
     if mixed:
         model.bias.data = model.bias.data.half()
     OffloadedAdamW(model, lr=1e-3, **arguments).step()
@@ -174,9 +175,9 @@ def bad_uses():
         (2, "bucket_bytes is 0; give a size above 0"),
         (3, "delay_after is -1; give a number of steps"),
         (4, "there is nothing to train"),
-        (5, "torch.float16 on cpu and torch.float32 on cpu; give them one type"),
+        (5, "torch.float16 on {0} and torch.float32 on {0}; give them one type"),
     ],
 )
 def test_bad_use_is_named(number, line):
     error, message = bad_uses.results[0][number]
-    assert error == "UserError" and line in message
+    assert error == "UserError" and line.format("cuda:0" if device_of(1).type == "cuda" else "cpu") in message

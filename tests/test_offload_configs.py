@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
+from conftest import GPUS
 from one_process import LENGTH, STEPS, TWO_LAYERS, make_optimizer, train_alone
 from shared_launch import SharedLaunches
 
@@ -19,7 +19,7 @@ from helpers.parallel.network import batch, build, largest_difference
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("configs/ds_*offload*.json"), *ROOT.glob("configs/ds_*infinity*.json")])
 IN_HOST_MEMORY = [path for path in FILES if "infinity" not in path.stem]
-RANKS = torch.cuda.device_count() if torch.cuda.device_count() > 1 else 2
+RANKS = max(2, GPUS)
 ROWS_OF_A_RANK = 4
 ROWS = ROWS_OF_A_RANK * RANKS
 shared = SharedLaunches(__name__)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from conftest import needs_gpu
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -231,7 +232,7 @@ def test_compiled_layers_compute_the_same_and_evaluation_does_without_them():
     assert not compiled["unique_graphs"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 class TestGpu:
     @pytest.mark.parametrize("masked", [False, True])
     def test_padded_rows_get_a_mask_only_where_it_is_asked_for(self, masked):

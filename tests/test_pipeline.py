@@ -339,7 +339,7 @@ def train_with(name):
     stages = own_stages(shape_for(dist.get_world_size()), schedule, dist.get_rank())
     executor = Executor(schedule, stages)
     with count_traffic() as traffic:
-        spans = executor.step(*batch(TINY, ROWS, LENGTH).values()).spans
+        spans = executor.step(*batch(TINY, ROWS, LENGTH, device=device()).values()).spans
     for stage in stages.values():
         stage.zero_grad()
     own, loss = train(stages, lambda ids, labels: executor.step(ids, labels).loss)

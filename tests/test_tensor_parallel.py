@@ -181,7 +181,7 @@ def test_a_group_is_an_axis_of_a_mesh(case):
 
 @shared.on(4)
 def parts():
-    model = build(TWO_LAYERS)
+    model = build(TWO_LAYERS, device())
     model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
     parallelize(model)
     attention = model.model.layers[1].self_attn
@@ -194,7 +194,7 @@ def parts():
 
 @pytest.mark.slow
 def test_four_ranks_and_two_groups_of_keys_and_values():
-    whole = dict(build(TWO_LAYERS).named_parameters())
+    whole = weights(build(TWO_LAYERS, device_of(4)))
     key = "model.layers.0.self_attn.k_proj.weight"
     for rank, (found, frozen, queries_per_key) in enumerate(parts.results):
         assert torch.equal(found[key], whole[key].chunk(2)[rank // 2])
@@ -268,7 +268,7 @@ def test_keys_and_values_are_copied_where_there_are_more_ranks_than_groups(ranks
 
 @shared.on(3)
 def refused():
-    model = build(TWO_LAYERS)
+    model = build(TWO_LAYERS, device())
     before = weights(model)
     errors = refusals(lambda: parallelize(model), lambda: parallelize(model, recompute_all_gather=True))
     same = largest_difference(weights(model), before) == 0 and not model._forward_pre_hooks
@@ -283,7 +283,7 @@ def test_nothing_is_changed_where_it_is_refused():
 
 
 def twice():
-    model = build(TWO_LAYERS)
+    model = build(TWO_LAYERS, device())
     parallelize(model)
     parallelize(model)
 
@@ -295,7 +295,7 @@ def odd_length():
 
 
 def again_alone():
-    parallelize(build(TWO_LAYERS), recompute_all_gather=True)
+    parallelize(build(TWO_LAYERS, device()), recompute_all_gather=True)
 
 
 @shared.on(2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+from conftest import GPUS
 from shared_launch import SharedLaunches
 
 from helpers.launch import device
@@ -15,7 +16,7 @@ from helpers.parallel.traffic import count_traffic, loopback_bytes
 
 shared = SharedLaunches(__name__)
 # More than a machine has GPUs, so that they send over the loopback interface.
-RANKS = torch.cuda.device_count() + 3
+RANKS = GPUS + 3
 MIB = 2**20
 OTHERS = 8 * MIB  # on this machine may talk as well
 
@@ -63,15 +64,15 @@ def test_no_number_is_made_up_where_nothing_counts(monkeypatch, tmp_path):
 @shared.on(3, calls=2)
 def collectives(calls):
     """Every kind of collective, ``calls`` times; what was counted, by name."""
-    rank, n, x = dist.get_rank(), dist.get_world_size(), torch.ones(240)
+    rank, n, x = dist.get_rank(), dist.get_world_size(), torch.ones(240, device=device())
     pair = [dist.new_group(ranks) for ranks in ([0, 1], [2])][0 if rank < 2 else 1]
     operations = {
         "all-reduce": lambda: dist.all_reduce(x),
         "all-reduce of a pair": lambda: dist.all_reduce(x, group=pair),
-        "all-gather": lambda: dist.all_gather([torch.empty(240) for _ in range(n)], x),
-        "all-gather into one": lambda: dist.all_gather_into_tensor(torch.empty(240 * n), x),
-        "reduce-scatter": lambda: dist.reduce_scatter_tensor(torch.empty(80), x),
-        "all-to-all": lambda: dist.all_to_all_single(torch.empty(240), x),
+        "all-gather": lambda: dist.all_gather([torch.empty_like(x) for _ in range(n)], x),
+        "all-gather into one": lambda: dist.all_gather_into_tensor(x.new_empty(240 * n), x),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(x.new_empty(240 // n), x),
+        "all-to-all": lambda: dist.all_to_all_single(torch.empty_like(x), x),
         "broadcast": lambda: dist.broadcast(x, 0),
         "functional all-reduce": lambda: functional.all_reduce(x, "sum", dist.group.WORLD) + 1,
         "ring": lambda: to_the_next(x),
@@ -116,9 +117,9 @@ def test_every_collective_is_counted_with_what_it_must_send():
 
 @shared.on(2)
 def ddp_step():
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(100, 100, bias=False))
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(100, 100, bias=False, device=device()))
     with count_traffic() as forward:
-        loss = model(torch.ones(2, 100)).sum()
+        loss = model(torch.ones(2, 100, device=device())).sum()
     with count_traffic() as backward:
         loss.backward()
     return forward.sent, backward.by_operation()

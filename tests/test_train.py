@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import needs_gpu
 from rank_server import RankServer
 from small_chatglm import random_model, small_config
 from small_finetune import ROOT, STEPS, TRAIN, adapter, largest_difference, merged, prepare, write_config
@@ -286,7 +286,7 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize(
     ("changes", "waits"),
     [

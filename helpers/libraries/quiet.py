@@ -24,7 +24,8 @@ def silence_warnings() -> None:
     # Libraries that use each other's deprecated functions: only their authors can change that.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module="torch|transformers|peft|deepspeed")
-    # barrier() warns that it uses the current device. One process drives one GPU here, so that is the right one.
+    # barrier() warns that it uses the current device, unless the group was told its GPU: one of a single rank is not,
+    # nor is torchrun's. One process drives one GPU here, so the current device is the right one.
     warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)
     # bitsandbytes has a faster kernel for wider matrices; it warns about every matrix of the tiny model.
     warnings.filterwarnings("ignore", message=r"inner dimension .* is not aligned", category=UserWarning)
