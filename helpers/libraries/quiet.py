@@ -12,7 +12,7 @@ from types import ModuleType
 
 # Parts of lines that libraries write to stderr from C++, where Python's filters do not see them.
 SILENCED_LINES = (
-    # The pipelines of torch and DeepSpeed also send outside of batches. NCCL then connects each pair of ranks anew.
+    # The pipelines of torch and DeepSpeed also send outside of batches. NCCL then runs these messages one by one.
     "An unbatched P2P op (send/recv) was called on this ProcessGroup",
 )
 
