@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.activations.checkpointing import ATTENTION, MATMULS, checkpoint_layers
 from helpers.activations.offload import OffloadedActivations
+from helpers.activations.swiglu import RecomputingMLP, swiglu
 from helpers.errors import UserError
 from helpers.memory.peak_bytes import PeakBytes
 from helpers.memory.predict import Configuration
@@ -45,6 +46,32 @@ def test_weights_are_those_of_plain_training(layers, keep, offloaded):
         optimizer.step()
         optimizer.zero_grad()
     assert largest_difference(weights(model), train_alone(FOUR_LAYERS, 1).weights) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_is_equal_bit_for_bit_and_saves_its_input_only(dtype):
+    torch.manual_seed(0)
+    gate_up = torch.randn(2, 5, 2 * 48, dtype=dtype, requires_grad=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    expected, seed = up * nn.functional.silu(gate), torch.randn(2, 5, 48, dtype=dtype)
+    (gradient,) = torch.autograd.grad(expected, gate_up, seed)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        found = swiglu(gate_up)
+    assert torch.equal(found, expected) and torch.equal(torch.autograd.grad(found, gate_up, seed)[0], gradient)
+    assert saved == [gate_up.data_ptr()]
+
+
+def test_a_recomputing_mlp_trains_the_same_and_keeps_less():
+    plain, lean = build(TINY), build(TINY)
+    for layer in lean.model.layers:
+        layer.mlp.__class__ = RecomputingMLP
+    silu = len(plain.model.layers) * ROWS * LENGTH * TINY.intermediate * 4  # fp32
+    assert kept(plain)[0] - kept(lean)[0] == silu
+    for model in (plain, lean):
+        model(**batch(TINY, ROWS, LENGTH)).loss.backward()
+    pairs = zip(plain.parameters(), lean.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
 
 
 def kept(model):

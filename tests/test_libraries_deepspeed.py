@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from one_process import LENGTH, ROWS, TWO_LAYERS, make_optimizer, train_alone
 from shared_launch import SharedLaunches
@@ -95,6 +96,37 @@ def test_a_file_trains_what_one_process_trains(case, stage):
     for found, used in case.results:
         assert used == stage
         assert largest_difference(found, train_alone(TWO_LAYERS, 2, steps=STEPS).weights) <= 1e-6
+
+
+def saved_by_a_frozen_and_a_trained_layer():
+    """Return shapes saved by each layer of two under ZeRO-3's linear function, and the gradients of both."""
+    configure_deepspeed(device())
+    configure_deepspeed(device())  # a second call changes nothing
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    found = []
+    for trained in (False, True):
+        for bias in (None, torch.ones(4, device=device())):
+            weight = torch.arange(12.0, device=device()).view(4, 3).requires_grad_(trained)
+            values = torch.ones(2, 3, device=device(), requires_grad=True)
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, to=saved: to.append(tuple(t.shape)) or t, lambda t: t
+            ):
+                output = zero3_linear_wrap(values, weight, bias)
+            output.sum().backward()
+            found.append((saved, values.grad.tolist(), None if weight.grad is None else weight.grad.tolist()))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(shared.case(2, saved_by_a_frozen_and_a_trained_layer), id="linear")])
+def test_a_frozen_layer_under_zero_3_saves_no_input(case):
+    for frozen, frozen_bias, trained, trained_bias in case.results:
+        gradient = [[18.0, 22.0, 26.0]] * 2  # the sums of the weight's columns
+        assert frozen == ([(4, 3)], gradient, None) and frozen_bias == ([(4, 3), (4,)], gradient, None)
+        assert trained == ([(2, 3), (4, 3)], gradient, [[2.0] * 3] * 4)
+        assert trained_bias == ([(2, 3), (4, 3), (4,)], gradient, [[2.0] * 3] * 4)
 
 
 def test_auto_is_filled_as_the_trainer_does():

@@ -61,7 +61,8 @@ class SpeedOptions:
         padding_mask: Pass attention a padding mask even if FlashAttention could do without. It can: padding is on the
             right, and causal attention never looks there.
         offload_checkpoints: Keep the layer inputs that gradient checkpointing saves in host memory.
-        expandable_segments: Let torch's allocator grow its segments, which avoids fragmentation.
+        expandable_segments: Let torch's allocator grow its segments: batches of different lengths then reuse the
+            same memory instead of fragmenting it.
     """
 
     packing: int | None = None
@@ -69,7 +70,7 @@ class SpeedOptions:
     loss_chunk: int | None = 1024
     padding_mask: bool = False
     offload_checkpoints: bool = False
-    expandable_segments: bool = False
+    expandable_segments: bool = True
 
 
 @dataclass(frozen=True)

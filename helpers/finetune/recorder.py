@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from helpers.files import atomic_write
 from helpers.finetune.ranks import Ranks
 from helpers.memory.nvml import open_nvml
+from helpers.memory.phases import phase
 from helpers.memory.units import GIB
 
 
@@ -96,6 +98,26 @@ def progress_line(record: dict[str, Any], max_steps: int, seconds_left: float | 
     if seconds_left is not None:
         parts.append(format_time_left(seconds_left))
     return "  ".join(parts)
+
+
+class FirstStepMarker(TrainerCallback):
+    """Mark the first optimizer step as a phase: it allocates what the later ones reuse, and compiles what they run."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._seen = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if not self._seen:
+            self._seen = True
+            self._open.enter_context(phase("first step"))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._open.close()
 
 
 class Recorder(TrainerCallback):

@@ -16,6 +16,7 @@ from helpers.plots import CourseFigure, rates_and_memory, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "finetune_6b.json"
+TIMELINE = RESULTS.with_name("finetune_6b_timeline.json")
 SPEED_RESULTS = RESULTS.with_name("speed_6b.json")
 SPEED_FIGURE = RESULTS.with_name("speed_6b.png")
 END = "<!-- end of results -->"

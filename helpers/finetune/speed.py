@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from helpers.activations.swiglu import RecomputingMLP
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
@@ -42,6 +43,9 @@ def apply_speed_options(model: PeftModel, speed: SpeedOptions) -> None:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
         for layer in base.model.layers:
             layer.compile()
+    else:  # the compiler decides by itself what backward recomputes
+        for layer in base.model.layers:
+            layer.mlp.__class__ = RecomputingMLP
 
 
 @contextmanager

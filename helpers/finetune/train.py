@@ -30,14 +30,14 @@ from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.ranks import Ranks, StopOnSignal
-from helpers.finetune.recorder import Recorder, WorkCounter
+from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
 from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
 from helpers.hardware import apply_nccl_environment
 from helpers.libraries.quiet import quiet_libraries
-from helpers.memory.phases import PhaseLog
+from helpers.memory.phases import PhaseLog, mark_in, phase
 from helpers.memory.sampler import Sampler
 from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
@@ -140,30 +140,32 @@ def _build_trainer(
         answer_features=job.data.answers if job.config.predict_with_generate else None,
         max_new_tokens=job.config.max_new_tokens,
         quantization_bit=job.config.quantization_bit,
-        callbacks=[Recorder(job.output_dir / "metrics.jsonl", ranks, counter), stop],
+        callbacks=[FirstStepMarker(), Recorder(job.output_dir / "metrics.jsonl", ranks, counter), stop],
     )
 
 
-def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evaluation | None:
+def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
     """Load, train and evaluate; None without a dev file, on ranks other than 0, and after a signal."""
     notes = list(job.notes)
     arguments = training_arguments(job, ranks, notes)
     set_allocator(job.config.speed, arguments.device)
-    with phases.phase("load model"):
+    with phase("load model"):
         model = _load_model(job, arguments)
+    # What the weights take: ZeRO-3 has sharded them by now, and 4 bits are not a quarter of 16.
+    loaded = torch.cuda.memory_allocated(arguments.device) / GIB if arguments.device.type == "cuda" else None
     trainable = _count_parameters(model, trainable=True)
     plan = [*notes, *_describe_plan(job, arguments, ranks.world_size, trainable)]
     for line in plan:
         ranks.print_once(line)
     counts = {"trainable_parameters": trainable, "frozen_parameters": _count_parameters(model, trainable=False)}
-    run_file.update(plan=plan, **counts, training_arguments=arguments.to_dict())
+    run_file.update(plan=plan, **counts, loaded_gib=loaded, training_arguments=arguments.to_dict())
 
     stop = StopOnSignal(ranks)
     stop.install()
     trainer = _build_trainer(job, ranks, model, arguments, stop)
     if job.resume_from is not None:
         ranks.print_once(f"resuming from {job.resume_from}")
-    with phases.phase("train"):
+    with phase("train"):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
     step = trainer.state.global_step
     if stop.stopped:
@@ -173,7 +175,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, phases: PhaseLog) -> Evalu
     run_file.update(status="trained", step=step)
     if job.data.answers is None:
         return None
-    with phases.phase("evaluate"), evaluation_mode(model):
+    with phase("evaluate"), evaluation_mode(model):
         return evaluate(
             model,
             job.tokenizer,
@@ -244,14 +246,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     ranks.barrier()  # no rank writes into the output folder while another still checks that it is empty
     job.output_dir.mkdir(parents=True, exist_ok=True)
     run_file = _start_run_file(job, ranks)
-    phases = PhaseLog(job.output_dir / f"phases-{ranks.rank:03}.jsonl", ranks.rank)
+    mark_in(PhaseLog(job.output_dir / f"phases-{ranks.rank:03}.jsonl", ranks.rank))
     # One rank per node samples the memory of all its GPUs.
     sampler = Sampler() if ranks.local_rank == 0 else None
     with sampler or nullcontext():
         if sampler is not None:
             _warn_of_busy_gpus(sampler.timeline())
         try:
-            evaluation = _train(job, ranks, run_file, phases)
+            evaluation = _train(job, ranks, run_file)
         except BaseException as error:
             with suppress(OSError):  # a full disk may be the error
                 run_file.update(status="failed", error=f"{type(error).__name__}: {error}")

@@ -23,6 +23,7 @@ from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter
 from helpers.finetune.speed import evaluation_mode
+from helpers.memory.phases import phase
 from helpers.memory.units import MIB
 
 
@@ -98,7 +99,7 @@ class LoraTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        with evaluation_mode(self.model):
+        with phase("evaluate"), evaluation_mode(self.model):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return metrics | self._score_answers(metric_key_prefix)
 
@@ -141,7 +142,8 @@ class LoraTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = self._output_dir / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with phase("save"):
+                super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
             # On a full disk torch.save raises a RuntimeError.
             if isinstance(error, RuntimeError) and "write" not in str(error):

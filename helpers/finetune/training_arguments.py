@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from helpers.errors import UserError
 from helpers.finetune.job import Job
 from helpers.finetune.ranks import Ranks
-from helpers.libraries.deepspeed import share_world_group, skip_cpu_collectives
+from helpers.libraries.deepspeed import forget_inputs_of_frozen_layers, share_world_group, skip_cpu_collectives
 
 
 def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArguments:
@@ -41,6 +41,7 @@ def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArgu
         accelerator = {"non_blocking": not on_cpu} | accelerator
     if job.deepspeed:
         share_world_group()
+        forget_inputs_of_frozen_layers()
         if on_cpu:
             skip_cpu_collectives()
     try:

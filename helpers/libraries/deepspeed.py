@@ -1,6 +1,7 @@
 """Work around what DeepSpeed does by default when it starts; nothing here imports it before that."""
 
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,28 @@ def use_cpu_accelerator() -> None:
     set_accelerator(CPU_Accelerator())
 
 
+def forget_inputs_of_frozen_layers() -> None:
+    """Let ZeRO-3's linear layers keep their input for backward only if their weight is trained.
+
+    torch's own layer does so. DeepSpeed replaces it under ZeRO-3 by one that keeps the input in any case: for a LoRA
+    fine-tune of ChatGLM3, whose matrices are all frozen, a quarter of the activations.
+    """
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as Linear
+
+    save_all = Linear.setup_context
+    if getattr(save_all, "forgets_inputs", False):
+        return
+
+    def setup_context(context: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save_all(context, inputs, output)
+        weight_is_trained = context.needs_input_grad[1]
+        if not weight_is_trained:
+            context.save_for_backward(None, *inputs[1:], *[None] * (3 - len(inputs)))  # replaces what was saved
+
+    setattr(setup_context, "forgets_inputs", True)  # noqa: B010 (mypy: a function has no such attribute)
+    Linear.setup_context = staticmethod(setup_context)
+
+
 def configure_deepspeed(device: torch.device) -> None:
     """Make DeepSpeed use this rank's device and process group, and log only errors.
 
@@ -47,6 +70,7 @@ def configure_deepspeed(device: torch.device) -> None:
     """
     skip_cpu_collectives()
     share_world_group()
+    forget_inputs_of_frozen_layers()
     import deepspeed
     from deepspeed.utils import logger
 

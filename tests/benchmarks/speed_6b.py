@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_6b import PLAIN, ROOT, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
+from finetune_6b import (
+    PLAIN,
+    PUBLISHED_ZERO_2,
+    ensure_checkpoint,
+    mean_tokens,
+    summary,
+    write_config,
+    write_results,
+    write_rows,
+)
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune.results import SPEED_RESULTS
 from helpers.finetune.torchrun import run_command, torchrun_command
 from helpers.memory.predict import ModelShape
 
-PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"
 STEPS, LOGGING_STEPS = 30, 5
 # The Trainer's defaults at the time of the published recipe.
 WAITING = {"accelerator_config": {"non_blocking": False}, "logging_nan_inf_filter": True}

@@ -116,6 +116,9 @@ class Configuration:
         loss_chunk: Number of tokens whose logits exist at a time (helpers.activations.chunked_loss); None for the plain
             loss, which materialises all of them.
         offloaded_checkpoints: With ``checkpointing``, whether the layers' inputs are in host memory.
+        lean: Whether the layers save as little as the job's: SiLU of the gate is recomputed
+            (helpers.activations.swiglu), and under ZeRO-3 no frozen matrix keeps its input
+            (helpers.libraries.deepspeed).
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -132,6 +135,7 @@ class Configuration:
     expandable_segments: bool = False
     loss_chunk: int | None = None
     offloaded_checkpoints: bool = False
+    lean: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, "precision", PRECISIONS)

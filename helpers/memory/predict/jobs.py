@@ -79,6 +79,7 @@ def configuration_of(
         expandable_segments=job.speed.expandable_segments,
         loss_chunk=job.speed.loss_chunk,
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
+        lean=True,
     )
 
 

@@ -66,7 +66,7 @@ def attention_kernel(configuration: Configuration) -> str:
 
 def _saves_inputs(configuration: Configuration) -> bool:
     # deepspeed/runtime/zero/linear.py saves its input even for a frozen weight (memory_efficient_linear, the default).
-    return configuration.lora is None or configuration.strategy.zero_stage == 3
+    return configuration.lora is None or (configuration.strategy.zero_stage == 3 and not configuration.lean)
 
 
 def _normed(configuration: Configuration, consumers: int) -> Iterator[SavedTensor]:
@@ -143,7 +143,9 @@ def saved_by_layer(configuration: Configuration) -> list[SavedTensor]:
     c, shape = configuration, configuration.shape
     saved = [*_normed(c, consumers=3), *_attention(c), *_normed(c, consumers=1)]
     narrow = c.tokens * shape.intermediate * c.compute_bytes
-    saved += [SavedTensor("gate and up", 2 * narrow), SavedTensor("SiLU of the gate", narrow)]
+    saved.append(SavedTensor("gate and up", 2 * narrow))
+    if not c.lean:
+        saved.append(SavedTensor("SiLU of the gate", narrow))
     if _saves_inputs(c):
         saved.append(SavedTensor("down_proj input", narrow))
     if c.lora:

@@ -222,7 +222,8 @@ class Step:
         """
         c = self.configuration
         narrow = c.tokens * c.shape.intermediate * c.compute_bytes
-        mlp = (2 if c.lora is None or c.strategy.zero_stage == 3 else 3) * narrow
+        saved_input = c.lora is None or c.strategy.zero_stage == 3
+        mlp = (2 if saved_input and not c.lean else 3) * narrow
         norm = 5 * c.tokens * c.shape.hidden * FP32
         # bitsandbytes dequantises the matrix to 16 bit for the matmul.
         dequantised = 2 * c.shape.hidden * c.shape.intermediate * c.compute_bytes if c.quantization_bits < 16 else 0
