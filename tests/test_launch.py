@@ -743,6 +743,10 @@ class TestGpu:
         assert run(fn, nprocs).results == [(0, 0)] * nprocs
         assert "[rank" not in "".join(capfd.readouterr())
 
+    def test_a_barrier_of_one_rank_warns_of_nothing(self, capfd):
+        run(dist.barrier, 1)
+        assert "[rank" not in "".join(capfd.readouterr())
+
     @needs_two_gpus
     def test_ranks_know_their_gpu_before_the_first_collective(self, capfd):
         def fn():

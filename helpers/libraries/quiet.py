@@ -14,6 +14,8 @@ from types import ModuleType
 SILENCED_LINES = (
     # The pipelines of torch and DeepSpeed also send outside of batches. NCCL then runs these messages one by one.
     "An unbatched P2P op (send/recv) was called on this ProcessGroup",
+    # A barrier in a group that was not told its GPU. In ``run`` that is a group of one rank: the guess is right.
+    "Guessing device ID based on global rank",
 )
 
 
