@@ -606,6 +606,8 @@ def test_memory_steps_say_what_each_added_and_what_was_measured():
     (axes,) = fig.axes
     assert [text.get_text().strip() for text in axes.texts] == ["500  (+500)", "504  (+4)"]
     assert axes.get_xlabel() == "used memory, read from NVML (MiB; in brackets what the step added)"
+    (axes,) = memory_steps(steps, "sources", "memory", "the difference").axes
+    assert axes.get_xlabel() == "memory (MiB; in brackets the difference)"
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["CUDA context and NCCL", "allocated"]
 
 

@@ -634,7 +634,7 @@ def test_the_table_shows_every_item_and_the_verdict(capsys):
     for name, size in prediction.items.items():
         assert f"  {name:<24}{size / GIB:>8.2f}" in out
     assert f"peak: {prediction.peak_phase}" in out
-    assert "a card of 24 GiB: does not fit" in out
+    assert "a GPU of 24 GiB: does not fit" in out
 
 
 def test_the_plan_is_ranked(capsys):

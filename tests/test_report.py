@@ -95,6 +95,15 @@ def test_any_report_adds_up_can_be_saved_and_shown(predicted, counted, torchs, n
     assert set(lengths) == {len(shown.header) + 1} and len(lengths) == len(shown.rows) + 2
 
 
+def test_what_a_prediction_tells_apart_outside_torch_is_one_part_as_in_a_measurement():
+    bars = report(predicted=PREDICTED | {"NCCL": GIB}).bars
+    assert bars["predicted"]["CUDA context and NCCL"] == GIB + GIB // 2
+    assert set(bars["predicted"]) == {"parameters", "activations", "logits and loss", "CUDA context and NCCL"}
+    assert bars["NVML"]["CUDA context and NCCL"] == 2 * GIB
+    assert report(predicted={"parameters": GIB}).bars["predicted"] == {"parameters": GIB}
+    assert report(predicted={}).bars["predicted"] is None
+
+
 def test_a_negative_rest_is_shown_as_it_is_and_never_drawn():
     made = report(allocated=12 * GIB)
     assert made.left_over["not counted: temporaries"] == -GIB - 1000

@@ -117,10 +117,14 @@ class RankReport:
         """Parts by source for :func:`helpers.plots.memory_sources`; each bar sums to its source's total.
 
         A measured bar repeats the parts of the sources before it, and adds the remainder under its name. If a remainder
-        is negative, the bar has only one part, "not told apart".
+        is negative, the bar has only one part, "not told apart". The prediction's items outside torch's memory are one
+        part, because a measurement cannot tell them apart.
         """
         parts = {name: size for name, size in self.counted.items() if size}
-        bars: dict[str, Mapping[str, int] | None] = {"predicted": self.predicted or None, "counted": dict(parts)}
+        predicted = {name: size for name, size in self.predicted.items() if name not in OUTSIDE_TORCH}
+        if len(predicted) < len(self.predicted):
+            predicted[CONTEXT] = sum(self.predicted.get(name, 0) for name in OUTSIDE_TORCH)
+        bars: dict[str, Mapping[str, int] | None] = {"predicted": predicted or None, "counted": dict(parts)}
         for source, (name, rest) in zip(SOURCES[2:], self.left_over.items(), strict=True):
             total = self.totals[source]
             if total is None:

@@ -181,15 +181,19 @@ def _pair(sources: Mapping[str, Mapping[str, int] | None]) -> list[tuple[str, di
     return pair
 
 
-def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, source: str) -> CourseFigure:
+def memory_steps(
+    steps: Mapping[str, Mapping[str, int]], title: str, source: str, bracket: str = "what the step added"
+) -> CourseFigure:
     """Draw what a process holds after each of its first steps: one stacked bar per step.
 
-    The text at the end of a bar is its sum and what the step added. Categories that are always 0 are left out.
+    The text at the end of a bar is its sum, and in brackets the difference from the bar above. Categories that are
+    always 0 are left out.
 
     Args:
         steps: ``{step: {category: bytes}}``.
         title: The figure's title.
         source: What the bytes are and who counted them, for the axis.
+        bracket: What the numbers in brackets mean, for the axis.
 
     Returns:
         The figure.
@@ -210,9 +214,8 @@ def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, source: str
     left = [0.0] * len(steps)
     for category in categories:
         widths = [parts.get(category, 0) / unit.size for parts in steps.values()]
-        axes.barh(
-            list(steps), widths, left=left, height=0.66, color=CATEGORY_COLOURS.get(category, GREY), label=category
-        )
+        look = _look(category) if category in CATEGORY_COLOURS else {"facecolor": GREY}
+        axes.barh(list(steps), widths, left=left, height=0.66, label=category, **look)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     # As many decimals as a reader can use.
     digits = 2 if max(left) < 20 else 1 if max(left) < 200 else 0
@@ -220,7 +223,7 @@ def memory_steps(steps: Mapping[str, Mapping[str, int]], title: str, source: str
         text = f" {total:,.{digits}f}  ({total - previous:+,.{digits}f})"
         axes.text(total, row, text, va="center", fontsize=SMALL_SIZE)
     kinds = len(categories) if len(categories) > 1 else 0
-    _finish_bars(fig, axes, f"{source} ({unit.name}; in brackets what the step added)", 1.18 * max(left), kinds)
+    _finish_bars(fig, axes, f"{source} ({unit.name}; in brackets {bracket})", 1.18 * max(left), kinds)
     return fig
 
 

@@ -23,7 +23,7 @@ from helpers.plots.style import (
 
 
 def model_sizes(
-    models: Mapping[str, int], capacities: Mapping[str, int], title: str, capacity_label: str = "memory of one card"
+    models: Mapping[str, int], capacities: Mapping[str, int], title: str, capacity_label: str = "memory of one GPU"
 ) -> CourseFigure:
     """Draw what models need against the memory that GPUs have, on a logarithmic axis.
 
@@ -69,7 +69,7 @@ def model_sizes(
         Line2D([], [], color=BLUE, marker="o", linestyle="", markersize=9, label="weights in 16 bit"),
         Line2D(
             [], [], color=GREEN, marker="D", linestyle="", markersize=9,
-            label="model states in training, 16 bytes a parameter",
+            label="model states in training, 16 bytes per parameter",
         ),
         Line2D([], [], color=VERMILION, marker="", linestyle="--", markersize=9, label=capacity_label),
     ]  # fmt: skip

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     fit = fits(configuration, int(arguments.gpu_memory * GIB))
     print(prediction_table(configuration, fit.prediction))
-    print(f"a card of {arguments.gpu_memory:g} GiB: {fit}")
+    print(f"a GPU of {arguments.gpu_memory:g} GiB: {fit}")
 
 
 if __name__ == "__main__":
