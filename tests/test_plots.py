@@ -888,7 +888,7 @@ def test_in_a_trade_off_a_point_that_another_beats_is_hollow():
 
 def test_predicted_and_measured_stand_side_by_side_for_every_configuration():
     measured = {"parameters": 4 * GIB, "allocator cache": 3 * GIB, "CUDA context and NCCL": GIB, "buffers": 1}
-    predicted = {"parameters": 4 * GIB, "CUDA context": GIB, "NCCL": GIB, "allocator allowance": 2 * GIB}
+    predicted = {"parameters": 4 * GIB, "CUDA context and NCCL": 2 * GIB, "allocator allowance": 2 * GIB}
     sources = {"predicted": predicted, "counted": {"parameters": 4 * GIB}, "NVML": measured}
     without = {"predicted": None, "counted": {"parameters": 2 * GIB}, "NVML": None}
     fig = predicted_and_measured({"plain": sources, "offloaded": without}, "Two ways")

@@ -25,7 +25,7 @@ def silence_warnings() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
     # Libraries that use each other's deprecated functions: only their authors can change that.
     for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module="torch|transformers|peft|deepspeed")
+        warnings.filterwarnings("ignore", category=category, module="torch|transformers|peft|deepspeed|accelerate")
     # barrier() warns that it uses the current device, unless the group was told its GPU: one of a single rank is not,
     # nor is torchrun's. One process drives one GPU here, so the current device is the right one.
     warnings.filterwarnings("ignore", message=r"barrier\(\)", category=UserWarning)

@@ -8,8 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from helpers.errors import UserError
-from helpers.memory.categories import OUTSIDE_TORCH
-from helpers.memory.report import CONTEXT
 from helpers.memory.units import Unit, unit_for
 from helpers.plots.style import (
     CATEGORY_COLOURS,
@@ -149,7 +147,7 @@ def predicted_and_measured(
     places = [group + side for group in range(len(pairs)) for side in (-0.21, 0.21)]
     for place, parts in zip(places, bars, strict=True):
         bottom = 0.0
-        for category in (name for name in CATEGORY_COLOURS if name in parts):
+        for category in (name for name in CATEGORY_COLOURS if parts.get(name)):
             axes.bar(place, parts[category] / unit.size, 0.38, bottom, **_look(category))
             bottom += parts[category] / unit.size
         text = unit.amount(sum(parts.values())) if parts else "not\navailable"
@@ -170,15 +168,10 @@ def predicted_and_measured(
     return fig
 
 
-def _pair(sources: Mapping[str, Mapping[str, int] | None]) -> list[tuple[str, dict[str, int]]]:
-    """Return the prediction and the last source that has a number, with one name for all that torch does not show."""
+def _pair(sources: Mapping[str, Mapping[str, int] | None]) -> list[tuple[str, Mapping[str, int]]]:
+    """Return the prediction, and the last source that has a number."""
     measured = [(source, parts) for source, parts in sources.items() if source != "predicted" and parts is not None]
-    pair: list[tuple[str, dict[str, int]]] = []
-    for source, parts in [("predicted", sources["predicted"] or {}), measured[-1]]:
-        outside = sum(parts.get(name, 0) for name in (*OUTSIDE_TORCH, CONTEXT))
-        inside = {name: size for name, size in parts.items() if size and name not in (*OUTSIDE_TORCH, CONTEXT)}
-        pair.append((source, inside | ({CONTEXT: outside} if outside else {})))
-    return pair
+    return [("predicted", sources["predicted"] or {}), measured[-1]]
 
 
 def memory_steps(
