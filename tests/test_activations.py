@@ -10,6 +10,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.activations.checkpointing import ATTENTION, MATMULS, checkpoint_layers
+from helpers.activations.flops import count_flops
 from helpers.activations.offload import OffloadedActivations
 from helpers.activations.swiglu import RecomputingMLP, swiglu
 from helpers.errors import UserError
@@ -120,6 +121,19 @@ def test_what_is_kept_is_not_computed_again():
     # Backward stops to compute anew at the last tensor that it needs: down_proj's output is not among them.
     again = TINY.layer_matrices - TINY.hidden * TINY.intermediate
     assert operations(()) - operations(MATMULS) == 2 * ROWS * LENGTH * TINY.layers * again
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_costs_two_matmuls_forward_and_five_backward_whatever_heads_share(kv_heads):
+    query = torch.randn(2, 4, 8, 16, requires_grad=True)
+    key = torch.randn(2, kv_heads, 8, 16, requires_grad=True)
+    with count_flops() as counter:
+        out = nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    matmul = 2 * 2 * 4 * 8 * 8 * 16
+    assert counter.get_total_flops() == 2 * matmul
+    with count_flops() as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * matmul
 
 
 def test_an_unknown_layer_is_named():
