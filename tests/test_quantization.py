@@ -192,7 +192,7 @@ def train(bits, alone, base_seed=False, ignore=True):
     weight = model.base_model.model.model.layers[0].self_attn.o_proj.weight
     return trained(model), {
         "codes": weight.data.float(),
-        "scales": weight.quant_state.absmax.float() if bits == 4 else weight,
+        "scales": weight.quant_state.absmax.float() if bits == 4 else None,
     }
 
 
