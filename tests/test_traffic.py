@@ -12,7 +12,7 @@ from shared_launch import SharedLaunches
 from helpers.launch import device
 from helpers.parallel import traffic
 from helpers.parallel.clock import time_all_reduces
-from helpers.parallel.traffic import count_traffic, loopback_bytes
+from helpers.parallel.traffic import count_traffic, loopback_bytes, loopback_bytes_during
 
 shared = SharedLaunches(__name__)
 # More than a machine has GPUs, so that they send over the loopback interface.
@@ -37,6 +37,19 @@ def broadcasts(tries, mib):
         if not disturbed:
             break
     return sent
+
+
+@shared.on(RANKS, mib=8)
+def one_broadcast(mib):
+    x = torch.ones(mib << 18)
+    return loopback_bytes_during(lambda: dist.broadcast(x, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts, others do not")
+def test_what_all_ranks_send_during_an_action_is_counted():
+    for nbytes in one_broadcast.results:
+        assert nbytes >= 8 * MIB * (RANKS - 1)
 
 
 @pytest.mark.slow

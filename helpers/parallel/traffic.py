@@ -175,3 +175,29 @@ def loopback_bytes() -> int | None:
         if name.strip() == "lo":
             return int(counters.split()[8])  # eight counters of received traffic come first
     return None
+
+
+def loopback_bytes_during(action: Callable[[], object]) -> int | None:
+    """Run ``action`` on all ranks and read how many bytes went over the loopback interface meanwhile.
+
+    All ranks must call it. Other programs that use the interface are counted as well.
+
+    Args:
+        action: What each rank does.
+
+    Returns:
+        Bytes that all ranks sent together; None if nothing counts them, or if the ranks use NCCL.
+    """
+
+    def read_between_barriers() -> int | None:
+        dist.barrier()  # all ranks have arrived, and none goes on before every rank has read
+        nbytes = loopback_bytes()
+        dist.barrier()
+        return nbytes
+
+    before = read_between_barriers()
+    action()
+    after = read_between_barriers()
+    if before is None or after is None or dist.get_backend() != "gloo":
+        return None
+    return after - before
