@@ -42,6 +42,7 @@ from helpers.plots import (
     message_orders,
     model_sizes,
     model_states,
+    offload_lanes,
     overlap,
     partition_lanes,
     predicted_and_measured,
@@ -427,7 +428,7 @@ def test_memory_bars_stack_to_the_sum_that_stands_beside_them():
     widths = [patch.get_width() for patch in axes.patches]
     assert widths == pytest.approx([11.6, 5.8, 4.0, 0.0, 1.0, 1.5])
     assert axes.patches[2].get_x() == 11.6 and axes.patches[5].get_x() == pytest.approx(5.8)
-    assert [text.get_text().strip() for text in axes.texts] == ["16.6 GiB", "7.3 GiB"]
+    assert [text.get_text().strip() for text in axes.texts] == ["16.60", "7.30"]
     assert "GiB" in axes.get_xlabel()
     with pytest.raises(UserError, match="negative"):
         memory_bars({"DDP": {"parameters": -1.0}}, "title")
@@ -561,6 +562,17 @@ def test_a_number_keeps_the_colour_of_the_rank_that_had_it():
 def test_ranks_may_hold_nothing_after_a_collective():
     fig = collective([[1.5], [2]], [[3.5], []], "reduce to rank 0")
     assert [text.get_text() for text in fig.axes[1].texts] == ["3.5"]
+
+
+def test_a_place_that_a_rank_does_not_hold_is_empty():
+    before, after = collective([[1, math.nan], [math.nan, 2]], [[1, 2], [1, 2]], "all-gather").axes
+    assert [text.get_text() for text in before.texts] == ["1", "2"]
+    assert [bar.get_facecolor()[3] for bar in before.patches] == [1, 0, 0, 1]
+    assert before.patches[0].get_facecolor() != before.patches[3].get_facecolor()
+    assert [bar.get_facecolor() for bar in after.patches[:2]] == [
+        before.patches[0].get_facecolor(),
+        before.patches[3].get_facecolor(),
+    ]
 
 
 def test_finished_numbers_are_black_in_every_round():
@@ -811,22 +823,41 @@ def test_predicted_seconds_are_stacked_and_a_diamond_is_what_was_measured():
     (axes,) = fig.axes
     assert [(p.get_x(), p.get_width()) for p in axes.patches] == [(0, 1), (0, 2), (1, 0.5), (2, 0)]
     assert axes.lines[0].get_xydata().tolist() == [[2.5, 1]] and axes.get_xlim()[1] > 2.5
-    assert axes.get_xlabel() == "seconds a step"
+    assert axes.get_xlabel() == "seconds per step"
+    assert stacked_seconds({"a": {"x": 1.0}}, {}, "step", "per token").axes[0].get_xlabel() == "per token"
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["measured", "compute", "bubble"]
     with pytest.raises(UserError, match="nothing to draw"):
         stacked_seconds({}, {}, "")
 
 
+def test_offload_has_three_lanes_and_a_window_cuts_the_spans():
+    work = [("device", Span("backward", 0, 2)), ("bus", Span("gradients down", 1, 3)), ("host", Span("Adam", 3, 5))]
+    (axes,) = offload_lanes(work, "a step").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["device", "bus", "host"]
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 2), (1, 2), (3, 2)]
+    (axes,) = offload_lanes(work, "a step", window=(1.5, 4)).axes
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 0.5), (0, 1.5), (1.5, 1)]
+    with pytest.raises(UserError, match="no lane disk"):
+        offload_lanes([("disk", Span("read", 0, 1))], "a step")
+    with pytest.raises(UserError, match="no spans"):
+        offload_lanes(work, "a step", window=(6, 7))
+
+
 # --- bytes over a step
 
 
-def test_bytes_over_moments_share_an_axis_and_a_unit():
-    axes = bytes_over_step({"one": [0, 2**20, 0], "all": [3 * 2**20] * 2}, "Held", "a step").axes[0]
-    assert axes.get_ylabel() == "MiB" and axes.get_xlabel() == "a step"
-    assert lines(axes)["one"].get_ydata().tolist() == [0, 1, 0]
-    assert lines(axes)["all"].get_xdata().tolist() == [0, 1]
-    with pytest.raises(UserError, match="no samples to draw"):
-        bytes_over_step({"one": []}, "Held", "a step")
+def test_bytes_over_a_step_have_two_samples_per_unit_and_a_line_between_the_passes():
+    passes = {"forward": ["embedding", "layer"], "backward": ["layer"]}
+    curves = {"one": [0, 2**20, 0, 2**20, 2**20, 0], "all": [3 * 2**20] * 6}
+    (axes,) = bytes_over_step(curves, passes, "Held").axes
+    assert axes.get_ylabel() == "MiB"
+    assert lines(axes)["one"].get_ydata().tolist() == [0, 1, 0, 1, 1, 0]
+    assert lines(axes)["all"].get_xdata().astype(int).tolist() == [0, 0, 1, 1, 2, 2]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["embedding", "layer", "layer"]
+    assert [text.get_text() for text in axes.texts] == ["forward", "backward"]
+    for wrong in ({}, {"one": [0, 1]}):
+        with pytest.raises(UserError, match="give curves with 2 for each of 3 units"):
+            bytes_over_step(wrong, passes, "Held")
 
 
 def test_levels_stand_in_the_histogram_of_what_they_represent():

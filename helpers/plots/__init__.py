@@ -15,6 +15,7 @@ from helpers.plots.memory_timeline import memory_timeline
 from helpers.plots.meshes import layout_times, mesh_cube
 from helpers.plots.model_states import model_states
 from helpers.plots.movement import movement, ring_all_reduce
+from helpers.plots.offload import offload_lanes
 from helpers.plots.predictions import model_sizes, prediction_errors
 from helpers.plots.quantization import codebook_histogram, format_errors, loss_differences
 from helpers.plots.roofline import roofline
@@ -52,6 +53,7 @@ __all__ = [
     "model_sizes",
     "model_states",
     "movement",
+    "offload_lanes",
     "overlap",
     "partition_lanes",
     "predicted_and_measured",

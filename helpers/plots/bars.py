@@ -64,7 +64,10 @@ def bars_by_rank(
 
 
 def stacked_seconds(
-    predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str, float], title: str
+    predicted: Mapping[str, Mapping[str, float]],
+    measured: Mapping[str, float],
+    title: str,
+    x_label: str = "seconds per step",
 ) -> CourseFigure:
     """Draw predicted seconds by cause as stacked bars, with a diamond for each measurement.
 
@@ -72,6 +75,7 @@ def stacked_seconds(
         predicted: ``{bar: {cause: seconds}}``.
         measured: ``{bar: seconds}``, for some or all of the bars.
         title: The figure's title.
+        x_label: Label of the axis: what the seconds are for.
 
     Returns:
         The figure.
@@ -95,7 +99,7 @@ def stacked_seconds(
         axes.plot(values, rows, "D", color=BLACK, markersize=9, markeredgecolor="white", label="measured")
     axes.set_ylim(len(predicted) - 0.4, -0.6)
     axes.set_xlim(0, 1.06 * max(*left, *measured.values(), 0.0))
-    label_axes(axes, "", "seconds a step", "")
+    label_axes(axes, "", x_label, "")
     grid_along_x(axes)
     fig.legend(loc="outside lower center", ncols=6, fontsize=SMALL_SIZE, frameon=False)
     return fig

@@ -1,5 +1,6 @@
 """Draw what ranks send each other."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -28,7 +29,8 @@ def collective(before: Sequence[Sequence[float]], after: Sequence[Sequence[float
     """Draw the numbers that each rank holds before and after a collective, one row per rank.
 
     A number keeps the colour of the rank that held it before. A number that no rank held before was computed by the
-    collective, and is grey. Ranks may hold different amounts, or nothing.
+    collective, and is grey. NaN is an empty place: memory that the rank does not hold. Ranks may hold different
+    amounts, or nothing.
 
     Args:
         before: ``before[rank]`` are the numbers of that rank.
@@ -62,6 +64,9 @@ def collective_rounds(
     for axes, (when, rows) in zip(fig.subplots(1, len(rounds)), rounds.items(), strict=True):
         for rank, row in enumerate(rows):
             for column, value in enumerate(row):
+                if math.isnan(value):
+                    axes.barh(rank, 0.92, left=column - 0.46, height=0.8, color="none", edgecolor=GREY, linestyle=":")
+                    continue
                 weight = "bold" if value in finished else "normal"
                 axes.barh(rank, 0.92, left=column - 0.46, height=0.8, color=colours.get(value, GREY))
                 axes.text(
@@ -98,14 +103,18 @@ def overlap(steps: Mapping[str, tuple[float, float, Sequence[tuple[float, float]
 
 
 def transfer_times(
-    seconds: Mapping[str, Mapping[int, float]], title: str, bends: Mapping[str, float] | None = None
+    seconds: Mapping[str, Mapping[int, float]],
+    title: str,
+    bends: Mapping[str, float] | None = None,
+    x_label: str = "size of the tensor on each rank",
 ) -> CourseFigure:
-    """Draw the time of collectives over their size, with both axes logarithmic.
+    """Draw the time of collectives or copies over their size, with both axes logarithmic.
 
     Args:
         seconds: ``{collective: {bytes of the tensor on each rank: seconds}}``.
         title: The figure's title.
         bends: ``{collective: bytes}`` at which its curve bends, to mark; not drawn outside of the measured sizes.
+        x_label: Label of the axis: what has the size.
 
     Returns:
         The figure.
@@ -131,7 +140,7 @@ def transfer_times(
     labels = [f"{unit_for([size]).amount(size).removesuffix('.00')} {unit_for([size]).name}" for size in ticks]
     axes.set_xticks(ticks, labels, fontsize=SMALL_SIZE)
     axes.xaxis.minorticks_off()
-    label_axes(axes, "", "size of the tensor on each rank", "milliseconds")
+    label_axes(axes, "", x_label, "milliseconds")
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     axes.legend(fontsize=SMALL_SIZE, frameon=False)
     return fig

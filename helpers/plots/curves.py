@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from helpers.errors import UserError
 from helpers.memory.units import unit_for
-from helpers.plots.style import CourseFigure, colours_for, label_axes, legend_below, new_figure
+from helpers.plots.style import BLACK, TEXT_SIZE, CourseFigure, colours_for, label_axes, legend_below, new_figure
 
 Curve = Mapping[float, float]
+UNIT_END = 0.85  # where a unit ends, as a share of its place along the axis
 
 
 def measured_against_formula(
@@ -62,7 +63,9 @@ def measured_against_formula(
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     if not log and all(float(x).is_integer() for curve in measured.values() for x in curve):
@@ -72,35 +75,44 @@ def measured_against_formula(
     return fig
 
 
-def bytes_over_step(curves: Mapping[str, Sequence[int]], title: str, x_label: str) -> CourseFigure:
+def bytes_over_step(
+    curves: Mapping[str, Sequence[int]], passes: Mapping[str, Sequence[str]], title: str
+) -> CourseFigure:
     """Draw how many bytes were held over the course of a step, as lines with steps.
 
-    Curves may have different numbers of samples. Each is stretched from the start of the step to its end.
-
     Args:
-        curves: ``{name: [bytes, bytes, ...]}``.
+        curves: ``{name: [bytes, bytes, ...]}``: for each unit of each pass one sample when it begins and one when it
+            ends.
+        passes: ``{pass: units}``, both in the order in which they run; a line parts the passes.
         title: The figure's title.
-        x_label: What happens along the axis.
 
     Returns:
         The figure.
 
     Raises:
-        UserError: All curves are empty.
+        UserError: There is no curve, or one does not have two samples per unit.
     """
-    if not any(curves.values()):
-        raise UserError("bytes_over_step: there are no samples to draw")
-    unit = unit_for(max(curve) for curve in curves.values() if curve)
-    fig = new_figure(title, width=11, height=4.8)
+    units = [unit for names in passes.values() for unit in names]
+    sizes = {name: len(curve) for name, curve in curves.items()}
+    if set(sizes.values()) != {2 * len(units)}:
+        raise UserError(f"bytes_over_step: {sizes} samples; give curves with 2 for each of {len(units)} units")
+    unit = unit_for(max(curve) for curve in curves.values())
+    fig = new_figure(title, width=13, height=4.8)
     axes = fig.subplots()
     colours = colours_for(curves)
+    xs = [index + share for index in range(len(units)) for share in (0, UNIT_END)]
     for name, curve in curves.items():
-        xs = [sample / max(1, len(curve) - 1) for sample in range(len(curve))]
         ys = [size / unit.size for size in curve]
         axes.plot(xs, ys, color=colours[name], linewidth=2, drawstyle="steps-post", label=name)
     axes.set_ylim(bottom=0)
-    axes.set_xlim(0, 1)
-    axes.set_xticks([])
-    label_axes(axes, "", x_label, unit.name)
+    axes.set_xlim(0, len(units))
+    axes.set_xticks([index + 0.5 for index in range(len(units))], units)
+    axes.tick_params(axis="x", length=0)
+    label_axes(axes, "", "unit that computes", unit.name)
+    top, start = axes.get_ylim()[1], 0
+    for name, names in passes.items():
+        axes.axvline(start, color=BLACK, linewidth=1.2)
+        axes.text(start + 0.15, 1.02 * top, name, fontsize=TEXT_SIZE, va="bottom")
+        start += len(names)
     legend_below(axes)
     return fig

@@ -22,13 +22,14 @@ from helpers.plots.style import (
 )
 
 
-def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str) -> CourseFigure:
+def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str, unit: str = "GiB") -> CourseFigure:
     """Draw one stacked bar per configuration, with its sum at the end.
 
     Args:
-        bars: ``{configuration: {category: GiB}}``. Categories keep the order of the first bar. They have the colours of
-            ``CATEGORY_COLOURS``, or shades of grey if they are not in it.
+        bars: ``{configuration: {category: amount}}``. Categories keep the order of the first bar. They have the colours
+            of ``CATEGORY_COLOURS``, or shades of grey if they are not in it.
         title: The figure's title.
+        unit: Of the amounts.
 
     Returns:
         The figure.
@@ -46,13 +47,14 @@ def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str) -> CourseFi
     for category in categories:
         widths = [parts.get(category, 0.0) for parts in bars.values()]
         if min(widths) < 0:
-            raise UserError(f"memory_bars: {category!r} is {min(widths):.2f} GiB; memory cannot be negative")
+            raise UserError(f"memory_bars: {category!r} is {min(widths):.2f} {unit}; memory cannot be negative")
         look = _look(category) if category in CATEGORY_COLOURS else {"facecolor": next(greys)}
         axes.barh(list(bars), widths, left=list(left.values()), height=0.62, label=category, **look)
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
+    digits = _digits(max(left.values()))
     for row, total in enumerate(left.values()):
-        axes.text(total, row, f" {total:.1f} GiB", va="center", fontsize=TEXT_SIZE)
-    _finish_bars(fig, axes, "GPU memory (GiB)", 1.12 * max(left.values()), len(categories))
+        axes.text(total, row, f" {total:,.{digits}f}", va="center", fontsize=TEXT_SIZE)
+    _finish_bars(fig, axes, f"GPU memory ({unit})", 1.12 * max(left.values()), len(categories))
     return fig
 
 
@@ -210,14 +212,18 @@ def memory_steps(
         look = _look(category) if category in CATEGORY_COLOURS else {"facecolor": GREY}
         axes.barh(list(steps), widths, left=left, height=0.66, label=category, **look)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    # As many decimals as a reader can use.
-    digits = 2 if max(left) < 20 else 1 if max(left) < 200 else 0
+    digits = _digits(max(left))
     for row, (total, previous) in enumerate(zip(left, [0.0, *left], strict=False)):
         text = f" {total:,.{digits}f}  ({total - previous:+,.{digits}f})"
         axes.text(total, row, text, va="center", fontsize=SMALL_SIZE)
     kinds = len(categories) if len(categories) > 1 else 0
     _finish_bars(fig, axes, f"{source} ({unit.name}; in brackets {bracket})", 1.18 * max(left), kinds)
     return fig
+
+
+def _digits(largest: float) -> int:
+    """Choose as many decimals as a reader can use."""
+    return 2 if largest < 20 else 1 if largest < 200 else 0
 
 
 def _finish_bars(fig: CourseFigure, axes: Axes, x_label: str, x_end: float, kinds: int) -> None:
