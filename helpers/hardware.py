@@ -170,7 +170,13 @@ def mixed_precision(machine: Machine) -> str:
     """Choose ``"bf16"``, ``"fp16"`` or ``"no"``, as the HF Trainer and accelerate name them.
 
     bf16 needs compute capability 8.0 (Ampere) on every GPU. fp16 needs loss scaling; without it small gradients become
-    0 and large ones infinite. ``"no"`` is fp32, on the CPU.
+    0 and large ones infinite.
+
+    Args:
+        machine: This machine, from :func:`describe_machine`.
+
+    Returns:
+        The precision of training; ``"no"`` is fp32, on the CPU.
     """
     if not machine.gpus:
         return "no"
