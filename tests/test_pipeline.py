@@ -138,60 +138,69 @@ def test_interleaving_with_one_chunk_is_1f1b():
 
 @given(any_schedule())
 @settings(deadline=None)
-def test_batches_are_the_transfers_of_a_rank_in_order_and_none_waits_for_a_second_receive(schedule):
-    for rank in range(len(schedule)):
+def test_batches_are_the_transfers_of_a_rank_in_order_and_join_a_send_with_what_is_needed_next(schedule):
+    last = max(action.stage for row in schedule for action in row)
+    for rank, actions in enumerate(schedule):
         batches = transfer_batches(schedule, rank)
         own = [transfer for transfer in transfers(schedule) if rank in (transfer.source, transfer.target)]
         assert [transfer for batch in batches for transfer in batch] == own
-        directions = {
-            tuple("send" if transfer.source == rank else "receive" for transfer in batch) for batch in batches
-        }
-        assert directions <= {("send", "receive"), ("send",), ("receive",)}
+        place = {result(action): place for place, action in enumerate(actions)}
+        for first, *second in batches:
+            assert len(second) <= 1
+            if second:
+                assert first.source == rank == second[0].target
+                assert second[0].result in needs(actions[place[first.result] + 1], last)
+
+
+def test_1f1b_sends_a_gradient_and_receives_the_next_activation_at_once():
+    batches = transfer_batches(one_f_one_b(2, 4), 1)
+    names = [" ".join(f"{t.result.kind}{t.result.micro_batch}" for t in batch) for batch in batches]
+    assert names == ["F0", "F1", "I0", "I1 F2", "I2 F3", "I3"]
 
 
 @given(any_schedule())
 @settings(deadline=None)
-def test_ranks_cannot_deadlock_even_where_each_waits_for_all_that_it_has_started(schedule):
-    """The strictest that a backend can be: batches run one after the other, and no action runs beside one."""
+def test_ranks_cannot_deadlock_even_where_each_message_waits_for_its_other_side(schedule):
+    """Every batch blocks its rank until both sides were at all of its messages: the strictest that a backend can be."""
     ranks, last = range(len(schedule)), max(action.stage for row in schedule for action in row)
-    waiting = [list(transfer_batches(schedule, rank)) for rank in ranks]  # not started
-    started: list[list[tuple[Transfer, ...]]] = [[] for _ in ranks]  # not ended
-    actions, known = [list(row) for row in schedule], [set() for _ in ranks]
+    programs = []  # of each rank: actions and batches, in the order in which the executor comes to them
+    for rank in ranks:
+        pending, program = list(transfer_batches(schedule, rank)), []
+
+        def start_until(wanted, pending=pending, program=program):
+            while any(transfer.result in wanted for batch in pending for transfer in batch):
+                program.append(pending.pop(0))
+
+        for action in schedule[rank]:
+            start_until([need for need in needs(action, last) if need.stage != action.stage])
+            program.append(action)
+            start_until([result(action)])
+        assert not pending
+        programs.append(program)
+    done: list[set[Action]] = [set() for _ in ranks]
     happened: set[Transfer] = set()
 
-    def start_receives(rank):
-        while waiting[rank] and waiting[rank][0][0].target == rank:
-            started[rank].append(waiting[rank].pop(0))
+    def advance():
+        heads = [program[0] if program else () for program in programs]
+        meeting = {t for batch in heads if not isinstance(batch, Action) for t in batch}
+        happened.update(t for t in meeting if all(t in heads[rank] for rank in (t.source, t.target)))
+        moved = False
+        for rank, head in enumerate(heads):
+            if isinstance(head, Action):
+                assert done[rank].issuperset(needs(head, last))
+                done[rank].add(result(head))
+            elif not head or not happened.issuperset(head):
+                continue
+            else:
+                assert all(t.result in done[rank] for t in head if t.source == rank)
+                done[rank].update(t.result for t in head)
+            programs[rank].pop(0)
+            moved = True
+        return moved
 
-    def exchange():
-        """Let every message happen that both sides are at."""
-        at = [{transfer for batch in own[:1] for transfer in batch} for own in started]
-        for transfer in [
-            transfer for transfer in set().union(*at) if transfer in at[transfer.source] & at[transfer.target]
-        ]:
-            happened.add(transfer)
-            known[transfer.target].add(transfer.result)
-        ended = [own for own in started if own and happened.issuperset(own[0])]
-        for own in ended:
-            own.pop(0)
-        return bool(ended)
-
-    def act(rank):
-        if started[rank] or not actions[rank]:
-            return False
-        action = actions[rank].pop(0)
-        assert known[rank].issuperset(needs(action, last))
-        known[rank].add(result(action))
-        if waiting[rank] and waiting[rank][0][0].result == result(action):
-            started[rank].append(waiting[rank].pop(0))
-        start_receives(rank)
-        return True
-
-    for rank in ranks:
-        start_receives(rank)
-    while exchange() or any([act(rank) for rank in ranks]):
+    while advance():
         pass
-    assert not any(actions) and not any(started) and not any(waiting)
+    assert not any(programs)
 
 
 F, B = (lambda stage, number, kind=kind: Action(kind, stage, number) for kind in "FB")

@@ -394,7 +394,7 @@ def test_an_unknown_picture_format_is_named(tmp_path, name):
 
 def test_notebooks_get_a_png_of_modest_size():
     picture = memory_timeline(timeline(8), [], "a run")._repr_png_()
-    assert picture.startswith(b"\x89PNG") and len(picture) < 300_000
+    assert picture.startswith(b"\x89PNG") and len(picture) < 100_000
 
 
 def test_colours_are_distinct():

@@ -8,6 +8,7 @@ from typing import cast
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 from helpers.errors import UserError
 from helpers.files import atomic_write
@@ -71,6 +72,10 @@ class CourseFigure(Figure):
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=DPI)
+        # 256 colours look the same and take a third of the bytes; a notebook must stay small.
+        palette = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        palette.save(buffer, format="png", optimize=True)
         return buffer.getvalue()
 
 

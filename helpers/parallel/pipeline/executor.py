@@ -14,7 +14,7 @@ from helpers.errors import UserError
 from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.schedules import Action, Schedule
 from helpers.parallel.pipeline.stages import Stage, causal_lm_loss
-from helpers.parallel.pipeline.timeline import TimedAction, Transfer, needs, ranks_of_stages, result, transfer_batches
+from helpers.parallel.pipeline.timeline import TimedAction, needs, ranks_of_stages, result, transfer_batches
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,6 @@ class _Run:
 
     def run(self) -> StepResult:
         work = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._backward_weight}
-        self._start_receives()
         for action in self._executor._actions:
             received = self._receive_input(action)
             with self._timed(action):
@@ -167,39 +166,35 @@ class _Run:
             sent[0].wait()
         if needed in self._local_results:
             return self._local_results.pop(needed)
-        message, tensor = self._messages.pop(needed)
-        message.wait()
+        self._start_until(needed)
+        work, tensor = self._messages.pop(needed)
+        work.wait()
         return tensor
 
     def _pass_on(self, produced: Action, tensor: Tensor) -> None:
         """Send a result to the rank that needs it, or keep it if that is this rank."""
-        if self._pending and self._pending[0][0].result == produced:
-            self._start(self._pending.popleft(), tensor.contiguous())
-            self._start_receives()
+        if any(transfer.result == produced for batch in self._pending for transfer in batch):
+            self._start_until(produced, tensor.contiguous())
         else:
             self._local_results[produced] = tensor
 
-    def _start_receives(self) -> None:
-        """Start the receives before the next send, so that they run while this rank computes."""
-        # A batch starts with a receive only if it has no send.
-        while self._pending and self._pending[0][0].target == self._executor._rank:
-            self._start(self._pending.popleft())
+    def _start_until(self, wanted: Action, sent: Tensor | None = None) -> None:
+        """Start the messages up to that of ``wanted``, which is what this rank sends if ``sent`` is given.
 
-    def _start(self, batch: Sequence[Transfer], sent: Tensor | None = None) -> None:
-        """Start the messages of a batch at once; ``sent`` is what this rank sends, if it sends anything.
-
-        NCCL must get them as a batch: for a single isend it would build a communicator per pair of ranks.
+        Receives wait until here, because a message that waits for its other side takes multiprocessors from the GPU.
         """
-        group, operations = self._executor._group, []
-        for transfer in batch:
-            if sent is not None and transfer.source == self._executor._rank:
-                operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=transfer.target))
-            else:
-                operations.append(dist.P2POp(dist.irecv, self._buffer(), group=group, group_peer=transfer.source))
-        works = dist.batch_isend_irecv(operations)
-        # NCCL returns one handle for the whole batch, gloo one per operation.
-        for transfer, operation, work in zip(batch, operations, works * len(batch), strict=False):
-            self._messages[transfer.result] = work, operation.tensor
+        group = self._executor._group
+        while wanted not in self._messages:
+            batch, operations = self._pending.popleft(), []
+            for transfer in batch:
+                if sent is not None and transfer.result == wanted:
+                    operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=transfer.target))
+                else:
+                    operations.append(dist.P2POp(dist.irecv, self._buffer(), group=group, group_peer=transfer.source))
+            works = dist.batch_isend_irecv(operations)
+            # NCCL returns one handle for the whole batch, gloo one per operation.
+            for transfer, operation, work in zip(batch, operations, works * len(batch), strict=False):
+                self._messages[transfer.result] = work, operation.tensor
 
     def _buffer(self) -> Tensor:
         # [sequences, tokens, hidden]: activations and their gradients have the same shape at every boundary.

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from helpers.errors import UserError
@@ -151,13 +152,13 @@ def transfers(schedule: Schedule) -> list[Transfer]:
 
 
 def transfer_batches(schedule: Schedule, rank: int) -> list[tuple[Transfer, ...]]:
-    """List the messages of one rank in batches: each send with the receive that follows it, other receives alone.
+    """List the messages of one rank in batches: a send and the receive that the rank needs next are one batch.
 
-    A rank must start its batches in this order. It may start receives early, but none before an earlier send. Then the
-    ranks cannot deadlock, even if a batch starts only after the one before it has ended (NCCL runs them in one stream),
-    and even if a rank waits for everything that it has started. Proof: look at the first message, in the order of
-    :func:`transfers`, that has not happened. Everything that its sender computes before it needs only earlier messages,
-    which have happened. Neither side is stuck in another message, because both keep to the order. So it happens.
+    A rank must start its batches in this order: receives when it needs them or before a later send, a send as soon as
+    its result exists. Then the ranks cannot deadlock, not even if every message blocks until both sides are at it.
+    Proof: look at the first message, in the order of :func:`transfers`, that has not happened. Everything that its
+    sender computes before it needs only earlier messages, which have happened. Neither side is stuck in another
+    message, because both keep to the order. So it happens.
 
     Args:
         schedule: The actions of each rank.
@@ -166,9 +167,12 @@ def transfer_batches(schedule: Schedule, rank: int) -> list[tuple[Transfer, ...]
     Returns:
         Batches of one or two messages, in the order common to all ranks.
     """
+    last_stage = max(ranks_of_stages(schedule))
+    needed_after = {result(action): needs(following, last_stage) for action, following in pairwise(schedule[rank])}
     batches: list[tuple[Transfer, ...]] = []
     for transfer in transfers(schedule):
-        if transfer.target == rank and batches and batches[-1][-1].source == rank:
+        previous = batches[-1][-1].result if batches else None
+        if transfer.target == rank and previous and transfer.result in needed_after.get(previous, ()):
             batches[-1] += (transfer,)  # both directions at once
         elif rank in (transfer.source, transfer.target):
             batches.append((transfer,))
