@@ -31,7 +31,7 @@ class RunResult:
         results: What each rank's function returned, by rank; tensors are on the CPU.
         memory: Peaks of each rank in bytes, NVML's curves, and the phases that ranks marked.
         seconds: Time from the first rank's call of the function to the last rank's return.
-        start_seconds: Time until all ranks were ready, before that.
+        start_seconds: Time before that, until all ranks had started; NCCL connects several ranks in it.
         backend: ``"nccl"`` or ``"gloo"``.
     """
 
