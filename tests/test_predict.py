@@ -267,12 +267,17 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
 
 
 def job_of_the_benchmark(deepspeed):
-    """What finetune_6b.json measured on one GPU: transformers' loss and mask, torchrun's only rank a group of one."""
+    """What finetune_6b.json measured on one GPU: transformers' loss and mask, torchrun's only rank a group of one.
+
+    It was measured before the job recomputed SiLU, let segments grow, and held one layer of ZeRO-3 at a time.
+    """
     # 183 tokens is the longest row of that benchmark.
     job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=1, sequence_length=183)
-    return dataclasses.replace(
-        job, loss_chunk=None, padding_mask=True, strategy=job.strategy if deepspeed else Strategy("ddp", 1)
-    )
+    strategy = job.strategy if deepspeed else Strategy("ddp", 1)
+    if strategy.zero_stage == 3:
+        strategy = dataclasses.replace(strategy, overlap_comm=True, max_live_parameters=400_000_000)
+    then = {"lean": False, "expandable_segments": False}
+    return dataclasses.replace(job, loss_chunk=None, padding_mask=True, strategy=strategy, **then)
 
 
 @pytest.mark.parametrize(
@@ -689,7 +694,10 @@ def test_wrong_input_is_one_line_and_status_2_without_importing_torch():
 def test_the_fast_jobs_are_within_five_percent_of_what_one_h100_measured(name):
     runs = read_results(SPEED_RESULTS)["runs"]
     measured = runs["lora.yaml: loss in chunks" if name == "lora.yaml" else name]
-    prediction = predict(read_job(ROOT / "configs" / name, None, shape=ModelShape(), world_size=1, sequence_length=183))
+    job = read_job(ROOT / "configs" / name, None, shape=ModelShape(), world_size=1, sequence_length=183)
+    # Measured before the job recomputed SiLU and let the segments of every configuration grow.
+    then = {"lean": False, "expandable_segments": name == "lora_14gb.yaml"}
+    prediction = predict(dataclasses.replace(job, **then))
     assert prediction.allocated / GIB == pytest.approx(measured["torch_allocated_gib"][0], rel=0.02)
     assert prediction.total / GIB == pytest.approx(nvml_used(measured), rel=0.05)
 
