@@ -53,6 +53,7 @@ def measured_against_formula(
         label = f"{name}, measured"
         axes.plot(
             xs, [curve[x] for x in xs], markers[name], color=colours[name], markersize=9,
+            clip_on=False,  # the highest one is whole
             label=f"_{label}" if name in both else label,
         )  # fmt: skip
     for name in (name for name in measured if name in both):  # one entry of the legend for line and points
