@@ -659,7 +659,7 @@ def test_a_jobs_files_on_the_command_line(capsys):
             "183",
         ]
     )
-    assert "ZeRO-2, bf16, 4 rows x 183 tokens, 2 GPU(s)" in capsys.readouterr().out
+    assert "ZeRO-2, bf16, 4 sequences x 183 tokens, 2 GPU(s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from helpers.plots.roofline import roofline
 from helpers.plots.saved_tensors import saved_tensor_bars, trade_off
 from helpers.plots.schedule import Span, lanes, message_orders, partition_lanes, schedule_lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
-from helpers.plots.training import loss_and_memory, score_bars, smoothed, token_lengths
+from helpers.plots.training import dev_loss_over_examples, loss_and_memory, score_bars, smoothed, token_lengths
 
 __all__ = [
     "CATEGORY_COLOURS",
@@ -36,6 +36,7 @@ __all__ = [
     "codebook_histogram",
     "collective",
     "collective_rounds",
+    "dev_loss_over_examples",
     "format_errors",
     "lanes",
     "layout_times",

@@ -153,6 +153,26 @@ def _draw_rank_memory(axes: Axes, records: Mapping[int, Mapping]) -> None:
     legend_below(axes)
 
 
+def dev_loss_over_examples(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str) -> CourseFigure:
+    """Draw the dev loss of several runs over the training examples that each had seen.
+
+    Args:
+        runs: ``{run: (examples, losses)}``, one entry per evaluation.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
+    fig = new_figure(title, width=9, height=4.8)
+    axes = fig.subplots()
+    for (name, (examples, losses)), colour, marker in zip(runs.items(), RANK_COLOURS, "os^vDX", strict=False):
+        axes.plot(examples, losses, color=colour, marker=marker, markersize=7, linewidth=2, label=name)
+    label_axes(axes, "", "training examples seen", "loss of the dev examples (nats per token)")
+    axes.set_ylim(bottom=0)
+    legend_below(axes)
+    return fig
+
+
 def token_lengths(lengths: Sequence[int], limit: int, title: str) -> CourseFigure:
     """Draw a histogram of how many tokens the examples of a data set have, with the mean and the limit.
 

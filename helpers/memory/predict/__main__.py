@@ -6,7 +6,6 @@ python -m helpers.memory.predict --full --gpus 2 --gpu-memory 24 --plan
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from helpers.errors import UserError, exit_with_one_line, positive_int
@@ -35,6 +34,7 @@ DECIDED_BY_FILES = (
     "padded",
     "checkpointing",
     "quantization_bits",
+    "expandable_segments",
 )
 
 
@@ -56,7 +56,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory per GPU: print whether the job fits")
     parser.add_argument("--plan", action="store_true", help="with --gpu-memory: sort the strategies for this job")
     parser.add_argument(
-        "--expandable-segments", action="store_true", help="torch's allocator with expandable_segments:True"
+        "--expandable-segments",
+        action="store_true",
+        default=None,
+        help="torch's allocator with expandable_segments:True",
     )
     parser.add_argument("--full", action="store_true", default=None, help="train all parameters, not LoRA")
     parser.add_argument("--r", type=positive_int, help="rank of the adapter (8)")
@@ -83,14 +86,13 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
                 raise UserError(f"{_option(name)} contradicts {arguments.config}, which decides it; drop one of them")
         from helpers.memory.predict.jobs import read_job  # imports transformers, which takes seconds
 
-        job = read_job(
+        return read_job(
             arguments.config,
             arguments.deepspeed,
             shape=shape,
             world_size=arguments.gpus,
             sequence_length=arguments.sequence_length,
         )
-        return replace(job, expandable_segments=arguments.expandable_segments)
     if arguments.full:
         for name in ("r", "targets", "dropout", "quantization_bits"):
             if getattr(arguments, name) is not None:
@@ -110,7 +112,7 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
         padded=bool(arguments.padded),
         checkpointing=bool(arguments.checkpointing),
         quantization_bits=arguments.quantization_bits or 16,
-        expandable_segments=arguments.expandable_segments,
+        expandable_segments=bool(arguments.expandable_segments),
     )
 
 
@@ -120,7 +122,7 @@ def prediction_table(configuration: Configuration, prediction: Prediction) -> st
     trains = "all parameters" if c.lora is None else f"LoRA, r = {c.lora.r} on {', '.join(c.lora.targets)}"
     lines = [
         f"{trains} ({c.trainable_parameters:,} of {c.shape.parameters:,}), {label(c)}, {c.precision}, "
-        f"{c.micro_batch_size} rows x {c.sequence_length} tokens, {c.strategy.world_size} GPU(s)",
+        f"{c.micro_batch_size} sequences x {c.sequence_length} tokens, {c.strategy.world_size} GPU(s)",
         f"peak: {prediction.peak_phase}, GiB per GPU",
     ]
     lines += [f"  {name:<24}{size / GIB:>8.2f}" for name, size in prediction.items.items()]
@@ -151,6 +153,11 @@ def main(argv: list[str] | None = None) -> None:
     fit = fits(configuration, int(arguments.gpu_memory * GIB))
     print(prediction_table(configuration, fit.prediction))
     print(f"a GPU of {arguments.gpu_memory:g} GiB: {fit}")
+    if arguments.config and not arguments.sequence_length and configuration.padded:
+        print(
+            f"{configuration.sequence_length} tokens are the longest that {arguments.config} allows; if your sequences "
+            "are shorter, name your longest with --sequence-length"
+        )
 
 
 if __name__ == "__main__":
