@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.parallel.clock import tokens_per_second
-from helpers.parallel.step_profile import COPY, IDLE, KINDS, MATMUL, NCCL, OTHER, profile_step, profile_table, summarise
+from helpers.parallel.step_profile import (
+    COPY,
+    IDLE,
+    KINDS,
+    MATMUL,
+    NCCL,
+    OTHER,
+    profile_step,
+    profile_table,
+    summarise,
+    union_length,
+)
 
 
 def event(category, name, start, end):
@@ -58,6 +69,11 @@ def test_what_the_host_does_after_the_last_kernel_belongs_to_the_step():
     found = summarise(marked(late, 0, 500))
     assert found.step == pytest.approx(180e-6) and found.seconds[IDLE] == pytest.approx(80e-6)
     assert found.host_waits == 0
+
+
+def test_the_length_of_a_union_counts_overlaps_once():
+    assert union_length([(3, 5), (0, 2), (1, 4), (7, 8), (7.25, 7.5)]) == 6
+    assert union_length([]) == 0
 
 
 def test_a_trace_without_its_two_ends_makes_no_numbers_up():

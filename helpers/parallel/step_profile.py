@@ -110,13 +110,13 @@ def summarise(events: Iterable[Mapping[str, Any]]) -> StepProfile | None:
     seconds, counted, covered = {}, [], 0.0
     for kind, intervals in busy.items():
         counted += intervals
-        seconds[kind], covered = (union_seconds(counted) - covered) / 1e6, union_seconds(counted)
+        seconds[kind], covered = (union_length(counted) - covered) / 1e6, union_length(counted)
     *waits, last_wait = sorted(waits) or [(begin, begin)]
     # The step is over when the GPU has done its work and the host has nothing left to do but wait.
     finish = max([last_wait[0], *(until for _, until in counted)])
     seconds[IDLE] = (finish - begin - covered) / 1e6
     host_waits = sum(until - start for start, until in waits) / 1e6
-    return StepProfile(seconds, union_seconds(busy[NCCL]) / 1e6, host_waits, len(counted))
+    return StepProfile(seconds, union_length(busy[NCCL]) / 1e6, host_waits, len(counted))
 
 
 def _interval(event: Mapping[str, Any]) -> Interval:
@@ -131,8 +131,15 @@ def _kind(event: Mapping[str, Any]) -> str:
     return MATMUL if MATMUL_NAMES.search(event["name"]) else OTHER
 
 
-def union_seconds(intervals: Iterable[Interval]) -> float:
-    """Return the length that intervals cover; where they overlap it counts once."""
+def union_length(intervals: Iterable[Interval]) -> float:
+    """Measure what intervals cover; where they overlap it counts once.
+
+    Args:
+        intervals: (start, end) of each.
+
+    Returns:
+        The length, in the unit of the intervals.
+    """
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         covered += max(0.0, end - max(start, reached))
