@@ -1,5 +1,7 @@
 """The table and the bars are what the measurements say; the README shows the newest."""
 
+import json
+
 import pytest
 
 from helpers.errors import UserError
@@ -7,9 +9,13 @@ from helpers.finetune.results import (
     END,
     ROOT,
     SPEED_RESULTS,
+    gpu_table,
+    markdown_table,
+    memory_figure,
     memory_parts,
     nvml_used,
     read_results,
+    run_figure,
     speed_figure,
     with_table,
     with_tables,
@@ -58,6 +64,82 @@ def test_the_speed_figure_has_a_bar_for_each_run_on_one_gpu():
     alone = [name for name, run in runs.items() if run["ranks"] == 1]
     assert [label.get_text() for label in left.get_yticklabels()] == alone
     assert [bar.get_width() for bar in right.patches] == pytest.approx([nvml_used(runs[name]) for name in alone])
+
+
+def measured(name, config, ranks, nvml, rate, **changes):
+    return {
+        "name": name,
+        "config": config,
+        "ranks": ranks,
+        "zero_stage": 0,
+        "bucket_bytes": 0,
+        "trainable_parameters": 2**20,
+        "frozen_parameters": 2**32,
+        "loaded_gib": 4.0,
+        "tokens_per_second_per_gpu": rate,
+        "tokens_per_second_per_gpu_range": [rate - 10, rate + 10],
+        "nvml_before_gib": [0.0] * ranks,
+        "nvml_peak_gib": nvml,
+        "torch_allocated_gib": [value - 2 for value in nvml],
+        "torch_reserved_gib": [value - 1 for value in nvml],
+    } | changes
+
+
+@pytest.fixture
+def one_and_two_gpus():
+    runs = [
+        measured("small", "qlora.yaml", 1, [7.0], 100),
+        measured("small", "qlora.yaml", 2, [7.5, 7.25], 90),
+        measured("fast", "lora_fast.yaml", 1, [30.0], 9000),
+        measured("middle", "lora_24gb.yaml", 1, [15.5], 5000),
+        measured("sharded", "lora.yaml", 2, [20.0, 19.0], 300),
+    ]
+    return {
+        "random_weights": True,
+        "mean_tokens": 133.0,
+        "machine": {
+            "gpus": [{"name": "GPU"}] * 2,
+            "versions": dict.fromkeys(("torch", "transformers", "deepspeed"), "1"),
+        },
+        "runs": {f"{run['name']}, {run['ranks']}": run for run in runs},
+    }
+
+
+def test_the_table_puts_one_and_two_gpus_into_one_line(one_and_two_gpus):
+    lines = markdown_table(one_and_two_gpus).splitlines()
+    assert lines[2] == "| small | 100 (90 to 110) | 7.00 | 90 (80 to 100) | 7.50 / 7.25 |"
+    assert lines[3] == "| fast | 9,000 (8,990 to 9,010) | 30.00 |  |  |"
+    assert {line.count("|") for line in lines[:6]} == {6}
+
+
+def test_the_gpu_table_has_the_fastest_run_that_fits_each_size(one_and_two_gpus):
+    lines = gpu_table(one_and_two_gpus).splitlines()[2:]
+    assert lines == [
+        "| 8 GB | small | 7.00 | 100 |",
+        "| 12 GB | small | 7.00 | 100 |",
+        "| 16 GB | small | 7.00 | 100 |",  # 15.5 of 16 would be more than 95 %
+        "| 24 GB | middle | 15.50 | 5,000 |",
+        "| 2 x 24 GB | sharded | 20.00 | 300 |",
+        "| 80 GB | fast | 30.00 | 9,000 |",
+    ]
+
+
+def test_weights_are_what_was_loaded_without_the_adapter(one_and_two_gpus):
+    parts = memory_parts(one_and_two_gpus["runs"]["small, 2"])
+    assert parts["parameters"] == 4.0 - 4 * 2**20 / GIB and sum(parts.values()) == pytest.approx(7.5)
+    labels = [label.get_text() for label in memory_figure(one_and_two_gpus).axes[0].get_yticklabels()]
+    assert labels == ["small, 1 GPU", "small, 2 GPUs", "fast, 1 GPU", "middle, 1 GPU", "sharded, 2 GPUs"]
+
+
+def test_the_figure_of_a_run_has_a_row_per_gpu_and_its_phases(tmp_path):
+    path = tmp_path / "timeline.json"
+    gpu = {"index": 0, "name": "GPU", "total_bytes": 80 * GIB, "seconds": [0.0, 5.0], "used": [0, GIB]}
+    phases = [{"name": "load model", "rank": 0, "start": 101.0, "end": 103.0}]
+    content = {"start": 100.0, "duration": 5.0, "gpus": [gpu, gpu | {"index": 1}], "note": None, "phases": phases}
+    path.write_text(json.dumps(content | {"random_weights": True}))
+    figure = run_figure(path)
+    assert len(figure.axes) == 3 and "random weights, full size" in figure.get_suptitle()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["load model"]
 
 
 def test_missing_files_and_markers_are_one_line(tmp_path):

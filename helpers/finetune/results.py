@@ -11,8 +11,10 @@ from typing import Any
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_write
+from helpers.memory.phases import Phase
+from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
-from helpers.plots import CourseFigure, rates_and_memory, save_figure
+from helpers.plots import CourseFigure, memory_bars, memory_timeline, rates_and_memory, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "finetune_6b.json"
@@ -27,6 +29,10 @@ END = "<!-- end of results -->"
 MEMORY_MARKS = {"published: 14,082 MiB": 14082 / 1024, "24 GB": 24.0}
 # Per trainable parameter, in fp32: weight, gradient, and Adam's two moments.
 TRAINED_BYTES = 16
+ADAPTER_WEIGHT_BYTES = 4
+# (number of GPUs, GB of each) of the GPU table. A driver and a desktop take some of a GPU's memory, and GB are GiB here.
+GPU_SIZES = ((1, 8), (1, 12), (1, 16), (1, 24), (2, 24), (1, 80))
+USABLE_SHARE = 0.95
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
@@ -51,9 +57,10 @@ def read_results(path: Path = RESULTS) -> dict[str, Any]:
 def memory_parts(run: dict[str, Any]) -> dict[str, float]:
     """Split the memory of a run's fullest GPU by what holds it.
 
-    Parameters (2 bytes per frozen one, sharded by ZeRO-3), optimizer states (16 bytes per trainable parameter, its
-    weight and gradient included) and ZeRO-2's buckets are computed. The rest is what torch's allocator and NVML
-    measured beyond them.
+    Parameters are what torch held once the model was loaded (sharded under ZeRO-3, quantised under QLoRA), without the
+    adapter. Optimizer states (16 bytes per trainable parameter, its weight and gradient included) and ZeRO-2's buckets
+    are computed. The rest is what torch's allocator and NVML measured beyond them: under ZeRO-3 the gathered weights of
+    the moment count as activations.
 
     Args:
         run: One entry of a results file's ``runs``.
@@ -64,8 +71,11 @@ def memory_parts(run: dict[str, Any]) -> dict[str, float]:
     gpu = max(range(len(run["nvml_peak_gib"])), key=lambda i: run["nvml_peak_gib"][i])
     allocated, reserved = run["torch_allocated_gib"][gpu], run["torch_reserved_gib"][gpu]
     used = run["nvml_peak_gib"][gpu] - run["nvml_before_gib"][gpu]
-    weights = 2 * run["frozen_parameters"] / GIB / (run["ranks"] if run["zero_stage"] == 3 else 1)
     adapter = TRAINED_BYTES * run["trainable_parameters"] / GIB
+    if "loaded_gib" in run:
+        weights = run["loaded_gib"] - ADAPTER_WEIGHT_BYTES * run["trainable_parameters"] / GIB
+    else:
+        weights = 2 * run["frozen_parameters"] / GIB / (run["ranks"] if run["zero_stage"] == 3 else 1)
     buckets = run["bucket_bytes"] / GIB
     return {
         "parameters": weights,
@@ -77,8 +87,25 @@ def memory_parts(run: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def by_way(results: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Group the runs of ``finetune_6b.json`` by the way to train: ``{way: {number of GPUs: run}}``."""
+    ways: dict[str, dict[int, dict[str, Any]]] = {}
+    for label, run in results["runs"].items():
+        ways.setdefault(run.get("name", label), {})[run["ranks"]] = run
+    return ways
+
+
+def _rate(run: dict[str, Any]) -> str:
+    slowest, fastest = run["tokens_per_second_per_gpu_range"]
+    return f"{run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f})"
+
+
+def _peaks(run: dict[str, Any]) -> str:
+    return " / ".join(f"{p - b:.2f}" for p, b in zip(run["nvml_peak_gib"], run["nvml_before_gib"], strict=True))
+
+
 def markdown_table(results: dict[str, Any]) -> str:
-    """Format the runs as a Markdown table: speed, NVML's peak and torch's peaks of the fullest GPU.
+    """Format the runs as a Markdown table: one line per way to train, speed and NVML's peaks per number of GPUs.
 
     Args:
         results: Contents of ``finetune_6b.json``.
@@ -87,31 +114,90 @@ def markdown_table(results: dict[str, Any]) -> str:
         The table and a paragraph on the machine.
     """
     gpus = results["machine"]["gpus"]
-    lines = [
-        "| LoRA, r = 8, 4 examples per GPU | GPUs | tokens/s per GPU | seconds per step | NVML peak, GiB "
-        "| torch reserved, GiB | torch allocated, GiB |",
-        "|---|---|---|---|---|---|---|",
+    counts = sorted({run["ranks"] for run in results["runs"].values()})
+    heads = [
+        head
+        for count in counts
+        for head in (f"{_gpus(count)}: tokens/s per GPU (slowest to fastest)", "NVML peak of each, GiB")
     ]
-    for label, run in results["runs"].items():
-        used = nvml_used(run)
-        slowest, fastest = run["tokens_per_second_per_gpu_range"]
-        lines.append(
-            f"| {label} | {run['ranks']} | {run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f}) "
-            f"| {run['step_seconds']:.2f} "
-            f"| {used:.2f} | {max(run['torch_reserved_gib']):.2f} | {max(run['torch_allocated_gib']):.2f} |"
-        )
+    lines = [" | ".join(("| LoRA, r = 8", *heads)) + " |", "|---" * (1 + len(heads)) + "|"]
+    for way, runs in by_way(results).items():
+        found = [text for c in counts for text in ((_rate(runs[c]), _peaks(runs[c])) if c in runs else ("", ""))]
+        lines.append(" | ".join((f"| {way}", *found)) + " |")
     versions = results["machine"]["versions"]
     weights = "random weights of the full size" if results["random_weights"] else "the published weights"
     lines.append("")
     lines.append(
         f"{len(gpus)} x {gpus[0]['name']}, {weights}, examples of {results['mean_tokens']:.0f} tokens on average; "
         f"torch {versions['torch']}, transformers {versions['transformers']}, deepspeed {versions['deepspeed']}. "
-        "Padding is not counted as tokens. Speeds are medians over the intervals of a run (slowest to fastest): if "
-        "two ranges overlap, do not conclude which is faster. NVML's peak is without what the GPU used before."
+        "Padding is not counted as tokens. Speeds are medians over the intervals of a run: if two ranges overlap, do "
+        "not conclude which is faster. NVML's peaks are without what the GPU used before."
     )
-    if all(run["ranks"] == 1 for run in results["runs"].values()):
+    if counts == [1]:
         lines[-1] += " With one rank there is nobody to share with: DDP sends nothing, and ZeRO partitions nothing."
     return "\n".join(lines)
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
+
+
+def gpu_table(results: dict[str, Any]) -> str:
+    """Format which measured run is the fastest that fits a GPU of each size, as a Markdown table.
+
+    Args:
+        results: Contents of ``finetune_6b.json``, measured on larger GPUs.
+
+    Returns:
+        The table. A size that no run fits has no line.
+    """
+    lines = [
+        "| your GPUs | the fastest measured run that fits | NVML peak, GiB | tokens/s per GPU |",
+        "|---|---|---|---|",
+    ]
+    for count, size in GPU_SIZES:
+        runs = [run for run in results["runs"].values() if run["ranks"] == count and "config" in run]
+        fitting = [run for run in runs if nvml_used(run) <= size * USABLE_SHARE]
+        if fitting:
+            best = max(fitting, key=lambda run: run["tokens_per_second_per_gpu"])
+            gpus = f"{size} GB" if count == 1 else f"{count} x {size} GB"
+            lines.append(
+                f"| {gpus} | {best['name']} | {nvml_used(best):.2f} | {best['tokens_per_second_per_gpu']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def memory_figure(results: dict[str, Any]) -> CourseFigure:
+    """Draw the memory of each way to train as stacked bars, the numbers of GPUs next to each other.
+
+    Args:
+        results: Contents of ``finetune_6b.json``.
+
+    Returns:
+        The figure.
+    """
+    bars = {
+        f"{way}, {_gpus(count)}": memory_parts(run)
+        for way, runs in by_way(results).items()
+        for count, run in sorted(runs.items())
+    }
+    weights = "random weights, full size" if results["random_weights"] else "the published weights"
+    return memory_bars(bars, f"LoRA on ChatGLM3-6B ({weights}): memory of the fullest GPU")
+
+
+def run_figure(path: Path = TIMELINE) -> CourseFigure:
+    """Draw the memory of every GPU through one whole run of the benchmark, with its phases.
+
+    Args:
+        path: The file that the benchmark wrote.
+
+    Returns:
+        The figure.
+    """
+    content = read_results(path)
+    phases = [Phase(**phase) for phase in content["phases"]]
+    weights = "random weights, full size" if content["random_weights"] else "the published weights"
+    return memory_timeline(Timeline.load(path), phases, f"LoRA on ChatGLM3-6B with DDP ({weights})")
 
 
 def nvml_used(run: dict[str, Any]) -> float:

@@ -209,12 +209,15 @@ def execute(run: Run, gpu: int | None, data: Path, checkpoint: Path, output_dir:
             return job.wait()
 
 
-def save_timeline(output_dir: Path, path: Path) -> None:
+def save_timeline(output_dir: Path, checkpoint: Path, path: Path) -> None:
     """Write the memory of the run over time and its phases into one file."""
+    facts = {"random_weights": not is_published_tokenizer(checkpoint / "tokenizer.model")}
     timeline = json.loads((output_dir / "memory_timeline.json").read_text(encoding="utf-8"))
     phases = [asdict(p) for p in across_ranks(read_phases(sorted(output_dir.glob("phases-*.jsonl"))))]
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(timeline | {"phases": phases}, separators=(",", ":")) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(facts | timeline | {"phases": phases}, separators=(",", ":")) + "\n", encoding="utf-8"
+        )
 
 
 def main() -> None:
@@ -257,7 +260,7 @@ def main() -> None:
                     continue
                 runs[label] = {"name": run.name, "config": run.config, "side_by_side": len(batch)} | summary(output)
                 if run is RECORDED_RUN and arguments.results == RESULTS:
-                    save_timeline(output, TIMELINE)
+                    save_timeline(output, arguments.checkpoint, TIMELINE)
                 facts = {"commit": arguments.commit, "mean_tokens": mean_tokens(next(iter(runs.values())))}
                 write_results(arguments.results, arguments.checkpoint, runs, **facts)
     for label, found in runs.items():
