@@ -30,7 +30,7 @@ MEMORY_MARKS = {"published: 14,082 MiB": 14082 / 1024, "24 GB": 24.0}
 # Per trainable parameter, in fp32: weight, gradient, and Adam's two moments.
 TRAINED_BYTES = 16
 ADAPTER_WEIGHT_BYTES = 4
-# (number of GPUs, GB of each) of the GPU table. A driver and a desktop take some of a GPU's memory, and GB are GiB here.
+# (number of GPUs, GB of each) of the GPU table. GB are GiB here; the driver and a desktop take some of them.
 GPU_SIZES = ((1, 8), (1, 12), (1, 16), (1, 24), (2, 24), (1, 80))
 USABLE_SHARE = 0.95
 
