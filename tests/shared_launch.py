@@ -92,3 +92,15 @@ def refusals(*attempts: Callable[[], object]) -> list[tuple[str, str]]:
         else:
             found.append(("", ""))
     return found
+
+
+def backward_that_breaks_off(model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    """In a rank: backward that has made some gradients when it raises."""
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise RuntimeError("out of memory, say")
+
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, output: output.register_hook(fail) and None)
+    loss = model(**inputs).loss
+    hook.remove()
+    loss.backward()

@@ -9,7 +9,7 @@ from conftest import GPUS
 from hypothesis import given
 from hypothesis import strategies as st
 from one_process import LENGTH, ROWS, STEPS, TWO_LAYERS, make_optimizer, train_alone
-from shared_launch import SharedLaunches, refusals
+from shared_launch import SharedLaunches, backward_that_breaks_off, refusals
 
 from helpers.launch import device
 from helpers.memory.ledger import count_bytes
@@ -168,8 +168,58 @@ def test_frozen_and_tied_parameters():
     assert frozen_and_tied.results == [(True, None)] * 2
 
 
+@shared.on(2)
+def bytes_between_steps():
+    model = BucketedDataParallel(build(TWO_LAYERS, device()), bucket_bytes=50 * KIB)
+    found = []
+    for _ in range(2):
+        found.append(count_bytes(model).categories)
+        model(**batch(TWO_LAYERS, 2, 8, device=device())).loss.backward()
+        found.append(count_bytes(model).categories)
+        model.zero_grad()
+    return found
+
+
+def test_the_ledger_counts_the_buckets_once():
+    whole = 4 * TWO_LAYERS.parameters
+    for found in bytes_between_steps.results:
+        for held, gradients in zip(found, (0, whole, 0, whole), strict=True):
+            assert held["gradients"] == gradients
+            assert held["communication buffers"] == whole - gradients
+
+
+def gradients_after_an_error(at_once):
+    """What a backward that broke off raised; how far the next one is from the mean over ranks, and from its own."""
+    model = BucketedDataParallel(build(TWO_LAYERS, device()), bucket_bytes=64 * KIB)
+    inputs, other = ({k: v.clone() for k, v in batch(TWO_LAYERS, 2, 8, rank, device()).items()} for rank in (0, 1))
+    mine = [inputs, other][dist.get_rank()]
+    prepared = model(**mine).loss if at_once else None
+    refused = refusals(lambda: backward_that_breaks_off(model.module, mine))
+    model.zero_grad()
+    (model(**mine).loss if prepared is None else prepared).backward()
+    found = {name: p.grad.clone() for name, p in model.module.named_parameters()}
+    alone = build(TWO_LAYERS, device())
+    differences = []
+    for weighed in ((inputs, other), (mine,)):
+        alone.zero_grad()
+        for part in weighed:
+            (alone(**part).loss / len(weighed)).backward()
+        differences.append(largest_difference(found, {name: p.grad for name, p in alone.named_parameters()}))
+    return refused, *differences
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(shared.case(2, gradients_after_an_error, at_once=b), id=f"{b}") for b in (False, True)]
+)
+def test_the_backward_after_one_that_broke_off_averages(case):
+    for refused, to_the_mean, to_its_own in case.results:
+        assert refused == [("RuntimeError", "out of memory, say")]
+        assert to_the_mean <= 1e-6 and to_its_own > 1e-3
+
+
 def sum_in_a_ring():
     x = torch.arange(24.0, device=device()).view(2, 12) * (1 + dist.get_rank())
+    assert torch.equal(ring_all_reduce(x.T), ring_all_reduce(x).T)  # not contiguous
     before = x.clone()
     with count_traffic() as traffic:
         total = ring_all_reduce(x)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from conftest import GPUS
 from one_process import LENGTH, STEPS, TWO_LAYERS, device_of, make_optimizer, train_alone
-from shared_launch import SharedLaunches, refusals
+from shared_launch import SharedLaunches, backward_that_breaks_off, refusals
 
 from helpers.launch import device
 from helpers.parallel.network import EQUALITY_EPSILON, batch, build, largest_difference, weights
@@ -140,6 +140,40 @@ def frozen_layers():
 
 def test_frozen_parameters_stay_where_they_are():
     assert frozen_layers.results == [(True, 2 * TWO_LAYERS.embedding)]
+
+
+def step_after_an_error(unused):
+    """What a failed backward and a step after it raise; the largest difference of a later step to one without it."""
+    stepped = []
+    for fails_first in (True, False):
+        model = build(TWO_LAYERS, device())
+        optimizer = OffloadedAdamW(model, lr=1e-3, eps=EQUALITY_EPSILON, bucket_bytes=64 * KIB)
+        inputs, layer = batch(TWO_LAYERS, ROWS, LENGTH, 0, device()), model.model.layers[0]
+        if fails_first:
+            if unused:
+                layer.forward = lambda hidden, **_: hidden  # uses no parameter
+            fail = (lambda model, inputs: model(**inputs).loss.backward()) if unused else backward_that_breaks_off
+            refused = refusals(lambda model=model, inputs=inputs, fail=fail: fail(model, inputs), optimizer.step)
+            vars(layer).pop("forward", None)
+        model(**inputs).loss.backward()
+        optimizer.step()
+        stepped.append(weights(model))
+    return refused, largest_difference(*stepped)
+
+
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        pytest.param(shared.case(ranks, step_after_an_error, unused=unused), error, id=f"{error}-{ranks}")
+        for ranks in (1, RANKS)
+        for unused, error in ((False, "RuntimeError"), (True, "UserError"))
+    ],
+)
+def test_a_backward_that_failed_adds_nothing_and_ends_nothing(case, error):
+    for [failed, stepped], difference in case.results:
+        assert failed[0] == error
+        assert stepped == ("UserError", "OffloadedAdamW.step: no backward since the last step; there are no gradients")
+        assert difference <= 1e-6
 
 
 def unused_parameter():

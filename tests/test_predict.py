@@ -103,6 +103,21 @@ def test_zero_in_full_training_is_the_papers_formula_between_steps(stage, ranks)
     assert resident + held.gradients == pytest.approx(published_states(c.trainable_parameters, stage, ranks), rel=1e-6)
 
 
+@pytest.mark.parametrize(("ranks", "share"), [(1, 1), (2, 2), (3, 3)])
+def test_zero_1_begins_its_step_with_this_ranks_gradients(ranks, share):
+    """tests/test_ledger.py counts what a run of DeepSpeed holds then."""
+    c = Configuration(lora=None, precision="bf16", strategy=Strategy("zero-1", ranks))
+    own = -(-c.trainable_parameters // share)
+    held = states(c)
+    assert (held.gradients, held.kept, held.step) == (2 * c.trainable_parameters, 2 * own, 6 * own)
+    assert Step(c).phases()["optimizer step"]["gradients"] == 8 * own
+
+
+def test_zero_1_on_three_gpus_is_not_predicted_16_gib_too_large():
+    c = Configuration(lora=None, precision="bf16", strategy=Strategy("zero-1", 3), micro_batch_size=1)
+    assert predict(dataclasses.replace(c, checkpointing=True)).total / 2**30 == pytest.approx(67.6, abs=0.2)
+
+
 def test_ddp_keeps_a_second_copy_of_the_gradients():
     single = Configuration(lora=None, shape=SMALL)
     ddp = dataclasses.replace(single, strategy=Strategy("ddp", 2))

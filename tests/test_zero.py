@@ -1,5 +1,6 @@
 """helpers.parallel.zero against a single process that sees all rows, and against the paper's formulas."""
 
+import copy
 import re
 from contextlib import nullcontext
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import GPUS
 from one_process import LENGTH, ROWS, STEPS, TWO_LAYERS, make_optimizer, train_alone, unchanged
-from shared_launch import SharedLaunches, refusals
+from shared_launch import SharedLaunches, backward_that_breaks_off, refusals
 
 from helpers.launch import device
 from helpers.memory.ledger import count_bytes
@@ -417,15 +418,133 @@ def test_units_are_blocks_and_the_rest_with_shared_parameters_together():
     names = {module: name for name, module in model.named_modules()}
     blocks = list(model.model.layers)
     layers = [[f"model.layers.{layer}"] for layer in range(TINY.layers)]
-    assert [[names[module] for module in unit] for unit in group_into_units(model, blocks)] == [
+    assert [[names[module] for module in unit.modules] for unit in group_into_units(model, blocks)] == [
         ["model.embed_tokens"],
         *layers,
         ["model.norm"],
         ["lm_head"],
     ]
     tied(model)
-    assert [[names[module] for module in unit] for unit in group_into_units(model, blocks)] == [
+    assert [[names[module] for module in unit.modules] for unit in group_into_units(model, blocks)] == [
         ["model.embed_tokens", "lm_head"],
         *layers,
         ["model.norm"],
     ]
+
+
+def test_a_parameter_that_ties_two_units_makes_them_one():
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    both = torch.nn.Linear(2, 2)
+    both.weight, both.bias = first.weight, second.bias
+    [unit] = group_into_units(torch.nn.Sequential(first, second, both), [])
+    assert unit.modules == [first, second, both]
+    assert list(unit.parameters) == [first.weight, first.bias, second.weight, second.bias]
+
+
+class Scaled(torch.nn.Module):
+    """Parameters of its own before, between and after its submodules, in a list, and one shared with a submodule."""
+
+    def __init__(self, width, inner=None, last="scale"):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(width))
+        self.linear, self.inner, self.last = torch.nn.Linear(width, width), inner or torch.nn.Tanh(), last
+        self.shifts = torch.nn.ParameterList([torch.randn(width), torch.randn(width)])
+        self.tied = self.linear.weight
+
+    def forward(self, x):
+        hidden = self.inner(self.linear(x * self.scale + self.shifts[0])) @ self.tied.T + self.shifts[1]
+        return {"scale": hidden * self.scale, "shift": hidden, "linear": self.linear(hidden)}[self.last]
+
+
+OWN_PARAMETERS = {
+    "at the root": lambda: Scaled(5),
+    "nested": lambda: torch.nn.Sequential(Scaled(5, Scaled(5, last="linear"), "shift"), torch.nn.Linear(5, 5)),
+    "beside a block": lambda: Scaled(5, torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh())),
+    "frozen inside": lambda: Scaled(5, Scaled(5, last="shift").requires_grad_(False), last="linear"),
+}
+
+
+def differences_with_own_parameters():
+    rank, differences = dist.get_rank(), {}
+    for name, make in OWN_PARAMETERS.items():
+        torch.manual_seed(0)
+        model = make().to(device())
+        alone = copy.deepcopy(model)
+        plain = make_optimizer([p for p in alone.parameters() if p.requires_grad])
+        optimizer = Zero3(model, make_optimizer, [model.inner] if name == "beside a block" else [])
+        for step in range(STEPS):
+            rows = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).to(device())
+            alone(rows).square().mean().backward()
+            model(rows.chunk(2)[rank]).square().mean().backward()
+            for each in (plain, optimizer):
+                each.step()
+                each.zero_grad()
+        empty = {parameter.numel() for parameter in model.parameters()}
+        with optimizer.full_parameters():
+            differences[name] = largest_difference(weights(model), weights(alone)), empty
+    return differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN_PARAMETERS)
+@pytest.mark.parametrize("case", [shared.case(2, differences_with_own_parameters)], ids=["zero-3"])
+def test_a_module_may_have_parameters_next_to_submodules(name, case):
+    for differences in case.results:
+        difference, empty = differences[name]
+        assert difference <= 1e-6 and empty == {0}
+
+
+def step_after_an_error_in_backward(stage, moment):
+    """The largest difference of a step after a backward that broke off, to one without; what it raised."""
+    stepped = []
+    for fails_first in (True, False):
+        model = build(TWO_LAYERS, device())
+        optimizer, inputs = zero(stage, model), batch(TWO_LAYERS, 2, LENGTH, 0, device())
+        again = model(**inputs).loss if moment == "after another forward" and stage != 3 else None
+        if fails_first:
+            refused = refusals(lambda model=model, inputs=inputs: backward_that_breaks_off(model, inputs))
+            optimizer.zero_grad()
+        (model(**inputs).loss if again is None else again).backward()
+        optimizer.step()
+        with optimizer.full_parameters() if stage == 3 else nullcontext():
+            stepped.append(weights(model))
+    return refused, largest_difference(*stepped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            shared.case(2, step_after_an_error_in_backward, stage=stage, moment=moment), id=f"{stage}-{moment}"
+        )
+        for stage in STAGES
+        for moment in ("after another forward", "at once")
+    ],
+)
+def test_a_backward_that_broke_off_leaves_nothing_to_the_next_one(case):
+    for refused, difference in case.results:
+        assert refused == [("RuntimeError", "out of memory, say")]
+        assert difference <= 1e-6
+
+
+def forward_after_a_forward_that_failed():
+    model = build(TWO_LAYERS, device())
+    optimizer, inputs, norm = zero(3, model), batch(TWO_LAYERS, 2, LENGTH, 0, device()), model.model.norm
+    model(**inputs).loss.backward()
+    failing = norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    refused = refusals(lambda: model(**inputs))
+    failing.remove()
+    optimizer.step()  # what the failed forward has gathered is old now
+    loss = model(**inputs).loss
+    with optimizer.full_parameters():
+        expected = build(TWO_LAYERS, device())
+        expected.load_state_dict({name: tensor.to(device()) for name, tensor in weights(model).items()})
+    return refused, abs(float(loss - expected(**inputs).loss))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [shared.case(2, forward_after_a_forward_that_failed)], ids=["zero-3"])
+def test_a_forward_that_failed_leaves_no_old_parameters(case):
+    for [(error, _)], difference in case.results:
+        assert error == "ZeroDivisionError" and difference <= 1e-5

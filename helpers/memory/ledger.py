@@ -142,6 +142,8 @@ def count_bytes(model: nn.Module, optimizer: Any = None, activations: SavedTenso
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             _add_ddp_buckets(census, module)
+        for category, tensors in getattr(module, "tensors_by_category", {}).items():  # helpers.parallel.data
+            census.add(tensors, category)
     for storage in activations.storages() if activations else ():
         census.add_storage(storage, ACTIVATIONS)
     return Ledger(dist.get_rank() if _distributed() else 0, census.devices())

@@ -3,7 +3,9 @@
 Data parallelism, ZeRO-2 and -3 and optimizer offload share this part. They differ in what they do with a full bucket.
 """
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -123,6 +125,7 @@ class BackwardHooks(Generic[AnyBucket]):
         on_full: Called with each full bucket.
         on_end: Called at the end of each backward with whether it made all gradients of the buckets. If it did not, an
             error follows; what is in flight must be finished before that, or it would end up in the next backward.
+            Called with False as well when :meth:`recover` finds that an error has broken a backward off.
 
     Attributes:
         enabled: Set to False, the hooks leave gradients alone.
@@ -141,18 +144,34 @@ class BackwardHooks(Generic[AnyBucket]):
         self._owner, self._model, self._buckets = owner, model, buckets
         self._on_full, self._on_end = on_full, on_end
         self._next = 0  # index of the bucket to hand over next
+        self._end_callback: weakref.ref[partial[None]] | None = None  # lives as long as autograd's graph task
         self._bucket_of = {parameter: bucket for bucket in buckets for parameter in bucket.parameters}
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def begin(self) -> None:
         """Tell autograd, if this is the first call in a backward, to call the hooks again at its end."""
+        self.recover()
         if not self.running:
             self.running = True
-            Variable._execution_engine.queue_callback(self._end)
+            end = partial(self._end)
+            self._end_callback = weakref.ref(end)
+            Variable._execution_engine.queue_callback(end)
 
-    def reset(self) -> None:
-        """Expect a new backward that makes all gradients."""
+    def recover(self) -> None:
+        """After a backward that an error broke off, finish what it left in flight, and expect a new one.
+
+        Autograd does not call its hooks at the end of such a backward. But no backward is under way outside of
+        autograd, nor after autograd has dropped the callback of the one that was.
+        """
+        if not self.running:
+            return
+        outside = torch._C._current_graph_task_id() == -1
+        if outside or self._end_callback is None or self._end_callback() is None:
+            self._reset()
+            self._on_end(False)
+
+    def _reset(self) -> None:
         self.running, self._next = False, 0
         for bucket in self._buckets:
             bucket.missing = set(bucket.parameters)
@@ -168,7 +187,7 @@ class BackwardHooks(Generic[AnyBucket]):
 
     def _end(self) -> None:
         unused = [parameter for bucket in self._buckets for parameter in bucket.missing]
-        self.reset()
+        self._reset()
         self._on_end(not unused)
         if unused:
             raise missing_gradient_error(self._owner, self._model, unused)

@@ -46,7 +46,7 @@ def ring_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
         raise UserError(
             f"ring_all_reduce: {tensor.numel()} elements do not divide by {world_size} ranks; pad the tensor"
         )
-    total = tensor.clone()
+    total = tensor.clone(memory_format=torch.contiguous_format)  # a transposed tensor has no flat view
     chunks = list(total.view(-1).chunk(world_size))  # world_size views, each [elements / world_size]
     received = torch.empty_like(chunks[0])
 
@@ -139,7 +139,7 @@ class BucketedDataParallel(nn.Module):
 
     Each bucket of gradients is all-reduced while backward continues with earlier layers (Li et al. 2020, section 3.2).
     Every rank must use every trained parameter in each backward. Otherwise that backward raises :class:`UserError` with
-    the unused parameter's name.
+    the unused parameter's name. After a backward that failed, on all ranks, free the gradients (``zero_grad``).
 
     Args:
         module: Frozen parameters stay out; all ranks get the first rank's values.
@@ -166,6 +166,14 @@ class BucketedDataParallel(nn.Module):
             Its result.
         """
         return self.module(*args, **kwargs)
+
+    @property
+    def tensors_by_category(self) -> dict[str, list[Tensor]]:
+        """Tensors besides those of the module, by the categories of ``helpers.memory.ledger``.
+
+        Gradients are views of the buckets; without gradients, the buckets stay.
+        """
+        return {"communication buffers": [bucket.buffer for bucket in self.buckets]}
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

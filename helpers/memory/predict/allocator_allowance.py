@@ -64,7 +64,7 @@ def _left_by_flattening(step: Step) -> int:
     if not c.strategy.zero_stage:
         return 0
     partition = -(-c.trainable_parameters // (c.strategy.world_size if c.strategy.zero_stage == 3 else 1))
-    return partition * c.trainable_bytes + max(states.gradients, states.resident.get("gradients", 0))
+    return partition * c.trainable_bytes + max(states.kept, states.resident.get("gradients", 0))
 
 
 def _beside_buckets(step: Step, sizes: Mapping[str, int]) -> int:

@@ -30,6 +30,7 @@ class States:
     Attributes:
         resident: Allocated all the time, by item.
         gradients: Grows to this size during backward.
+        kept: What of the gradients is left when the optimizer's step begins.
         step: Allocated during the optimizer step only, besides the gradients.
         buckets: Allocated from the first gradient to the end of backward.
         gathered: The most that ZeRO-3 holds of other ranks' parameters at a time.
@@ -38,6 +39,7 @@ class States:
 
     resident: Mapping[str, int]
     gradients: int
+    kept: int
     step: int
     buckets: int = 0
     gathered: int = 0
@@ -137,16 +139,17 @@ def _replicated(c: Configuration) -> States:
         "optimizer states": ADAM * trained,
         "communication buffers": buckets,
     }
-    return States(MappingProxyType(resident), gradients=trained, step=0, replaced=buckets)
+    return States(MappingProxyType(resident), gradients=trained, kept=trained, step=0, replaced=buckets)
 
 
 def _zero_1_2(c: Configuration) -> States:
     """Predict ZeRO-1 and ZeRO-2 (deepspeed/runtime/zero/stage_1_and_2.py).
 
     Resident: the flat 16-bit parameters, this rank's fp32 partition and Adam's two states of it. Backward: stage 2
-    keeps this rank's partition of the gradients (``grads_in_partition``), stage 1 all; ``setup_buckets`` allocates the
-    bucket, two with overlap_comm, at the first gradient. Step: the partition once more, flat, and once in fp32. With
-    the optimizer in host memory, stage 2's gradients go there from the bucket.
+    keeps this rank's partition of the gradients (``grads_in_partition``), stage 1 all until backward ends
+    (``_clear_param_grad_only``); ``setup_buckets`` allocates the bucket, two with overlap_comm, at the first gradient.
+    Step: the partition once more, flat, and once in fp32. With the optimizer in host memory, stage 2's gradients go
+    there from the bucket.
     """
     trained, world_size, strategy = c.trainable_parameters, c.strategy.world_size, c.strategy
     size = c.trainable_bytes
@@ -157,10 +160,10 @@ def _zero_1_2(c: Configuration) -> States:
         "optimizer states": (1 + ADAM) * FP32 * partition if on_gpu else 0,
     }
     gradients = trained if strategy.zero_stage == 1 else partition if on_gpu else 0
+    kept = partition if on_gpu else gradients
     buckets = reduce_buffer_bytes(strategy.reduce_bucket_size, strategy.overlap_comm, size)
-    return States(
-        MappingProxyType(resident), gradients * size, step=(size + FP32) * partition if on_gpu else 0, buckets=buckets
-    )
+    step = (size + FP32) * partition if on_gpu else 0
+    return States(MappingProxyType(resident), gradients * size, kept * size, step, buckets=buckets)
 
 
 def _zero_3(c: Configuration) -> States:
@@ -185,4 +188,4 @@ def _zero_3(c: Configuration) -> States:
     live = min(strategy.max_live_parameters, c.frozen_parameters + c.trainable_parameters) if gathers else 0
     flat = c.residual_bytes if c.residual_bytes < FP32 else 0
     step = (flat + FP32) * min(strategy.sub_group_size, partition) if on_gpu else 0
-    return States(MappingProxyType(resident), gradients=0, step=step, gathered=live * c.residual_bytes)
+    return States(MappingProxyType(resident), gradients=0, kept=0, step=step, gathered=live * c.residual_bytes)

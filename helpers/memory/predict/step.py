@@ -194,7 +194,7 @@ class Step:
 
     def _optimizer(self) -> Counter[str]:
         """Sum the optimizer's step: fused Adam works in place, DeepSpeed makes fp32 gradients for it."""
-        return self._resident + Counter({"gradients": self.states.gradients + self.states.step})
+        return self._resident + Counter({"gradients": self.states.kept + self.states.step})
 
     def _recomputed(self) -> Counter[str]:
         """Sum what checkpointing recomputes for the backward of one layer."""

@@ -24,9 +24,10 @@ class OffloadedAdamW:
         model(**batch).loss.backward()      # gradients leave the device as they are made; .grad is None afterwards
         optimizer.step()
 
-    Several backward calls before a step add up, in fp32, on the host. With a process group each rank keeps and updates
-    1/N of every bucket, as in ZeRO-2: gradients are reduce-scattered (their mean) before they leave, updated values
-    all-gathered. All ranks must start with equal parameters and use each parameter in every backward.
+    Several backward calls before a step add up, in fp32, on the host; one that fails adds nothing. With a process group
+    each rank keeps and updates 1/N of every bucket, as in ZeRO-2: gradients are reduce-scattered (their mean) before
+    they leave, updated values all-gathered. All ranks must start with equal parameters and use each parameter in every
+    backward.
 
     Bytes, for parameters of s bytes on the device: on the host 16 + s per parameter that this rank owns (Adam's two
     moments, master and gradient in fp32; s in page-locked memory, through which gradients come and values go). On the
@@ -109,6 +110,7 @@ class OffloadedAdamW:
         Raises:
             UserError: If there was no backward.
         """
+        self._hooks.recover()
         if not self._backwards:
             raise UserError("OffloadedAdamW.step: no backward since the last step; there are no gradients")
         with self._copies.side_stream():
@@ -177,7 +179,10 @@ class OffloadedAdamW:
         self._wait_for_update()  # a delayed update still reads the gradients of the step before
         for buffer in self._send_buffers:
             self._copies.synchronize(buffer.sent)
-        if not complete:
+        if not complete:  # as if this backward had not been
+            for bucket in self.buckets:
+                for parameter in bucket.parameters:
+                    parameter.grad = None
             return
         for bucket in self.buckets:
             bucket.accumulate(first=self._backwards == 0)

@@ -16,7 +16,8 @@ class Zero2(Zero1):
     bucket is at least as large as a layer, whose gradients do not come in the order of its parameters.
 
     Every backward sends, since a rank keeps no full gradients to add the next ones to. So k micro-batches per step send
-    k times the gradients. A parameter without a gradient makes backward raise :class:`UserError`.
+    k times the gradients. A parameter without a gradient makes backward raise :class:`UserError`. After a backward that
+    failed, :meth:`zero_grad` drops what it has made.
 
     Args and attributes are those of :class:`Zero1`.
     """
@@ -25,6 +26,16 @@ class Zero2(Zero1):
         super()._set_up(model, buckets, make_optimizer)
         self._in_flight: ZeroBucket | None = None
         self._hooks = BackwardHooks(self, model, buckets, self._send, self._end_backward)
+
+    def reduce(self) -> None:
+        """As in :class:`Zero1`, for what backward has not sent because an error broke it off."""
+        self._hooks.recover()
+        super().reduce()
+
+    def zero_grad(self) -> None:
+        """Free the gradients since the last step, those of a backward that failed as well."""
+        self._hooks.recover()
+        super().zero_grad()
 
     def _send(self, bucket: ZeroBucket) -> None:
         self._finish_in_flight()  # one at a time: its unreduced gradients are freed before the next ones travel

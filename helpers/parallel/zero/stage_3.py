@@ -20,7 +20,8 @@ from helpers.parallel.zero.units import ShardedUnit, group_into_units
 class Zero3(Zero2):
     """Shard parameters as well: a unit's full parameters exist only while it runs.
 
-    Units are ``blocks`` and every other module with parameters of its own; modules that share a parameter are one unit.
+    Units are ``blocks`` and every other module with parameters of its own, which may have such submodules in turn;
+    modules that share a parameter are one unit. A module may use only its own parameters by name.
     Parameters are gathered before a unit's forward and freed after it, and again in backward. While a unit computes,
     the next one is gathered, in the order of the last forward. Outside of forward and backward a parameter has no
     elements; see :meth:`full_parameters`. Works with activation checkpointing of full blocks.
@@ -43,9 +44,11 @@ class Zero3(Zero2):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         broadcast_parameters(model, group)
-        self.units = [ShardedUnit(modules, group) for modules in group_into_units(model, list(blocks))]
+        self.units = [ShardedUnit(*grouped, group) for grouped in group_into_units(model, list(blocks))]
         self._last_order: list[ShardedUnit] = []  # units in the order of the last forward
         self._order: list[ShardedUnit] = []  # the same for this forward, so far
+        self._entered: list[int] = []  # indices in _order of units that run: with a parameter of its own, a module's
+        # unit runs until the units of its submodules have run
         self._set_up(model, [bucket for unit in reversed(self.units) for bucket in unit.trained], make_optimizer)
         model.register_forward_pre_hook(self._begin_forward)
         model.register_forward_hook(self._end_forward)
@@ -79,18 +82,24 @@ class Zero3(Zero2):
             self._reshard_all()
 
     def _begin_forward(self, *_: Any) -> None:
-        self._hooks.reset()
-        self._last_order, self._order = self._order, []
+        self._hooks.recover()
+        self._reshard_all()  # what a forward that failed has left
+        self._last_order, self._order, self._entered = self._order, [], []
 
     def _end_forward(self, *_: Any) -> None:
         self._reshard_all()
 
     def _before_forward(self, unit: ShardedUnit, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._hooks.recover()
         unit.unshard()
         if self._hooks.running:  # backward recomputes a checkpointed block
             return
         index = len(self._order)
         self._order.append(unit)
+        nested = self._is_running(unit)
+        self._entered.append(index)
+        if nested:  # a submodule that shares the parameter of its module
+            return
         if self._last_order[index : index + 1] == [unit]:  # the same order as last time, so far
             for next_unit in self._last_order[index + 1 : index + 2]:
                 next_unit.prefetch()
@@ -102,11 +111,17 @@ class Zero3(Zero2):
     def _after_forward(self, unit: ShardedUnit, module: nn.Module, args: Any, output: Any) -> None:
         if self._hooks.running:
             return
+        order, index = self._order, self._entered.pop()
+        if self._is_running(unit):
+            return
         # The unit's backward begins when the gradient of any of its outputs is there.
-        outputs, order, index = _requiring_grad(output), self._order, len(self._order) - 1
+        outputs = _requiring_grad(output)
         if outputs:
             register_multi_grad_hook(outputs, lambda _: self._before_backward(order, index), mode="any")
         unit.reshard()
+
+    def _is_running(self, unit: ShardedUnit) -> bool:
+        return any(self._order[index] is unit for index in self._entered)
 
     def _before_backward(self, order: list[ShardedUnit], index: int) -> None:
         self._hooks.begin()

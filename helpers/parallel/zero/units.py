@@ -1,11 +1,14 @@
 """Units of ZeRO-3: modules whose parameters exist in full only while the modules run."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
 
 from helpers.parallel.zero.bucket import ZeroBucket
+
+PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
 class ShardedBucket(ZeroBucket):
@@ -46,7 +49,8 @@ class ShardedUnit:
     """Modules whose parameters are gathered and freed together, in one message per kind of parameter.
 
     Args:
-        modules: All their parameters belong to the unit.
+        modules: They need the parameters while they run.
+        parameters: The unit's. What modules inside ``modules`` own may belong to other units.
         group: Ranks that share the parameters.
 
     Attributes:
@@ -55,12 +59,14 @@ class ShardedUnit:
         is_unsharded: Whether the parameters are complete on this rank.
     """
 
-    def __init__(self, modules: list[nn.Module], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, modules: list[nn.Module], parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None
+    ) -> None:
         self.modules = modules
-        kinds: dict[tuple[Any, ...], dict[nn.Parameter, None]] = {}  # dicts as ordered sets: tied parameters come twice
-        for parameter in (parameter for module in modules for parameter in module.parameters()):
-            kinds.setdefault((parameter.dtype, parameter.requires_grad), {})[parameter] = None
-        self.buckets = [ShardedBucket(list(parameters), group) for parameters in kinds.values()]
+        kinds: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            kinds.setdefault((parameter.dtype, parameter.requires_grad), []).append(parameter)
+        self.buckets = [ShardedBucket(of_a_kind, group) for of_a_kind in kinds.values()]
         self.trained = [bucket for bucket in self.buckets if bucket.parameters[0].requires_grad]
         self.is_unsharded = False
         self._in_flight: list[Any] = []
@@ -89,28 +95,47 @@ class ShardedUnit:
             self.is_unsharded = False
 
 
-def group_into_units(model: nn.Module, blocks: list[nn.Module]) -> list[list[nn.Module]]:
-    """Group the modules of a model that have parameters, in the model's order.
+class Grouped(NamedTuple):
+    """What becomes a unit.
+
+    Attributes:
+        modules: A block, or a module outside of the blocks, and those that share a parameter with it.
+        parameters: Those of the modules, each once: of a block all, of another module its own and those in its
+            ``ParameterList`` or ``ParameterDict``, which has no forward of its own.
+    """
+
+    modules: list[nn.Module]
+    parameters: dict[nn.Parameter, None]  # as an ordered set: tied parameters come twice
+
+
+def group_into_units(model: nn.Module, blocks: list[nn.Module]) -> list[Grouped]:
+    """Group the modules of a model that have parameters of their own, in the model's order.
 
     Args:
         model: Its modules are grouped.
         blocks: Modules that become a unit with all modules inside them.
 
     Returns:
-        The modules of each unit: a block, or a module outside of the blocks. One that shares a parameter with an
-        earlier one (tied embedding and output layer) joins its unit.
+        What becomes a unit: a block, or a module outside of the blocks. One that shares parameters with earlier ones
+        (tied embedding and output layer) joins their unit; if these are several, they become one.
     """
     inside_blocks = {module for block in blocks for module in block.modules()} - set(blocks)
-    units: list[list[nn.Module]] = []
-    unit_of: dict[nn.Parameter, list[nn.Module]] = {}
+    units: list[Grouped] = []
     for module in model.modules():
-        parameters = list(module.parameters(recurse=module in blocks))
-        if module in inside_blocks or not parameters:
+        own = [module, *(child for child in module.children() if isinstance(child, PARAMETER_CONTAINERS))]
+        parameters = dict.fromkeys(
+            module.parameters() if module in blocks else (p for owner in own for p in owner.parameters(recurse=False))
+        )
+        if module in inside_blocks or isinstance(module, PARAMETER_CONTAINERS) or not parameters:
             continue
-        unit = next((unit_of[parameter] for parameter in parameters if parameter in unit_of), None)
-        if unit is None:
-            unit = []
+        sharing = [unit for unit in units if unit.parameters.keys() & parameters.keys()]
+        unit = sharing[0] if sharing else Grouped([], {})
+        if not sharing:
             units.append(unit)
-        unit.append(module)
-        unit_of.update(dict.fromkeys(parameters, unit))
+        for other in sharing[1:]:
+            unit.modules.extend(other.modules)
+            unit.parameters.update(other.parameters)
+            units.remove(other)
+        unit.modules.append(module)
+        unit.parameters.update(parameters)
     return units
