@@ -1,5 +1,6 @@
 """Write files and folders atomically, check where they will go, and read users' JSON."""
 
+import codecs
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from helpers.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -103,11 +106,60 @@ def read_json_object(path: Path, missing: str, remedy: str = "correct the file")
         UserError: The file does not exist, is not JSON, or holds something other than an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(missing) from None
-    except ValueError as error:
+    try:
+        content = json.loads(decode_utf8(path, raw))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object but a {type(content).__name__}; {remedy}")
     return content
+
+
+def read_utf8(path: Path) -> str:
+    """Read a text file in UTF-8, whatever the locale. Raises UserError if it is in another encoding."""
+    return decode_utf8(path, path.read_bytes())
+
+
+def decode_utf8(path: Path, raw: bytes) -> str:
+    """Decode the text of a file, with or without a byte order mark.
+
+    Args:
+        path: The file, for messages.
+        raw: What it holds.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: It is not UTF-8, or only git-lfs's pointer to the file.
+    """
+    check_not_lfs_pointer(path, raw)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        try:
+            raw.decode("gb18030")
+            encoding = "GB18030"
+        except UnicodeDecodeError:
+            encoding = "UTF-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "ITS_ENCODING"
+        raise UserError(
+            f"{path} is not UTF-8 (line {line}); convert it with iconv -f {encoding} -t UTF-8 {path.name}"
+        ) from error
+
+
+def check_not_lfs_pointer(path: Path, raw: bytes | None = None) -> None:
+    """Raise UserError if a file is only a pointer, which git leaves if git-lfs is not installed.
+
+    Args:
+        path: The file.
+        raw: What it holds, if it is known; otherwise its beginning is read.
+    """
+    if raw is None:
+        with path.open("rb") as file:
+            raw = file.read(len(LFS_POINTER))
+    if raw.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a pointer of git-lfs, not the file itself; run git lfs pull, or download it again")

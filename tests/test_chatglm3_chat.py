@@ -65,15 +65,19 @@ def test_several_turns_train_the_role_token_that_ends_an_answer(tokenizer):
     ]
 
 
-def test_loss_false_keeps_one_answer_out(tokenizer):
+def test_loss_says_what_is_trained_for_any_role(tokenizer):
     messages = [
         {"role": "user", "content": "一"},
         {"role": "assistant", "content": "二", "loss": False},
-        {"role": "user", "content": "三", "loss": True},  # a user's words are never trained
+        {"role": "user", "content": "三", "loss": True},
         {"role": "assistant", "content": "四", "loss": None},  # what a table holds where nothing was said
     ]
     encoded = encode_conversation(tokenizer, messages)
-    assert trained_ids(encoded) == [*turn(tokenizer, "assistant", "四")[1:], tokenizer.eos_token_id]
+    assert trained_ids(encoded) == [
+        *turn(tokenizer, "user", "三")[1:],
+        *turn(tokenizer, "assistant", "四"),
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_a_tool_message_is_the_call_and_the_observation(tokenizer):
@@ -141,6 +145,21 @@ def test_roles_come_from_the_messages_alone(tokenizer, turns):
         ({"role": "assistant", "content": 3}, "a 'assistant' message needs a string 'content', not 3"),
         ({"role": "tool", "name": "f", "observation": ""}, "a 'tool' message needs an object 'parameters', not None"),
         ({"role": "tool", "parameters": {}, "observation": ""}, "a 'tool' message needs a string 'name', not None"),
+        ({"role": "tool", "name": " ", "parameters": {}, "observation": ""}, "the name of the tool is empty"),
+        (
+            {"role": "tool", "name": "a\nb", "parameters": {}, "observation": ""},
+            "the name of the tool 'a\\nb' has a line",
+        ),
+        ({"role": "assistant", "metadata": "a\u2028b", "content": ""}, "metadata 'a\\u2028b' has a line break"),
+        (
+            {"role": "tool", "name": "f", "parameters": {"start-date": "今天", "class": 2}, "observation": ""},
+            "parameter name 'start-date' is no Python name",
+        ),
+        ({"role": "tool", "name": "f", "parameters": {"class": 2}, "observation": ""}, "'class' is no Python name"),
+        (
+            {"role": "tool", "name": "f", "parameters": {"x": [float("nan")]}, "observation": ""},
+            "the value of parameter 'x' cannot be written in Python: [nan]",
+        ),
     ],
 )
 def test_a_message_that_is_none_is_named(tokenizer, message, fault):

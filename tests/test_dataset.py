@@ -16,8 +16,10 @@ from helpers.finetune.dataset import (
     evaluation_features,
     read_split,
     training_features,
+    truncation_notes,
 )
-from helpers.finetune.rows import find_split, parse_row
+from helpers.finetune.formats import parse_line
+from helpers.finetune.rows import check_row, find_split
 
 LIMITS = Limits(max_input_length=64, max_output_length=64)
 ADVERT = {"content": "类型#裙", "summary": "这款裙子显瘦又舒适"}
@@ -124,12 +126,14 @@ BAD_ROWS = {
     "{": "not JSON (Expecting property name enclosed in double quotes at column 2)",
     "裙": "not JSON",
     "3": "a row must be a JSON object, not 3",
-    "{}": "neither conversations nor content and summary in it (it has no key)",
+    "{}": "no question with an answer in it (it has no key); a row needs content and summary",
     '{"content": "裙", "output": ""}': "it has content, output",
-    '{"content": "裙", "summary": null}': "'assistant' message needs a string 'content', not None",
+    '{"content": "裙", "summary": null}': "(it has content, summary (null))",
+    '{"content": "裙", "summary": 3}': "summary must be a text, not 3",
     '{"conversations": []}': "conversations must be a list of messages, not []",
     '{"conversations": ["裙"]}': "message 1 must be an object with a role, not '裙'",
-    '{"conversations": [{"from": "human", "value": "裙"}]}': "message 1 must be an object with a role",
+    '{"conversations": [{"from": "human", "value": "裙"}]}': "the last user turn has no answer",
+    '{"conversations": [{"text": "裙"}]}': "message 1 must be an object with a role, not {'text': '裙'}",
     '{"conversations": [{"role": "user", "content": "裙", "metadata": 1}]}': "metadata of message 1 must be a string",
     '{"conversations": [{"role": "user", "content": "裙", "loss": "no"}]}': "loss of message 1 must be true or false",
     '{"conversations": [{"role": "user", "content": "裙"}], "tools": "price"}': "tools must be a list, not 'price'",
@@ -193,7 +197,7 @@ def test_a_row_that_is_not_utf8_is_named(tmp_path, tokenizer):
 def test_in_an_array_the_row_is_counted(tmp_path, tokenizer):
     path = tmp_path / "train.json"
     path.write_text(json.dumps([ADVERT, ADVERT, {}], indent=2))
-    with pytest.raises(UserError, match=r"train\.json:row 3: neither conversations"):
+    with pytest.raises(UserError, match=r"train\.json:row 3: no question with an answer"):
         read_split(path, tokenizer, LIMITS, training=True)
 
 
@@ -232,34 +236,37 @@ JSON_VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "loss", "metadata", "name", "parameters", "tools"]), inner
+            st.sampled_from(["role", "content", "loss", "weight", "metadata", "name", "parameters", "tools"]), inner
         )
     ),
 )
 ROLES = st.sampled_from(["system", "user", "assistant", "observation", "tool", "bot"])
 ANY_MESSAGE = JSON_VALUES | st.fixed_dictionaries(
-    {"role": ROLES, "content": st.text(max_size=5)}, optional={"observation": JSON_VALUES, "parameters": JSON_VALUES}
+    {"role": ROLES, "content": st.text(max_size=5)},
+    optional=dict.fromkeys(("observation", "parameters", "tool_calls", "function_call"), JSON_VALUES),
 )
 
 
 @given(
     JSON_VALUES
-    | st.fixed_dictionaries({"conversations": st.lists(ANY_MESSAGE, max_size=4)}, optional={"tools": JSON_VALUES})
+    | st.fixed_dictionaries(
+        {"conversations": st.lists(ANY_MESSAGE, max_size=4)}, optional={"tools": JSON_VALUES, "system": JSON_VALUES}
+    )
+    | st.fixed_dictionaries({"prompt": JSON_VALUES, "response": st.text()}, optional={"history": JSON_VALUES})
 )
 def test_any_json_is_a_row_or_a_reason(value):
-    raw = json.dumps(value).encode()
     try:
-        turns = parse_row(raw, training=True)
+        turns = check_row(value, training=True).turns
     except UserError as error:
         assert str(error)
     else:
-        assert any(turn.role == "assistant" for turn in turns)
+        assert any(turn.trained for turn in turns)
 
 
 @given(st.binary())
 def test_any_bytes_are_a_row_or_a_reason(raw):
     with pytest.raises(UserError):
-        parse_row(raw, training=True)
+        check_row(parse_line(raw), training=True)
 
 
 # The report, and training features
@@ -273,7 +280,7 @@ def test_the_report_counts_tokens_and_rows_that_are_cut(split):
     assert report.untrainable == 1
     assert report.tokens.max > 200
     assert report.tokens.p50 > lengths[0]
-    assert "3 rows; tokens a row: mean" in str(report)
+    assert "(JSON lines of content/summary): 3 rows; tokens per row: mean" in str(report)
     assert "2 rows truncated, 1 of them with nothing left to train" in str(report)
 
 
@@ -382,3 +389,18 @@ def test_one_turn_that_is_too_long_keeps_its_beginning(max_input_length, split, 
 def test_a_reference_is_cut_to_the_output_length(split, tokenizer):
     (entry,) = evaluation_features(split({**ADVERT, "summary": "裙" * 100}), tokenizer, Limits(64, 13))
     assert entry["reference"] == "裙" * 10
+
+
+def test_truncated_prompts_are_counted_and_kept_whole(split, tokenizer):
+    # 3 + 12 * 12 characters of prompt fit into a training row of 229 tokens, but not into 64 tokens of prompt.
+    long_prompt = "类型#裙*" + "材质#棉*风格#简约*" * 12
+    rows = split({"content": long_prompt, "summary": "这款裙子"}, ADVERT, TWO_TURNS, limits=Limits(64, 164))
+    entries = evaluation_features(rows, tokenizer, Limits(64, 164))
+    assert rows.report.truncated == 0
+    assert entries["truncated"][:] == [True, False, False]
+    assert entries["prompt"][0] == long_prompt
+    assert entries["full_prompt"][0].endswith(long_prompt)
+    assert entries["full_prompt"][2].count("<|user|>") == 2
+    (note,) = truncation_notes(entries, rows.report.path, Limits(64, 164))
+    assert "1 of 3 prompts are longer than max_input_length 64" in note
+    assert truncation_notes(entries.select([1, 2]), rows.report.path, Limits(64, 164)) == []

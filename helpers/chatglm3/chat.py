@@ -5,7 +5,9 @@ line of metadata with its newline, and the text. Line and text are encoded separ
 prefix that SentencePiece puts in front. An answer ends with the token after it: the next role token, or ``</s>``.
 """
 
+import ast
 import json
+import keyword
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -65,7 +67,17 @@ class Encoded:
 
 
 def tool_call(parameters: dict[str, Any]) -> str:
-    """Write a tool call as ChatGLM3 does: a Python block that calls ``tool_call`` with keyword arguments."""
+    """Write a tool call as ChatGLM3 does: a Python block that calls ``tool_call`` with keyword arguments.
+
+    Raises UserError for a name or a value that Python could not read back.
+    """
+    for name, value in parameters.items():
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise UserError(f"parameter name {name!r} is no Python name; rename it, here and in the tool's description")
+        try:
+            ast.literal_eval(repr(value))
+        except (ValueError, SyntaxError) as error:  # nan and inf, or brackets inside brackets without end
+            raise UserError(f"the value of parameter {name!r} cannot be written in Python: {value!r}") from error
     arguments = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
     return f"```python\ntool_call({arguments})\n```"
 
@@ -81,11 +93,17 @@ def _text(message: Message, key: str) -> str:
     return value
 
 
+def _line(text: str, description: str) -> str:
+    if text.splitlines() not in ([], [text]):
+        raise UserError(f"{description} {text!r} has a line break, but must be one line")
+    return text
+
+
 def _turns_of(message: Message) -> Iterator[Turn]:
     role = message.get("role")
-    # None means trained, too: a table whose other rows have a "loss" column fills it in.
+    # None is the role's default: a table whose other rows have a "loss" column fills it in.
     loss = message.get("loss")
-    trained = loss is None or bool(loss)
+    trained = role in ("assistant", "tool") if loss is None else bool(loss)
     if role == "tool":
         parameters = message.get("parameters")
         if not isinstance(parameters, dict):
@@ -93,13 +111,16 @@ def _turns_of(message: Message) -> Iterator[Turn]:
         observation = message.get("observation")
         if not isinstance(observation, str):
             observation = json.dumps(observation, ensure_ascii=False)
-        yield Turn("assistant", _text(message, "name"), tool_call(parameters), trained)
+        name = _line(_text(message, "name"), "the name of the tool")
+        if not name.strip():
+            raise UserError("the name of the tool is empty")
+        yield Turn("assistant", name, tool_call(parameters), trained)
         yield Turn("observation", "", observation, False)
     elif role in ROLES:
         text = _text(message, "content")
         if role == "system" and message.get("tools"):
             text = f"{text}\n{_described(message['tools'])}"
-        yield Turn(role, message.get("metadata") or "", text, trained and role == "assistant")
+        yield Turn(role, _line(message.get("metadata") or "", "metadata"), text, trained)
     else:
         raise UserError(f"unknown role {role!r}; the roles are {', '.join((*ROLES, 'tool'))}")
 
@@ -109,8 +130,9 @@ def conversation_turns(messages: Sequence[Message], tools: Sequence[Any] | None 
 
     Args:
         messages: Each with a ``role`` and its ``content``. An assistant's ``metadata`` names the tool that it calls,
-            ``loss: false`` keeps its turn out of training. Role ``tool`` (``name``, ``parameters``, ``observation``)
-            stands for two turns: the assistant's call and the observation that answers it.
+            ``loss`` says whether a turn is trained: by default the assistant's are. Role ``tool`` (``name``,
+            ``parameters``, ``observation``) stands for two turns: the assistant's call and the observation that
+            answers it.
         tools: Descriptions (anything JSON can hold) for a system prompt in front, worded as published. A system
             message may also have them under ``tools``.
 
@@ -118,7 +140,7 @@ def conversation_turns(messages: Sequence[Message], tools: Sequence[Any] | None 
         The turns, in order.
 
     Raises:
-        UserError: A role is unknown, or a text is not a string.
+        UserError: A role is unknown, a text is not a string, metadata has several lines, or a call is no Python.
     """
     turns = [turn for message in messages for turn in _turns_of(message)]
     if tools:
@@ -151,7 +173,8 @@ def encode_conversation(
 ) -> Encoded:
     """Encode a conversation, and mark the tokens that are trained.
 
-    Trained are the tokens after ``<|assistant|>``, up to and including the one that ends the turn.
+    Trained are the tokens after ``<|assistant|>``, up to and including the one that ends the turn, unless ``loss`` says
+    otherwise.
 
     Args:
         tokenizer: ChatGLM3's.

@@ -16,6 +16,7 @@ from helpers.chatglm3.chat import Turn, encode_turns
 from helpers.chatglm3.tokenizer import ROLE_TOKENS, ChatGLMTokenizer
 from helpers.errors import UserError
 from helpers.finetune.rows import Row, read_rows
+from helpers.finetune.split_report import SplitReport, TokenStatistics
 
 # Encoding this many short rows takes less than a second; for fewer, another process is not worth its start.
 ROWS_PER_PROCESS = 10_000
@@ -37,6 +38,7 @@ _EVALUATION_FEATURES = Features(
         "number": Value("int32"),
         "prompt_ids": List(Value("int32")),
         "prompt": Value("string"),
+        "full_prompt": Value("string"),
         "reference": Value("string"),
         "truncated": Value("bool"),
     }
@@ -62,35 +64,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class TokenStatistics:
-    """Tokens per row, before truncation."""
-
-    mean: float
-    p50: int
-    p95: int
-    max: int
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What a split holds. ``untrainable`` counts the truncated rows that keep no trained token."""
-
-    path: Path
-    rows: int
-    truncated: int
-    untrainable: int
-    tokens: TokenStatistics
-
-    def __str__(self) -> str:
-        tokens = self.tokens
-        return (
-            f"{self.path}: {self.rows:,} rows; tokens a row: mean {tokens.mean:.0f}, median {tokens.p50}, "
-            f"95th percentile {tokens.p95}, longest {tokens.max}; {self.truncated:,} rows truncated, "
-            f"{self.untrainable:,} of them with nothing left to train"
-        )
-
-
-@dataclass(frozen=True)
 class Split:
     """A checked and tokenised data file.
 
@@ -110,7 +83,7 @@ def read_split(
     """Read, check and tokenise a data file.
 
     Args:
-        path: JSON lines or one JSON array, as :mod:`helpers.finetune.rows` describes them.
+        path: The file, in any format that :mod:`helpers.finetune.formats` reads.
         tokenizer: ChatGLM3's.
         limits: What the report counts as truncated.
         training: Whether an empty answer is a bad row. In evaluation it is a reference that scores 0.
@@ -122,17 +95,18 @@ def read_split(
     Raises:
         UserError: The file cannot be read, holds no rows, or has bad ones, which are named with line and reason.
     """
-    checked = read_rows(path, training=training)
+    file = read_rows(path, training=training)
     rows = _map(
-        _turns_dataset(checked),
+        _turns_dataset(file.rows),
         _encode_batch,
         _ROW_FEATURES,
-        processes=_number_of_processes(num_proc, len(checked)),
+        processes=_number_of_processes(num_proc, len(file.rows)),
         tokenizer=tokenizer,
     )
     lengths = np.array(rows["tokens"][:])
     report = SplitReport(
         path=path,
+        format=file.format,
         rows=len(rows),
         truncated=int((lengths > limits.max_length).sum()),
         untrainable=len(rows) - len(_trainable(rows, limits)),
@@ -142,6 +116,7 @@ def read_split(
             p95=int(np.percentile(lengths, 95, method="higher")),
             max=int(lengths.max()),
         ),
+        notes=file.notes,
     )
     return Split(report, rows)
 
@@ -183,10 +158,22 @@ def evaluation_features(split: Split, tokenizer: ChatGLMTokenizer, limits: Limit
 
     Returns:
         Per answer: ``number`` of its row; ``prompt_ids``, at most ``max_input_length`` tokens and then
-        ``<|assistant|>``; ``prompt``, the text of the turn that is answered; ``reference``, the text of the answer, at
-        most ``max_output_length`` tokens; ``truncated``, whether the prompt was.
+        ``<|assistant|>``; ``prompt``, the text of the turn that is answered; ``full_prompt``, all turns up to it, never
+        truncated; ``reference``, the text of the answer, at most ``max_output_length`` tokens; ``truncated``, whether
+        the prompt was.
     """
     return _map(split.rows, _evaluation_batch, _EVALUATION_FEATURES, tokenizer=tokenizer, limits=limits)
+
+
+def truncation_notes(prompts: Dataset, path: Path, limits: Limits) -> list[str]:
+    """Return one line about the prompts that are truncated before they are answered; none if all of them fit."""
+    truncated = sum(prompts["truncated"][:])
+    if not truncated:
+        return []
+    return [
+        f"warning: {path}: {truncated:,} of {len(prompts):,} prompts are longer than max_input_length "
+        f"{limits.max_input_length} and are truncated before they are answered (cut in predictions.jsonl); raise it"
+    ]
 
 
 def decode_text(tokenizer: ChatGLMTokenizer, ids: Sequence[int]) -> str:
@@ -252,6 +239,7 @@ def _answers(
         yield {
             "prompt_ids": [*prefix, *history, assistant],
             "prompt": decode_text(tokenizer, ids[starts[turn - 1] : start]),
+            "full_prompt": tokenizer.decode(ids[starts[0] : start]),
             "reference": decode_text(tokenizer, ids[start + 1 : ends[turn]][: limits.max_output_length]),
             "truncated": len(prefix) + len(history) < start,
         }

@@ -24,7 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError, exit_with_one_line, positive_int
-from helpers.finetune.dataset import Limits, decode_text, evaluation_features, read_split
+from helpers.finetune.dataset import Limits, decode_text, evaluation_features, read_split, truncation_notes
 from helpers.finetune.metrics import Evaluation, compare
 from helpers.finetune.recorder import format_time_left
 from helpers.finetune.rows import find_split
@@ -264,11 +264,14 @@ def main() -> None:
     split = read_split(data_file, tokenizer, limits, training=False)
     if arguments.max_rows:
         split = replace(split, rows=split.rows.select(range(min(arguments.max_rows, len(split.rows)))))
+    prompts = evaluation_features(split, tokenizer, limits)
+    for line in (str(split.report), *split.report.notes, *truncation_notes(prompts, data_file, limits)):
+        print(line, flush=True)
     output_file = arguments.checkpoint / f"predictions-{data_file.stem}.jsonl"
     evaluation = evaluate(
         model,
         tokenizer,
-        evaluation_features(split, tokenizer, limits),
+        prompts,
         max_new_tokens=limits.max_output_length,
         batch_size=arguments.batch_size,
         output_file=output_file,

@@ -20,6 +20,7 @@ from helpers.finetune.dataset import (
     evaluation_features,
     read_split,
     training_features,
+    truncation_notes,
 )
 from helpers.finetune.loading import complete_checkpoints, read_quantization_bit
 from helpers.finetune.packing import packed_features
@@ -113,6 +114,7 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
     limits = Limits(config.max_input_length, config.max_output_length)
     names = config.data
     train = read_split(find_split(folder, names.train_file), tokenizer, limits, training=True, num_proc=names.num_proc)
+    notes += train.report.notes
     train_features = training_features(train, limits)
     if config.speed.packing:
         train_features = packed_features(train_features, config.speed.packing, config.training["seed"])
@@ -122,6 +124,7 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
         notes.append(f"{missing}: evaluation is skipped")
         return Data(train_features, None, None, [train.report])
     dev = read_split(folder / names.val_file, tokenizer, limits, training=False, num_proc=names.num_proc)
+    notes += dev.report.notes
     answers = evaluation_features(dev, tokenizer, limits)
     if len(answers) > config.max_eval_samples:
         notes.append(
@@ -129,6 +132,7 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
             "helpers.finetune.evaluate scores all"
         )
         answers = answers.select(range(config.max_eval_samples))
+    notes += truncation_notes(answers, dev.report.path, limits)
     return Data(train_features, training_features(dev, limits), answers, [train.report, dev.report])
 
 

@@ -98,6 +98,8 @@ def compare(features: Dataset, base: Sequence[str], tuned: Sequence[str], output
             {
                 "row": entry["number"],
                 "prompt": entry["prompt"],
+                "full_prompt": entry["full_prompt"],
+                "cut": entry["truncated"],
                 "reference": reference,
                 "base": base_answer,
                 "tuned": tuned_answer,

@@ -1,20 +1,38 @@
 """Read a data file and check every row of it, before any weight is loaded.
 
-A file holds JSON lines, or one JSON array. A row is AdvertiseGen's ``{"content", "summary"}``, or
-``{"conversations": [messages], "tools": [...]}`` (``helpers.chatglm3.chat`` explains messages).
+``helpers.finetune.formats`` says which files are read, ``helpers.finetune.shapes`` how a row may be written.
 """
 
-import codecs
-import json
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers.chatglm3.chat import Message, Turn, conversation_turns
+from helpers.chatglm3.chat import Turn, conversation_turns
 from helpers.errors import UserError
+from helpers.finetune.formats import read_file
+from helpers.finetune.messages import shown
+from helpers.finetune.shapes import recognise
 
 SHOWN_PROBLEMS = 5
-MAX_REASON_LENGTH = 150
+MAX_REASON_LENGTH = 200
+# What differs between two rows with the same fault: numbers, and the values that are shown.
+_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|, not .*|\(it has [^)]*\)")
+
+
+class CheckedRow(NamedTuple):
+    """What one row holds.
+
+    Attributes:
+        turns: The conversation.
+        shape: How the row is written: "content/summary", "messages" …
+        remarks: What its author may not expect.
+    """
+
+    turns: list[Turn]
+    shape: str
+    remarks: list[str]
 
 
 class Row(NamedTuple):
@@ -29,6 +47,20 @@ class Row(NamedTuple):
     turns: list[Turn]
 
 
+class DataFile(NamedTuple):
+    """The rows of a file.
+
+    Attributes:
+        rows: All of them, in the order of the file.
+        format: How the file and its rows are written: "JSON lines of content/summary".
+        notes: One line for each thing that its author may not expect, as a key that is not used.
+    """
+
+    rows: list[Row]
+    format: str
+    notes: list[str]
+
+
 def find_split(folder: Path, name: str) -> Path:
     """Return the path of a data file in ``folder``. Raises UserError that names the files there are instead."""
     path = folder / name
@@ -41,7 +73,7 @@ def find_split(folder: Path, name: str) -> Path:
     raise UserError(f"{path} does not exist; in that folder: {shown or 'no file'}")
 
 
-def read_rows(path: Path, *, training: bool) -> list[Row]:
+def read_rows(path: Path, *, training: bool) -> DataFile:
     """Read a data file and check every row.
 
     Args:
@@ -49,104 +81,65 @@ def read_rows(path: Path, *, training: bool) -> list[Row]:
         training: Whether an empty answer is a bad row. In evaluation it is a reference that scores 0.
 
     Returns:
-        The rows, in the order of the file.
+        The rows, and what to report about them.
 
     Raises:
         UserError: The file cannot be read, holds no rows, or has bad ones. The first of those are named as
-            ``file:line: reason``, or ``file:row N: reason`` in an array.
+            ``file:line: reason``, or ``file:row N: reason`` where rows are counted. If all rows have the same fault,
+            it is named once.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    numbered: Iterable[tuple[int, Any]]
-    check: Callable[..., list[Turn]]
-    if raw.lstrip().startswith(b"["):
-        unit, numbered, check = "row ", enumerate(_parse_array(path, raw), start=1), check_row
-    else:
-        # Only a line feed ends a line: a JSON string may contain U+2028 and other separators as they are.
-        lines = enumerate(raw.split(b"\n"), start=1)
-        unit, numbered, check = "", ((number, line) for number, line in lines if line.strip()), parse_row
-    rows, problems = [], []
-    for number, content in numbered:
+    file = read_file(path)
+    rows: list[Row] = []
+    problems: dict[int, str] = {}
+    shapes: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    for number, content in file.rows:
         try:
-            rows.append(Row(number, check(content, training=training)))
+            if isinstance(content, UserError):
+                raise content
+            checked = check_row(content, training=training)
         except (UserError, RecursionError) as error:
-            reason = str(error) if isinstance(error, UserError) else "nested too deeply"
-            problems.append(f"{path}:{unit}{number}: {_shortened(reason, MAX_REASON_LENGTH)}")
-    total = len(rows) + len(problems)
-    if not total:
-        raise UserError(f"{path} holds no rows; write one JSON object per line, or one JSON array")
+            problems[number] = str(error) if isinstance(error, UserError) else "nested too deeply"
+        else:
+            rows.append(Row(number, checked.turns))
+            shapes[checked.shape] += 1
+            remarks.update(checked.remarks)
     if problems:
-        more = f"; and {len(problems) - SHOWN_PROBLEMS:,} more" if len(problems) > SHOWN_PROBLEMS else ""
-        raise UserError(
-            f"{len(problems):,} of {total:,} rows cannot be used; correct or delete them: "
-            f"{'; '.join(problems[:SHOWN_PROBLEMS])}{more}"
-        )
-    return rows
+        raise UserError(_described(path, file.unit, problems, len(rows)))
+    if not rows:
+        raise UserError(f"{path} holds no rows; write one JSON object per line, or one JSON array")
+    written = f"{file.format} of {' and '.join(shape for shape, _ in shapes.most_common())}"
+    notes = [f"warning: {path}: {remark} (in {count:,} of {len(rows):,} rows)" for remark, count in remarks.items()]
+    return DataFile(rows, written, notes)
 
 
-def parse_row(raw: bytes, *, training: bool) -> list[Turn]:
-    """Return the turns of one line of JSON. Raises UserError with the reason why the row cannot be used."""
-    try:
-        row = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except ValueError as error:  # a number with too many digits
-        raise UserError(f"not JSON ({error})") from error
-    return check_row(row, training=training)
+def _described(path: Path, unit: str, problems: dict[int, str], good: int) -> str:
+    """Describe what is wrong with the rows of a file, by number."""
+    total = len(problems) + good
+    kinds = {_VARIABLE.sub("", reason) for reason in problems.values()}
+    if len(problems) > 1 and not good and len(kinds) == 1:
+        number, reason = next(iter(problems.items()))
+        place = f"{unit or 'line '}{number}"
+        return f"{path}: no row can be used, all {total:,} for the same reason; {place}: {_shortened(reason, 400)}"
+    named = [
+        f"{path}:{unit}{number}: {_shortened(reason, MAX_REASON_LENGTH)}"
+        for number, reason in islice(problems.items(), SHOWN_PROBLEMS)
+    ]
+    more = f"; and {len(problems) - SHOWN_PROBLEMS:,} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return f"{len(problems):,} of {total:,} rows cannot be used; correct or delete them: {'; '.join(named)}{more}"
 
 
-def check_row(row: Any, *, training: bool) -> list[Turn]:
+def check_row(row: Any, *, training: bool) -> CheckedRow:
     """Return the turns of one parsed row. Raises UserError with the reason why the row cannot be used."""
     if not isinstance(row, dict):
-        raise UserError(f"a row must be a JSON object, not {_shown(row)}")
-    messages, tools = _messages_and_tools(row)
-    _check_messages(messages)
-    turns = conversation_turns(messages, tools)
+        raise UserError(f"a row must be a JSON object, not {shown(row)}")
+    conversation = recognise(row)
+    turns = conversation_turns(conversation.messages, conversation.tools)
     _check_turns(turns, training)
-    return turns
-
-
-def _parse_array(path: Path, raw: bytes) -> list[Any]:
-    try:
-        return json.loads(raw.decode())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); "
-            "the file begins with [, so it must be one JSON array"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-
-
-def _messages_and_tools(row: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    if "conversations" in row:
-        messages, tools = row["conversations"], row.get("tools")
-        if not isinstance(messages, list) or not messages:
-            raise UserError(f"conversations must be a list of messages, not {_shown(messages)}")
-        if tools is not None and not isinstance(tools, list):
-            raise UserError(f"tools must be a list, not {_shown(tools)}")
-        return messages, tools
-    if "content" in row and "summary" in row:
-        roles = {"user": row["content"], "assistant": row["summary"]}
-        return [{"role": role, "content": content} for role, content in roles.items()], None
-    raise UserError(f"neither conversations nor content and summary in it (it has {', '.join(row) or 'no key'})")
-
-
-def _check_messages(messages: list[Any]) -> None:
-    """Check the types that ``conversation_turns`` relies on."""
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "role" not in message:
-            raise UserError(f"message {number} must be an object with a role, not {_shown(message)}")
-        for key, expected, description in (("metadata", str, "a string"), ("loss", bool, "true or false")):
-            if message.get(key) is not None and not isinstance(message[key], expected):
-                raise UserError(f"{key} of message {number} must be {description}, not {_shown(message[key])}")
-        if message["role"] == "tool" and "observation" not in message:
-            raise UserError(f"message {number} of role tool has no observation")
+    remarks = [f"{key} is not used" for key in conversation.unused]
+    others = sorted({turn.role for turn in turns if turn.trained and turn.role != "assistant"})
+    remarks += [f"turns of the {role} are trained, as their loss or weight asks" for role in others]
+    return CheckedRow(turns, conversation.shape, remarks)
 
 
 def _check_turns(turns: list[Turn], training: bool) -> None:
@@ -156,14 +149,14 @@ def _check_turns(turns: list[Turn], training: bool) -> None:
         _check_order(previous, turn)
         _check_text(turn.metadata + turn.text)
         previous = turn
-    if turns[-1].role == "user":
+    if turns[-1].role == "user" and not turns[-1].trained:
         raise UserError("the last user turn has no answer")
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         raise UserError("no assistant turn")
-    trained = [turn for turn in answers if turn.trained]
+    trained = [turn for turn in (turns if training else answers) if turn.trained]
     if not trained:
-        raise UserError("every assistant turn has loss false: nothing to train")
+        raise UserError("every assistant turn has loss false or weight 0: nothing to train")
     if training and any(not turn.text.strip() for turn in trained):
         raise UserError("empty answer; give it loss false if it is intended")
 
@@ -181,7 +174,7 @@ def _check_order(previous: Turn | None, turn: Turn) -> None:
     }
     if not allowed[turn.role]:
         after = "the call of a tool" if called_tool else f"the {before} turn" if before else "nothing"
-        raise UserError(f"the {turn.role} turn {_shown(turn.text)} comes after {after}")
+        raise UserError(f"the {turn.role} turn {shown(turn.text)} comes after {after}")
 
 
 def _check_text(text: str) -> None:
@@ -189,11 +182,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"half a character, {text[error.start]!r}, in {_shown(text)}") from error
-
-
-def _shown(value: Any) -> str:
-    return _shortened(repr(value), 40)
+        raise UserError(f"half a character, {text[error.start]!r}, in {shown(text)}") from error
 
 
 def _shortened(text: str, length: int) -> str:
