@@ -167,6 +167,10 @@ def gpu_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _weights(results: dict[str, Any]) -> str:
+    return "random weights, full size" if results["random_weights"] else "the published weights"
+
+
 def memory_figure(results: dict[str, Any]) -> CourseFigure:
     """Draw the memory of each way to train as stacked bars, the numbers of GPUs next to each other.
 
@@ -181,8 +185,7 @@ def memory_figure(results: dict[str, Any]) -> CourseFigure:
         for way, runs in by_way(results).items()
         for count, run in sorted(runs.items())
     }
-    weights = "random weights, full size" if results["random_weights"] else "the published weights"
-    return memory_bars(bars, f"LoRA on ChatGLM3-6B ({weights}): memory of the fullest GPU")
+    return memory_bars(bars, f"LoRA on ChatGLM3-6B ({_weights(results)}): memory of the fullest GPU")
 
 
 def run_figure(path: Path = TIMELINE) -> CourseFigure:
@@ -196,8 +199,7 @@ def run_figure(path: Path = TIMELINE) -> CourseFigure:
     """
     content = read_results(path)
     phases = [Phase(**phase) for phase in content["phases"]]
-    weights = "random weights, full size" if content["random_weights"] else "the published weights"
-    return memory_timeline(Timeline.load(path), phases, f"LoRA on ChatGLM3-6B with DDP ({weights})")
+    return memory_timeline(Timeline.load(path), phases, f"LoRA on ChatGLM3-6B with DDP ({_weights(content)})")
 
 
 def nvml_used(run: dict[str, Any]) -> float:
@@ -260,7 +262,7 @@ def speed_figure(results: dict[str, Any]) -> CourseFigure:
         {r: (v["tokens_per_second_per_gpu"], *v["tokens_per_second_per_gpu_range"]) for r, v in alone.items()},
         {label: nvml_used(run) for label, run in alone.items()},
         MEMORY_MARKS,
-        f"LoRA on ChatGLM3-6B, one {results['machine']['gpus'][0]['name']}",
+        f"LoRA on ChatGLM3-6B ({_weights(results)}), one {results['machine']['gpus'][0]['name']}",
     )
 
 
