@@ -18,6 +18,7 @@ from helpers.parallel.network import batch, build, largest_difference
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("configs/ds_*offload*.json"), *ROOT.glob("configs/ds_*infinity*.json")])
+CONFIGS = ROOT / "configs"
 IN_HOST_MEMORY = [path for path in FILES if "infinity" not in path.stem]
 RANKS = max(2, GPUS)
 ROWS_OF_A_RANK = 4
@@ -74,3 +75,13 @@ def test_every_kind_of_offload_has_its_file():
         targets = (zero.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param"))
         kinds.add((zero["stage"], *targets))
     assert kinds == {(2, "cpu", None), (3, "cpu", None), (3, "cpu", "cpu"), (3, "cpu", "nvme"), (3, "nvme", "nvme")}
+
+
+def test_zero_3_for_lora_holds_one_layer_of_the_6b_model():
+    """While a recomputed layer is complete, DeepSpeed must not gather the next: its weights stay until its backward."""
+    zero = json.loads((CONFIGS / "ds_zero_3.json").read_text())["zero_optimization"]
+    shape = ModelShape()
+    layer = sum(rows * columns for rows, columns in shape.linears.values())
+    assert 0.95 * layer < zero["stage3_max_live_parameters"] < layer
+    # On a stream of its own a gathered weight leaves memory behind that no other stream may use.
+    assert zero["overlap_comm"] is False
