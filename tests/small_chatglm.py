@@ -82,7 +82,7 @@ def small_model(tokenizer: ChatGLMTokenizer) -> ChatGLM3ForCausalLM:
     return random_model(small_config(vocab_size=len(tokenizer) + 7, eos_token_id=tokenizer.stop_token_ids))
 
 
-def random_lora(base: Path, seed: int) -> PeftModel:
+def random_lora(base: Path, seed: int, scale: float = 0.1) -> PeftModel:
     """The model in ``base`` with an adapter that changes its answers: neither of its matrices is zero."""
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -90,7 +90,7 @@ def random_lora(base: Path, seed: int) -> PeftModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
 
 

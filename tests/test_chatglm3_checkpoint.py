@@ -239,7 +239,6 @@ def test_the_configuration_is_written_with_the_published_names(tmp_path):
         "bias_dropout_fusion",
         "fp32_residual_connection",
         "hidden_dropout",
-        "original_rope",
     }
     expected = {key: value for key, value in PUBLISHED_6B.items() if key not in dropped}
     expected |= {"eos_token_id": [2, 64795, 64797], "bos_token_id": 1}
@@ -450,8 +449,23 @@ def test_the_first_chatglm_is_another_network(tmp_path):
 def test_another_model_and_another_kind_of_layer_are_refused():
     with pytest.raises(UserError, match=r"model_type llama\) lacks"):
         ChatGLM3Config.from_dict({"model_type": "llama", "hidden_size": 64})
-    with pytest.raises(UserError, match="rmsnorm = False; ChatGLM3 has True"):
-        ChatGLM3Config.from_dict(SMALL | {"rmsnorm": False})
+    for key in ("rmsnorm", "original_rope"):
+        with pytest.raises(UserError, match=f"{key} = False; ChatGLM3 has True"):
+            ChatGLM3Config.from_dict(SMALL | {key: False})
+
+
+def test_a_checkpoint_without_original_rope_gets_it_where_it_is_written(tmp_path):
+    """The original code has no default for it: it would stop with an AttributeError."""
+    without = {key: value for key, value in SMALL.items() if key != "original_rope"}
+    ChatGLM3Config.from_dict(without).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["original_rope"] is True
+
+
+def test_another_network_is_refused_before_weights_are_read(tmp_path):
+    write_published(tmp_path, SMALL | {"original_rope": False}, published_weights(SMALL), *FORMS[0])
+    for load in (AutoModelForCausalLM.from_pretrained, check_checkpoint):
+        with pytest.raises(UserError, match="original_rope = False; ChatGLM3 has True"):
+            load(tmp_path)
 
 
 def test_another_tokenizer_beside_the_6b_vocabulary_warns(tmp_path, small_checkpoint, monkeypatch):

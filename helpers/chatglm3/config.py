@@ -32,6 +32,8 @@ FIXED = {
     "add_bias_linear": False,
     "apply_residual_connection_post_layernorm": False,
     "multi_query_attention": True,
+    # Neighbours are rotated as a pair. The original code has no default for it, and vLLM reads it, too.
+    "original_rope": True,
     "post_layer_norm": True,
     "rmsnorm": True,
 }

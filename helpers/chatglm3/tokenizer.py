@@ -5,6 +5,7 @@ id. A text that spells ``<|user|>`` or ``</s>`` stays text, so nobody can type t
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.utils import PaddingStrategy, TensorType
 
 from helpers.chatglm3.chat import Message, display, encode_conversation
 from helpers.errors import UserError
+from helpers.files import read_json_object
 
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
@@ -66,6 +68,29 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs["clean_up_tokenization_spaces"] = False
         kwargs.setdefault("padding_side", "left")
         super().__init__(vocab_file=vocab_file, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> "ChatGLMTokenizer":
+        """Load the tokenizer of a folder, or of a repository on the Hub, as transformers does.
+
+        Args:
+            pretrained_model_name_or_path: The folder or repository.
+            *args: As transformers' ``from_pretrained`` takes them.
+            **kwargs: The same.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            UserError: A file is missing or damaged.
+        """
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            path = Path(pretrained_model_name_or_path, name)
+            if path.is_file():
+                read_json_object(path, f"no file {path}", remedy="copy it again, or remove it")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def prefix_tokens(self) -> list[int]:

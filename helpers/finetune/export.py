@@ -2,12 +2,13 @@
 
     python -m helpers.finetune.export CHECKPOINT OUT_DIR [--layout published|glm] [--dtype float16] [--model BASE]
 
-``published`` is ChatGLM3's own layout, which this package and other programs for ChatGLM3 read. ``glm`` is
-``GlmForCausalLM``, which transformers loads without this package. Its tokenizer is in OUT_DIR/tokenizer: transformers
-alone has none with these ids, and in OUT_DIR it would load the files as a wrong one.
+``published`` is ChatGLM3's own layout, which this package, the original code and other programs for ChatGLM3 read.
+``glm`` is ``GlmForCausalLM``, which transformers, vLLM and SGLang load without this package. Both have the tokenizer
+twice: as published, and as the ``tokenizer.json`` of transformers, with a chat template.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from transformers import GlmForCausalLM
 from helpers.chatglm3.checkpoint import disk_bytes, read_config
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
+from helpers.chatglm3.tokenizer_json import write_tokenizer_json
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import atomic_folder, check_disk_space, check_new_folder
+from helpers.files import atomic_folder, check_disk_space, check_new_folder, read_json_object
+from helpers.finetune.generation_files import GENERATION_CONFIG, read_generation_config
 from helpers.finetune.loading import ADAPTER_CONFIG, find_base_model, find_checkpoint, load_for_inference
 from helpers.libraries.quiet import quiet_libraries
 
@@ -57,7 +60,7 @@ def export(
         base: Where the base model is, if it is not where the adapter says.
 
     Raises:
-        UserError: There is no adapter, ``out_dir`` is not free, or its disk is too small.
+        UserError: There is no adapter, ``out_dir`` is not free, its disk is too small, or a file is damaged.
     """
     out_dir = Path(out_dir)
     check_new_folder(out_dir)
@@ -70,17 +73,33 @@ def export(
         raise UserError(f"the base model {base_folder} is not in the published layout; name one that is with --model")
     config = ChatGLM3Config.from_dict(published)
     dtype = dtype or getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+    generation_config, dropped = read_generation_config(base_folder)
     check_disk_space(out_dir, disk_bytes(config, dtype))
     model, tokenizer = load_for_inference(folder, dtype=dtype, device="cpu", base=str(base_folder), dequantize=True)
     assert isinstance(model, PeftModel)  # the folder holds an adapter
     merged = _merge(model, folder)
+    if generation_config:
+        generation_config.eos_token_id = merged.config.eos_token_id  # the file may name </s> only
+        merged.generation_config = generation_config
     with atomic_folder(out_dir) as temporary:
+        written = as_glm(merged) if layout == "glm" else merged
+        written.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         if layout == "glm":
-            as_glm(merged).save_pretrained(temporary, max_shard_size=SHARD_SIZE)
-            tokenizer.save_pretrained(temporary / "tokenizer")
-        else:
-            merged.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
-            tokenizer.save_pretrained(temporary)
+            _name_for_version_4(temporary / "config.json")
+        tokenizer.save_vocabulary(str(temporary))
+        # transformers has no class of the published name: version 5 takes tokenizer.json then, earlier ones stop.
+        tokenizer_class = "PreTrainedTokenizerFast" if layout == "glm" else type(tokenizer).__name__
+        write_tokenizer_json(tokenizer, temporary, tokenizer_class)
+    if dropped:
+        print(f"{GENERATION_CONFIG} of the base does not sample (do_sample), so these are left out: {dropped}")
+
+
+def _name_for_version_4(config_file: Path) -> None:
+    """Add to a Glm ``config.json`` the names of transformers 4, which servers still use: it ignores the new ones."""
+    config = read_json_object(config_file, f"no file {config_file}")
+    rope = config["rope_parameters"]
+    config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor")} | {"torch_dtype": config["dtype"]}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _merge(model: PeftModel, checkpoint: Path) -> ChatGLM3ForCausalLM:
@@ -109,8 +128,7 @@ def main() -> None:
     )
     print(f"written to {arguments.out_dir}; ask it: python -m helpers.finetune.generate {arguments.out_dir}")
     if arguments.layout == "glm":
-        print("transformers loads the model without this package. Its tokenizer needs it:")
-        print(f"helpers.chatglm3.ChatGLMTokenizer.from_pretrained({str(arguments.out_dir / 'tokenizer')!r})")
+        print(f"serve it without this package: vllm serve {arguments.out_dir}")
 
 
 if __name__ == "__main__":
