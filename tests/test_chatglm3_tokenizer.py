@@ -173,6 +173,15 @@ def published_folder(request, tmp_path, tokenizer):
     return tmp_path
 
 
+@pytest.mark.parametrize("content", ["{", "", "[]", "\xff"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_a_damaged_file_beside_the_vocabulary_is_named(tmp_path, tokenizer, name, content):
+    shutil.copy(tokenizer.vocab_file, tmp_path)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{name} (is not JSON|holds no JSON object).*; copy it again, or remove it"):
+        ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
 def test_auto_tokenizer_reads_a_published_folder(published_folder, tokenizer):
     loaded = AutoTokenizer.from_pretrained(published_folder)
     assert type(loaded) is ChatGLMTokenizer

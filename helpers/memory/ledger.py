@@ -101,8 +101,8 @@ def count_bytes(model: nn.Module, optimizer: Any = None, activations: SavedTenso
     * a parameter before anything else: a weight that its optimizer updates in place;
     * a communication buffer if it is a parameter gathered from its shards (ZeRO-3, FSDP2): the shard is the parameter;
     * a communication buffer if it is ZeRO's bucket, although gradients pass through it;
-    * a gradient if it is DDP's bucket with ``gradient_as_bucket_view=True``; without gradients, the bucket is a
-      communication buffer.
+    * a gradient if it is the bucket of BucketedDataParallel, or of DDP with ``gradient_as_bucket_view=True``; without
+      gradients, the bucket is a communication buffer.
 
     A weight quantised by bitsandbytes counts with its scales and tables, as parameters. fp32 master weights are
     optimizer states. DDP's buckets are not visible from Python: they are counted as the size of the parameters that
