@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+CLOSED_PIPE = 128 + signal.SIGPIPE  # exit status
+
 
 class UserError(Exception):
     """Bad input: the message is one line that names the value, its place and the remedy."""
@@ -17,18 +19,24 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     A reader that stops reading (``| head``) ends the command without a word, with the status of a shell's SIGPIPE.
     """
     try:
-        main()
-        print(end="", flush=True)  # here, and not when Python ends, where nothing can catch the error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        finally:  # after --help as well: when Python flushes at its end, nothing can catch the error
+            print(end="", flush=True)
     except BrokenPipeError:
-        # Python flushes stdout once more at its end; what is left in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        discard_output()
+        sys.exit(CLOSED_PIPE)
+
+
+def discard_output() -> None:
+    """Send to nowhere what is left in stdout's buffer, and all later output: nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive_int(text: str) -> int:

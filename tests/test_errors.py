@@ -6,12 +6,16 @@ import sys
 
 import pytest
 
-PRINT = "from helpers.errors import exit_with_one_line; exit_with_one_line(lambda: print('line\\n' * {}))"
+IMPORT = "import runpy, sys; from helpers.errors import UserError, exit_with_one_line as run; "
+MODULE = "runpy.run_module('helpers.memory.predict', run_name='__main__')"
 COMMANDS = {
-    "more than a pipe holds": PRINT.format(100_000),
-    "less than the buffer": PRINT.format(1),
-    "predict": "import runpy; runpy.run_module('helpers.memory.predict', run_name='__main__', alter_sys=True)",
+    "more than a pipe holds": IMPORT + "run(lambda: print('line\\n' * 100_000))",
+    "less than the buffer": IMPORT + "run(lambda: print('line'))",
+    "an error": IMPORT + "run(lambda: (print('line'), (_ for _ in ()).throw(UserError('wrong'))))",
+    "predict": IMPORT + MODULE,
+    "predict --help": IMPORT + "sys.argv.append('--help'); " + MODULE,
 }
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 @pytest.mark.slow
@@ -19,10 +23,10 @@ COMMANDS = {
 def test_a_reader_that_stops_reading_ends_a_command_without_a_word(command):
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does after its lines
-    process = subprocess.Popen([sys.executable, "-c", command], stdout=writing, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=writing, stderr=subprocess.PIPE, env=ENVIRONMENT)
     os.close(writing)
     _, errors = process.communicate()
-    assert (process.returncode, errors) == (141, b"")
+    assert (process.returncode, errors) == (141, b"error: wrong\n" if "wrong" in command else b"")
 
 
 @pytest.mark.slow
