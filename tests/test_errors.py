@@ -13,6 +13,10 @@ COMMANDS = {
     "less than the buffer": IMPORT + "run(lambda: print('line'))",
     "an error": IMPORT + "run(lambda: (print('line'), (_ for _ in ()).throw(UserError('wrong'))))",
     "predict": IMPORT + MODULE,
+    "train": (
+        "import runpy, sys; from helpers.finetune import train; "
+        "train._run = lambda *_: print('line', flush=True); train.main(['D', 'M', 'C'])"
+    ),
     "predict --help": IMPORT + "sys.argv.append('--help'); " + MODULE,
 }
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

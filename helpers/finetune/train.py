@@ -10,6 +10,7 @@ of each rank, run.json, and predictions.jsonl with the scores of the base model 
 import argparse
 import dataclasses
 import errno
+import os
 import shlex
 import sys
 import time
@@ -22,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from helpers.config.deepspeed import bucket_warning
-from helpers.errors import UserError
+from helpers.errors import CLOSED_PIPE, UserError, discard_output
 from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
 from helpers.finetune.job import Job, prepare
@@ -272,6 +273,9 @@ def main(argv: list[str] | None = None) -> None:
         status = _run(arguments, ranks)
     except UserError as error:
         ranks.exit_with_error(error)
+    except BrokenPipeError:  # `| head`, which ends all ranks: torchrun stops the others
+        discard_output()
+        os._exit(CLOSED_PIPE)  # not sys.exit: other ranks may be in a collective
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
