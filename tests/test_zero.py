@@ -456,7 +456,21 @@ class Scaled(torch.nn.Module):
         return {"scale": hidden * self.scale, "shift": hidden, "linear": self.linear(hidden)}[self.last]
 
 
+class Attending(torch.nn.Module):
+    """torch's attention has a parameter of its own, and reads one of its submodule without calling that."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(width))
+        self.attention = torch.nn.MultiheadAttention(width, 1, batch_first=True)
+
+    def forward(self, x):
+        pairs = torch.stack([x, x * self.scale], dim=1)  # [rows, 2, width]: each row is a sequence of its own
+        return self.attention(pairs, pairs, pairs, need_weights=False)[0].sum(1)
+
+
 OWN_PARAMETERS = {
+    "attention": lambda: torch.nn.Sequential(Attending(5), torch.nn.Linear(5, 5)),
     "at the root": lambda: Scaled(5),
     "nested": lambda: torch.nn.Sequential(Scaled(5, Scaled(5, last="linear"), "shift"), torch.nn.Linear(5, 5)),
     "beside a block": lambda: Scaled(5, torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh())),

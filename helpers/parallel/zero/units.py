@@ -113,12 +113,15 @@ def group_into_units(model: nn.Module, blocks: list[nn.Module]) -> list[Grouped]
 
     Args:
         model: Its modules are grouped.
-        blocks: Modules that become a unit with all modules inside them.
+        blocks: Modules that become a unit with all modules inside them. So does torch's multi-head attention, which
+            uses its output layer's weight without calling that layer.
 
     Returns:
         What becomes a unit: a block, or a module outside of the blocks. One that shares parameters with earlier ones
         (tied embedding and output layer) joins their unit; if these are several, they become one.
     """
+    inside = {module for block in blocks for module in block.modules()}
+    blocks = blocks + [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m not in inside]
     inside_blocks = {module for block in blocks for module in block.modules()} - set(blocks)
     units: list[Grouped] = []
     for module in model.modules():
