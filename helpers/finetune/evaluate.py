@@ -2,7 +2,7 @@
 
     python -m helpers.finetune.evaluate OUTPUT/checkpoint-N DATA_FILE [--max-rows N]
 
-Answers are greedy. Under torchrun, each rank answers its share of the prompts.
+Answers are greedy. Under torchrun or another launcher, each rank answers its share of the prompts on its own GPU.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError, exit_with_one_line, positive_int
 from helpers.finetune.dataset import Limits, decode_text, evaluation_features, read_split, truncation_notes
+from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.metrics import Evaluation, compare
+from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import format_time_left
 from helpers.finetune.rows import find_split
 
@@ -252,12 +254,25 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive_int, default=16)
     parser.add_argument("--max-input-length", type=positive_int, default=256, help="tokens of a prompt (default 256)")
     parser.add_argument("--max-output-length", type=positive_int, default=512, help="tokens of an answer (default 512)")
+    add_local_rank(parser)
     arguments = parser.parse_args()
+    ranks = Ranks.from_environment(init_single_rank_group=False, local_rank=arguments.local_rank)
+    try:
+        _run(arguments, ranks)
+    except UserError as error:
+        if ranks.store is None:
+            raise
+        ranks.exit_with_error(error)  # the others may be in a collective
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 holds the store that the others need until their end
+        dist.destroy_process_group()
 
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from helpers.finetune.loading import load_for_inference
 
     data_file = find_split(arguments.data_file.parent, arguments.data_file.name)
-    model, tokenizer = load_for_inference(arguments.checkpoint)
+    model, tokenizer = load_for_inference(arguments.checkpoint, device=ranks.join_group())
     if not isinstance(model, PeftModel):
         raise UserError(f"{arguments.checkpoint} holds no adapter, so there is no base model to compare with")
     limits = Limits(arguments.max_input_length, arguments.max_output_length)
@@ -266,7 +281,7 @@ def main() -> None:
         split = replace(split, rows=split.rows.select(range(min(arguments.max_rows, len(split.rows)))))
     prompts = evaluation_features(split, tokenizer, limits)
     for line in (str(split.report), *split.report.notes, *truncation_notes(prompts, data_file, limits)):
-        print(line, flush=True)
+        ranks.print_once(line)
     output_file = arguments.checkpoint / f"predictions-{data_file.stem}.jsonl"
     evaluation = evaluate(
         model,
@@ -276,8 +291,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         output_file=output_file,
     )
-    print(evaluation)
-    print(f"every answer is in {output_file}")
+    ranks.print_once(f"{evaluation}\nevery answer is in {output_file}")
 
 
 if __name__ == "__main__":

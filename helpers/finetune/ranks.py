@@ -1,5 +1,6 @@
-"""Find this process's place among the ranks that torchrun started, and stop all ranks together."""
+"""Find this process's place among the ranks that a launcher started, and stop all ranks together."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from helpers.errors import UserError
+from helpers.finetune.launchers import NAMES, rank_variables
 
 REPORTED, STOP_AT, ARRIVED, ALL_ARRIVED = "error_reported", "stop_at_step", "arrived", "all_arrived"
 
@@ -36,24 +38,33 @@ class Ranks:
     store: dist.Store | None
 
     @classmethod
-    def from_environment(cls, *, init_single_rank_group: bool) -> "Ranks":
-        """Read rank and world size from torchrun's environment; a process started without torchrun is rank 0 of 1.
+    def from_environment(cls, *, init_single_rank_group: bool, local_rank: int | None = None) -> "Ranks":
+        """Read rank and world size from the launcher's environment; a process started without one is rank 0 of 1.
+
+        Libraries read torchrun's names: they are set if the launcher has others.
 
         Args:
             init_single_rank_group: Keep torchrun's variables even for a single rank. DeepSpeed needs a process group;
                 without DeepSpeed it would cost half a GiB of GPU memory for nothing, and libraries create one as soon
                 as they see these variables.
+            local_rank: The value of ``--local_rank``; None without it.
 
         Returns:
             This process's place.
+
+        Raises:
+            UserError: The launcher's variables are incomplete or contradict each other.
         """
-        if os.environ.get("WORLD_SIZE") == "1" and not init_single_rank_group:
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        variables = rank_variables(os.environ, local_rank)
+        if variables.get("WORLD_SIZE", "1") == "1" and not init_single_rank_group:
+            for name in NAMES:
                 os.environ.pop(name, None)
-        if "RANK" not in os.environ:
             return cls(0, 0, 1, 1, None)
+        if not variables:
+            return cls(0, 0, 1, 1, None)
+        os.environ.update(variables)
         store, rank, world_size = next(dist.rendezvous("env://"))
-        local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        local_rank, local_world_size = int(variables["LOCAL_RANK"]), int(variables["LOCAL_WORLD_SIZE"])
         return cls(rank, local_rank, world_size, local_world_size, dist.PrefixStore("finetune", store))
 
     @property
@@ -67,8 +78,25 @@ class Ranks:
         if 0 < gpus < self.local_world_size:
             raise UserError(
                 f"{self.local_world_size} ranks were started, but only {gpus} GPU(s) are visible here: start torchrun "
-                f"with --nproc_per_node={gpus}"
+                f"with --nproc_per_node={gpus} (srun: with --gpus-per-node, not --gpus-per-task)"
             )
+
+    def join_group(self) -> torch.device | None:
+        """Form the ranks' process group, each rank on a GPU of its own or all on the CPU.
+
+        Returns:
+            This rank's device; None for a single process, which needs no group.
+        """
+        self.check_gpus()
+        if self.world_size == 1:
+            return None
+        if not torch.cuda.is_available():
+            dist.init_process_group("gloo")
+            return torch.device("cpu")
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+        return device
 
     def barrier(self) -> None:
         """Wait until every rank is here. Needs no process group, so it works before a device is touched."""
@@ -92,19 +120,22 @@ class Ranks:
             try:
                 self.store.wait([REPORTED], timedelta(seconds=20))
                 reported = True
+            except dist.DistNetworkError:
+                reported = True  # rank 0 keeps the store if there is no torchrun, and has ended
             except dist.DistError:
                 pass  # rank 0 did not meet this error
         if not reported:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if self.store is not None:
-            self.store.set(REPORTED, "1")
+            with contextlib.suppress(dist.DistError):
+                self.store.set(REPORTED, "1")
         sys.stdout.flush()
         # Not sys.exit: the interpreter would wait for a collective that other ranks may still be in.
         os._exit(2)
 
 
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and end training on every rank at the same step.
+    """On Ctrl-C, SIGTERM or SIGHUP, finish the step, save a checkpoint and end training on every rank at the same step.
 
     A rank that gets the signal writes the step to stop at into the store. The gradients' all-reduce keeps ranks within
     one step of each other, so two steps ahead is late enough for every rank to see it, without another collective.
@@ -116,9 +147,11 @@ class StopOnSignal(TrainerCallback):
         self._signalled = False
 
     def install(self) -> None:
-        """Handle both signals from now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        """Handle these signals from now on; a single process under ``nohup`` goes on ignoring SIGHUP."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if self.ranks.store is not None or not under_nohup:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._signalled:

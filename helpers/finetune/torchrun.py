@@ -1,10 +1,15 @@
 """Start the fine-tune as a shell would: torchrun with one process per GPU."""
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from helpers.hardware import default_nprocs, describe_machine
 
@@ -64,7 +69,8 @@ def format_command(command: list[str]) -> str:
 def run_command(command: list[str]) -> int:
     """Run a command and print its output line by line, in a notebook too.
 
-    Ctrl-C, or interrupting the kernel, asks the command to stop and waits until it has saved a checkpoint.
+    Ctrl-C, or interrupting the kernel, asks the command to stop and waits until it has saved a checkpoint. SIGTERM and
+    SIGHUP do so as well, and then end this process as they would have without the command.
 
     Args:
         command: The command, as a list of words.
@@ -78,6 +84,15 @@ def run_command(command: list[str]) -> int:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
+    try:
+        with _passing_signals_to(process):
+            return _show_until_end(process)
+    finally:  # an error here, such as a closed pipe, must not leave the command behind
+        process.terminate()
+        process.wait()
+
+
+def _show_until_end(process: subprocess.Popen[str]) -> int:
     while True:
         try:
             for line in process.stdout or ():
@@ -85,3 +100,31 @@ def run_command(command: list[str]) -> int:
             return process.wait()
         except KeyboardInterrupt:
             process.terminate()
+
+
+@contextlib.contextmanager
+def _passing_signals_to(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Let SIGTERM and SIGHUP terminate ``process``; after the block, a signal that came does to us what it always does.
+
+    torchrun passes a signal on to its ranks, and ends after them. Only a main thread may handle signals.
+    """
+    received: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.terminate()
+
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    # None is a handler that was not set from Python: it could not be restored. Under nohup, SIGHUP stays ignored.
+    kept = {number: signal.getsignal(number) for number in numbers}
+    replaced = {number: handler for number, handler in kept.items() if handler not in (None, signal.SIG_IGN)}
+    for number in replaced:
+        signal.signal(number, terminate)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        if received:
+            process.wait()
+            signal.raise_signal(received[0])

@@ -27,6 +27,7 @@ from helpers.errors import CLOSED_PIPE, UserError, discard_output
 from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
 from helpers.finetune.job import Job, prepare
+from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.packing import PackCollator
@@ -61,6 +62,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in the output folder"
     )
+    add_local_rank(parser)
     return parser.parse_args(argv)
 
 
@@ -268,7 +270,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; torchrun calls it once per rank."""
     arguments = _arguments(argv)
     quiet_libraries()
-    ranks = Ranks.from_environment(init_single_rank_group=arguments.deepspeed is not None)
+    try:
+        ranks = Ranks.from_environment(
+            init_single_rank_group=arguments.deepspeed is not None, local_rank=arguments.local_rank
+        )
+    except UserError as error:  # every rank finds its own variables
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         status = _run(arguments, ranks)
     except UserError as error:
