@@ -235,17 +235,17 @@ def test_two_ranks_say_a_mistake_once(tmp_path, data_dir, small_checkpoint):
 
 COUNT_LAYER_CALLS = """
 import sys
-from transformers.models.glm.modeling_glm import GlmMLP  # once a layer; the layer itself is wrapped
+from helpers.activations.swiglu import RecomputingMLP  # once per layer; the layer itself is wrapped
 from helpers.finetune import train
 
-calls, forward = 0, GlmMLP.forward
+calls, forward = 0, RecomputingMLP.forward
 
 def counted(self, *args, **kwargs):
     global calls
     calls += self.training
     return forward(self, *args, **kwargs)
 
-GlmMLP.forward = counted
+RecomputingMLP.forward = counted
 train.main(sys.argv[1:])
 print("layer calls:", calls)
 """
