@@ -643,6 +643,89 @@ def train_with_ddp():
     return [p.detach().clone() for p in model.parameters()]
 
 
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return index
+
+
+class TwoArguments(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+        self.second = second
+
+
+@shared.on(1, launch="ordinary")
+def workers_and_an_exception():
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=4, num_workers=2)
+    method = multiprocessing.get_start_method()
+    return method, [batch.tolist() for batch in loader], TwoArguments("a", 2)
+
+
+@shared.on(2, launch="ends its group")
+def ends_its_group():
+    dist.destroy_process_group()
+    sys.stdout.close()
+    return os.getpid()
+
+
+SCRIPT = """
+import functools, multiprocessing, sys
+from helpers.launch import run
+
+class Thing:
+    def __init__(self, x): self.x = x
+
+def square(thing): return Thing(thing.x ** 2)
+
+def fn():
+    with multiprocessing.Pool(2) as pool:
+        return [thing.x for thing in pool.map(square, [Thing(2), Thing(3)])]
+
+print(run(functools.partial(fn), 1).results)
+"""
+
+
+class TestAnOrdinaryProcess:
+    """What works in a notebook's own process works in a rank."""
+
+    def test_workers_of_a_loader_start_as_usual(self):
+        method, batches, _ = workers_and_an_exception.results[0]
+        assert batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert method == ("fork" if sys.platform == "linux" else "spawn")
+
+    def test_a_pool_finds_what_the_main_module_defines(self):
+        command = [sys.executable, "-c", SCRIPT]
+        environ = os.environ | {"PYTHONPATH": PYTHONPATH}
+        finished = subprocess.run(command, capture_output=True, text=True, env=environ)
+        assert "[[4, 9]]" in finished.stdout, finished.stderr
+
+    def test_an_exception_can_be_a_result(self):
+        error = workers_and_an_exception.results[0][2]
+        assert (error.args, error.second) == (("a",), 2)
+
+    def test_a_rank_may_end_its_group_and_close_its_stdout(self):
+        assert len(set(ends_its_group.results)) == 2
+
+    def test_a_result_that_cannot_be_read_is_one_line(self):
+        class Stubborn:
+            def __reduce__(self):
+                return int, ("no number",)
+
+        with pytest.raises(UserError, match=r"result of rank 0 cannot be read here .ValueError.*return numbers"):
+            run(Stubborn, 1)
+
+    def test_a_deleted_working_directory_is_one_line(self, monkeypatch):
+        def gone():
+            raise FileNotFoundError
+
+        monkeypatch.setattr(os, "getcwd", gone)
+        with pytest.raises(UserError, match=r"working directory has been deleted; os\.chdir"):
+            run(add_up, 1)
+
+
 @shared.on(2)
 def train_with_deepspeed():
     import deepspeed

@@ -82,6 +82,7 @@ def run(
             are ended first, as they are on Ctrl-C or an interrupt of the kernel.
         UserError: Bad arguments.
     """
+    _check_working_directory()
     machine = describe_machine()
     backend = backend_for(nprocs, machine)
     if timeout <= 0:
@@ -101,12 +102,29 @@ def run(
         phases = read_phases(sorted(folder.glob("phases-*.jsonl")))
     reports, timeline = processes.done, sampler.timeline()
     return RunResult(
-        [cloudpickle.loads(report.result) for report in reports],
+        [_read_result(rank, report.result) for rank, report in enumerate(reports)],
         Measured(_add_nvml(reports, timeline, backend), timeline, phases),
         max(report.timestamp for report in reports) - min(ready.timestamp for ready in processes.ready),
         max(ready.timestamp for ready in processes.ready) - processes.start_timestamp,
         backend,
     )
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working directory has been deleted; os.chdir to another one") from None
+
+
+def _read_result(rank: int, result: bytes) -> Any:
+    try:
+        return cloudpickle.loads(result)
+    except Exception as error:
+        raise UserError(
+            f"the result of rank {rank} cannot be read here ({type(error).__name__}: {error}); "
+            "return numbers, tensors, lists or dicts"
+        ) from error
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from helpers.launch.shared_memory import find_segments, remove_segments
 # After the first sign of a failure: another rank may be its cause, and that rank's message still on the way.
 CAUSE_SECONDS = 0.25
 LOCATION_SECONDS = 2.0  # for ranks to report their location
+LOOK_SECONDS = 0.2  # between two looks at a line that has no end yet
 EXIT_SECONDS = 10.0  # for ranks to close their connections after all have returned
 
 
@@ -149,6 +150,8 @@ class RankProcesses:
         outputs: dict[Any, RankOutput] = {
             output.read_end: output for rank in self.ranks for output in rank.outputs if output.open
         }
+        if any(output.incomplete for output in outputs.values()):
+            seconds = min(seconds, LOOK_SECONDS)
         for source in wait([*connections, *sentinels, *outputs], max(0.0, seconds)):
             if source in outputs:
                 outputs[source].show()
@@ -156,6 +159,8 @@ class RankProcesses:
                 sentinels[source].ended = True
             else:
                 self._receive(connections[source], on_progress)
+        for output in outputs.values():
+            output.show_incomplete()
 
     def _receive(self, rank: RankProcess, on_progress: Callable[[Progress], None] | None) -> None:
         try:

@@ -1,7 +1,11 @@
 """The process of one rank: join the process group, call the function, and send the launcher what came of it."""
 
+import contextlib
+import copyreg
 import faulthandler
+import functools
 import io
+import multiprocessing
 import os
 import pickle
 import resource
@@ -11,6 +15,8 @@ import sysconfig
 import threading
 import time
 import traceback
+import types
+from collections.abc import Callable
 from datetime import timedelta
 from linecache import cache as source_lines
 from multiprocessing.connection import Connection
@@ -94,6 +100,7 @@ def main(setup: RankSetup, connection: Connection, stdout: Connection, stderr: C
     try:
         _prepare(setup)
         fn, kwargs = cloudpickle.loads(setup.payload)
+        _become_ordinary(fn)
         _join_process_group(setup)
         launcher.send(Ready(time.time()))
         result = fn(**kwargs)
@@ -101,7 +108,7 @@ def main(setup: RankSetup, connection: Connection, stdout: Connection, stderr: C
             torch.cuda.synchronize()  # kernels run asynchronously: an error of one belongs to this function
         launcher.send(Done(_pickle(result), _memory(), time.time()))
     except BaseException as error:
-        sys.stdout.flush()  # a line may be incomplete
+        _flush()  # a line may be incomplete
         launcher.send(_failed(error))
         # If this rank ended now, its connections would close and the others would fail as well. The launcher kills all.
         while True:
@@ -109,8 +116,31 @@ def main(setup: RankSetup, connection: Connection, stdout: Connection, stderr: C
     # For the same reason, a rank that has returned waits until every other rank has.
     launcher.may_exit.wait()
     mark_in(None)
-    dist.destroy_process_group()
-    sys.stdout.flush()
+    if dist.is_initialized():  # the function may have destroyed the group
+        dist.destroy_process_group()
+    _flush()
+
+
+def _flush() -> None:
+    with contextlib.suppress(ValueError, OSError):  # the function may have closed the stream
+        sys.stdout.flush()
+
+
+def _become_ordinary(fn: Callable[..., Any]) -> None:
+    """Make what the function starts (pools, workers of data loaders) find what it would find in a notebook's process.
+
+    multiprocessing has made the way in which this rank was started the default for its own children, and what a cell
+    defines belongs to a ``__main__`` that these look into by name.
+    """
+    multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    fn = getattr(fn, "__func__", fn)
+    if isinstance(fn, types.FunctionType) and fn.__module__ == "__main__":
+        main_module = types.ModuleType("__main__")
+        main_module.__dict__.update({name: value for name, value in fn.__globals__.items() if name[:2] != "__"})
+        main_module.__dict__[fn.__name__] = fn
+        sys.modules["__main__"] = main_module
 
 
 def _redirect(stdout: Connection, stderr: Connection) -> None:
@@ -169,11 +199,18 @@ def _start_autograd(gpu: torch.device) -> None:
 
 
 class _ResultPickler(cloudpickle.Pickler):
-    """Pickle tensors as CPU tensors: reading a result must not create a CUDA context in the launcher's process."""
+    """Pickle tensors as CPU tensors: reading a result must not create a CUDA context in the launcher's process.
+
+    Exceptions are pickled by their attributes: Python's own way calls the class with ``args``, which need not be what
+    its ``__init__`` takes.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor) and obj.is_cuda:
             return obj.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        if isinstance(obj, BaseException) and isinstance(type(obj).__init__, types.FunctionType):
+            if type(obj).__reduce__ is BaseException.__reduce__:
+                return copyreg.__newobj__, (type(obj), *obj.args), obj.__dict__
         return super().reducer_override(obj)
 
 
