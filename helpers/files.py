@@ -109,6 +109,8 @@ def read_json_object(path: Path, missing: str, remedy: str = "correct the file")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise UserError(missing) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     try:
         content = json.loads(decode_utf8(path, raw))
     except (ValueError, RecursionError) as error:

@@ -59,7 +59,10 @@ def test_own_configs_are_read_without_a_decision_left_to_state():
         ({"speed": {"packing": True}}, ["speed", "packing", "True"]),
         ({"speed": {"compile_layers": "yes"}}, ["speed", "compile_layers", "'yes'"]),
         ({"speed": {"offload_checkpoints": 1}}, ["speed", "offload_checkpoints", "1"]),
-        ({"training_args": {"label_smoothing_factor": 0.1}}, ["label_smoothing_factor", "remove it"]),
+        (
+            {"training_args": {"label_smoothing_factor": 0.1}, "speed": {"loss_chunk": 64}},
+            ["label_smoothing_factor", "loss_chunk 64", "remove one"],
+        ),
         ({"training_args": {"gradient_checkpointing": "on demand"}}, ["gradient_checkpointing", "auto", "on demand"]),
     ],
 )

@@ -5,38 +5,24 @@ options that transformers has renamed since are translated; ``FinetuneConfig.not
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import LoraConfig
-from transformers import TrainingArguments
 
+from helpers.config.blocks import CHECKPOINTING_KEYS, lora_block, training_block
 from helpers.config.deepspeed import AUTO
+from helpers.config.values import Limits, annotations, check_keys, check_values
 from helpers.errors import UserError
+from helpers.files import read_utf8
 
-# The attention projections that ChatGLM3's published adapters train, under their names in transformers' Glm.
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
-FUSED_TARGET = "query_key_value"
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "warmup_ratio": "warmup_steps",
-    "group_by_length": "train_sampling_strategy",
-}
-# Options of older transformers that have no effect here; accepted so that older files keep working.
-DROPPED = ("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_sampler", "ddp_timeout_seconds")
 GENERATION_KEYS = ("predict_with_generate", "generation_config", "generation_max_length", "generation_num_beams")
 TOP_KEYS = (
     *("data_config", "max_input_length", "max_output_length", "max_eval_samples"),
     *("quantization_bit", "speed", "training_args", "peft_config"),
 )
 QUANTIZATION_BITS = (8, 4)
-CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
-DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)
@@ -110,23 +96,20 @@ class FinetuneConfig:
         return value if value == AUTO else bool(value)
 
 
-def _suggest(key: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown key: the most similar known one, or all known ones."""
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))[:200]}"
-
-
-def _check_keys(found: dict[str, Any], known: Iterable[str], where: str) -> None:
-    for key in found:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{_suggest(key, known)}")
-
-
 def _section(raw: dict[str, Any], key: str, source: str) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise UserError(f"{source}: {key} must be a block of keys, not {value!r}")
     return dict(value)
+
+
+def _data(block: dict[str, Any], source: str, notes: list[str]) -> DataConfig:
+    where = f"{source}, data_config"
+    check_keys(block, annotations(DataConfig), where)
+    check_values(block, DataConfig, {"num_proc": Limits(at_least=1)}, where)
+    if block.get("test_file"):
+        notes.append(f"test_file is ignored: score it with helpers.finetune.evaluate CHECKPOINT {block['test_file']}")
+    return DataConfig(**block)
 
 
 def _positive_int(raw: dict[str, Any], key: str, default: int, source: str) -> int:
@@ -146,7 +129,7 @@ def _quantization_bit(raw: dict[str, Any], source: str) -> int | None:
 def _speed(block: dict[str, Any], source: str) -> SpeedOptions:
     where = f"{source}, speed"
     types = {f.name: f.type for f in dataclasses.fields(SpeedOptions)}
-    _check_keys(block, types, where)
+    check_keys(block, types, where)
     for key, value in block.items():
         if types[key] is bool:
             if not isinstance(value, bool):
@@ -158,56 +141,19 @@ def _speed(block: dict[str, Any], source: str) -> SpeedOptions:
     return SpeedOptions(**block)
 
 
-def _training(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
-    known = {f.name: f for f in dataclasses.fields(TrainingArguments)}
-    training: dict[str, Any] = {}
-    for key, value in block.items():
-        if key in DROPPED:
-            notes.append(f"{key} no longer has an effect and is ignored")
-            continue
-        name = RENAMED.get(key, key)
-        if name not in known:
-            raise UserError(f"{source}, training_args: unknown key {key!r}{_suggest(key, [*known, *RENAMED])}")
-        if name in CHECKPOINTING_KEYS and value not in (True, False, None, AUTO):
-            raise UserError(f"{source}, training_args: {key} must be true, false or auto, not {value!r}")
-        if name != key:
-            notes.append(f"{key} is called {name} today")
-        training[name] = "group_by_length" if key == "group_by_length" and value is True else value
-        # YAML 1.1 reads 5e-5, which has no decimal point, as text.
-        if isinstance(value, str) and known[name].type in (float, "float", float | None):
-            training[name] = _number(value, f"{source}, training_args: {key}")
-    if training.get("label_smoothing_factor"):
-        # The Trainer would take it from all logits, which the chunked loss never has, and without shifting the labels.
-        raise UserError(f"{source}, training_args: label_smoothing_factor is not supported; remove it")
-    training.setdefault("output_dir", "./output")
-    if "seed" not in training:
-        training["seed"] = DEFAULT_SEED
-        notes.append(f"no seed given: seed {DEFAULT_SEED}")
-    return training
-
-
-def _number(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{where} must be a number, not {text!r}") from None
-
-
-def _lora(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
-    where = f"{source}, peft_config"
-    kind = block.pop("peft_type", "LORA")
-    if kind != "LORA":
-        raise UserError(f"{where}: peft_type {kind!r} is not supported; use LORA")
-    _check_keys(block, {f.name for f in dataclasses.fields(LoraConfig)}, where)
-    targets = block.get("target_modules")
-    targets = [targets] if isinstance(targets, str) and targets != "all-linear" else targets
-    if targets is None:
-        targets = list(DEFAULT_TARGETS)
-        notes.append(f"no target_modules given: LoRA on {', '.join(targets)}")
-    elif FUSED_TARGET in targets:
-        targets = [t for target in targets for t in (DEFAULT_TARGETS if target == FUSED_TARGET else (target,))]
-        notes.append(f"{FUSED_TARGET} is split into three matrices: LoRA on {', '.join(DEFAULT_TARGETS)}")
-    return {"task_type": "CAUSAL_LM", **block, "target_modules": targets}
+def _smoothed(
+    speed: SpeedOptions, given: dict[str, Any], training: dict[str, Any], source: str, notes: list[str]
+) -> SpeedOptions:
+    """Turn the chunked loss off for label smoothing, which needs the logits of all tokens."""
+    if not training.get("label_smoothing_factor") or speed.loss_chunk is None:
+        return speed
+    if "loss_chunk" in given:
+        raise UserError(
+            f"{source}: label_smoothing_factor needs all logits, which loss_chunk {speed.loss_chunk} never holds; "
+            "remove one of them"
+        )
+    notes.append("label_smoothing_factor needs all logits at once: loss_chunk is off")
+    return dataclasses.replace(speed, loss_chunk=None)
 
 
 def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
@@ -223,29 +169,40 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
     Raises:
         UserError: A key is unknown (the message suggests the most similar known one), or a value has the wrong type.
     """
-    _check_keys(raw, TOP_KEYS, source)
+    check_keys(raw, TOP_KEYS, source)
     notes: list[str] = []
     data = _section(raw, "data_config", source)
-    _check_keys(data, [f.name for f in dataclasses.fields(DataConfig)], f"{source}, data_config")
     training = _section(raw, "training_args", source)
     generation = {key: training.pop(key) for key in GENERATION_KEYS if key in training}
     generation_config = generation.get("generation_config") or {}
-    _check_keys(generation_config, ["max_new_tokens"], f"{source}, generation_config")
+    if not isinstance(generation_config, dict):
+        raise UserError(f"{source}: generation_config must be a block of keys, not {generation_config!r}")
+    check_keys(generation_config, ["max_new_tokens"], f"{source}, generation_config")
+    scored = generation.get("predict_with_generate", False)
+    if not isinstance(scored, bool):
+        raise UserError(f"{source}: predict_with_generate must be true or false, not {scored!r}")
+    if generation.get("generation_max_length") is not None:
+        notes.append("generation_max_length is ignored: give max_new_tokens under generation_config")
+    if generation.get("generation_num_beams") not in (None, 1):
+        notes.append("generation_num_beams is ignored: answers are generated greedily")
     lora = _section(raw, "peft_config", source)
     if not lora:
         raise UserError(f"{source}: no peft_config; add one with r and lora_alpha, this job trains a LoRA adapter")
     max_output_length = _positive_int(raw, "max_output_length", 512, source)
+    settled = training_block(training, source, notes, scored=scored)
+    speed_block = _section(raw, "speed", source)
+    speed = _smoothed(_speed(dict(speed_block), source), speed_block, settled, source, notes)
     return FinetuneConfig(
-        data=DataConfig(**data),
-        training=_training(training, source, notes),
-        lora=_lora(lora, source, notes),
+        data=_data(data, source, notes),
+        training=settled,
+        lora=lora_block(lora, source, notes),
         max_input_length=_positive_int(raw, "max_input_length", 256, source),
         max_output_length=max_output_length,
         max_eval_samples=_positive_int(raw, "max_eval_samples", 50, source),
-        predict_with_generate=bool(generation.get("predict_with_generate", False)),
+        predict_with_generate=scored,
         max_new_tokens=_positive_int(generation_config, "max_new_tokens", max_output_length, source),
         quantization_bit=_quantization_bit(raw, source),
-        speed=_speed(_section(raw, "speed", source), source),
+        speed=speed,
         notes=notes,
     )
 
@@ -263,9 +220,13 @@ def read_finetune_config(path: Path) -> FinetuneConfig:
         UserError: The file is missing, is not YAML, or has an unknown key or a value of the wrong type.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(read_utf8(path))
     except FileNotFoundError:
         raise UserError(f"no configuration file {path}; configs/lora.yaml is one") from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); configs/lora.yaml is a configuration file"
+        ) from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):

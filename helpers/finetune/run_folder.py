@@ -23,7 +23,9 @@ class RunFile:
         self.content |= changes
         if self.ranks.is_first:
             with atomic_write(self.path) as temporary:
-                temporary.write_text(json.dumps(self.content, indent=2, ensure_ascii=False, default=str) + "\n")
+                text = json.dumps(self.content, indent=2, ensure_ascii=False, default=str)
+                # A path whose bytes are no UTF-8 holds half surrogates: written as such, not the end of the run.
+                temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def draw_figures(output_dir: Path, timeline: Timeline) -> None:

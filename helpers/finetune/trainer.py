@@ -71,6 +71,9 @@ class LoraTrainer(Trainer):
         self.max_new_tokens = max_new_tokens
         self.quantization_bit = quantization_bit
         self.remove_callback(PrinterCallback)  # the Recorder prints
+        if self.label_smoother is not None:
+            # Otherwise the Trainer decides by the model's class name whether labels are shifted already.
+            self.compute_loss_func = self.label_smoother
 
     def get_train_dataloader(self) -> DataLoader:
         padding = self.data_collator
@@ -87,11 +90,16 @@ class LoraTrainer(Trainer):
             self.counter.add(tokens, rows)
         return super()._prepare_inputs(inputs)
 
-    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.label_smoother is not None:
+            # The smoother gets the shifted labels and all logits: without targets, the model computes no loss itself.
+            inputs = {
+                key: value for key, value in inputs.items() if key not in ("shift_labels", "target_positions")
+            } | {"labels": inputs["shift_labels"]}
         if not (self.offload_checkpoints and self.model.training):
-            return super().compute_loss(model, *args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
         with OffloadedActivations(self.model, max_in_flight_bytes=CHECKPOINT_BYTES_IN_FLIGHT):
-            return super().compute_loss(model, *args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(
         self,

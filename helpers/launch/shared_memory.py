@@ -18,7 +18,8 @@ def find_segments(process_groups: Iterable[int]) -> set[Path]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if os.getpgid(int(process.name)) in groups:
-                mapped = {line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()}
+                maps = (process / "maps").read_text(encoding="utf-8", errors="surrogateescape")
+                mapped = {line.split(maxsplit=5)[-1] for line in maps.splitlines()}
                 opened = {os.readlink(link) for link in (process / "fd").iterdir()}
                 found |= {Path(name) for name in mapped | opened if name.startswith(f"{SEGMENTS}/")}
         except OSError:  # the process has ended, or belongs to another user

@@ -81,7 +81,7 @@ def profile_step(step: Callable[[], object], device: torch.device) -> StepProfil
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        return summarise(json.loads(trace.read_text())["traceEvents"])
+        return summarise(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
 
 
 def summarise(events: Iterable[Mapping[str, Any]]) -> StepProfile | None:

@@ -1,0 +1,129 @@
+"""Read the blocks of ``lora.yaml`` that hold a library's options: the Trainer's and PEFT's."""
+
+import re
+from typing import Any
+
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from helpers.config.deepspeed import AUTO
+from helpers.config.options import (
+    IGNORED_LORA,
+    IGNORED_TRAINING,
+    LORA_LIMITS,
+    REFUSED_LORA,
+    REFUSED_TRAINING,
+    TRAINING_LIMITS,
+    check_lora,
+    check_training,
+    settle,
+)
+from helpers.config.values import annotations, check_keys, check_values, suggest, wants_number
+from helpers.errors import UserError
+
+# The attention projections that ChatGLM3's published adapters train, under their names in transformers' Glm.
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
+FUSED_TARGET = "query_key_value"
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps",
+    "group_by_length": "train_sampling_strategy",
+}
+# Options of older transformers that have no effect here; accepted so that older files keep working.
+DROPPED = ("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_sampler", "ddp_timeout_seconds")
+CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
+DEFAULT_SEED = 42
+
+
+def training_block(block: dict[str, Any], source: str, notes: list[str], *, scored: bool) -> dict[str, Any]:
+    """Check ``training_args`` and translate older names.
+
+    Args:
+        block: The block's keys and values.
+        source: The file's name, for messages.
+        notes: Gets a line for each decision, and for each key without an effect.
+        scored: Whether answers are generated and scored.
+
+    Returns:
+        Keyword arguments of ``TrainingArguments``.
+
+    Raises:
+        UserError: A key is unknown or cannot be used here, or a value is wrong.
+    """
+    where = f"{source}, training_args"
+    known = annotations(TrainingArguments)
+    training: dict[str, Any] = {}
+    for key, value in block.items():
+        if key in DROPPED:
+            notes.append(f"{key} no longer has an effect and is ignored")
+            continue
+        name = RENAMED.get(key, key)
+        if name not in known:
+            raise UserError(f"{where}: unknown key {key!r}{suggest(key, [*known, *RENAMED])}")
+        if name in CHECKPOINTING_KEYS and not (value is None or isinstance(value, bool) or value == AUTO):
+            raise UserError(f"{where}: {key} must be true, false or auto, not {value!r}")
+        if name != key:
+            notes.append(f"{key} is called {name} today")
+        if key == "group_by_length":
+            if not isinstance(value, bool):
+                raise UserError(f"{where}: {key} must be true or false, not {value!r}")
+            value = "group_by_length" if value else "random"
+        elif name.endswith("_strategy") and value is False:
+            value = "no"  # YAML 1.1 reads no, without quotes, as false
+        # YAML 1.1 reads 5e-5, which has no decimal point, as text.
+        training[name] = _number(value, f"{where}: {key}") if wants_number(known[name]) else value
+    typed = {key: value for key, value in training.items() if key not in CHECKPOINTING_KEYS}
+    check_values(typed, TrainingArguments, TRAINING_LIMITS, where)
+    training = settle(training, IGNORED_TRAINING, REFUSED_TRAINING, where, notes)
+    check_training(training, scored=scored, where=where)
+    training["output_dir"] = training.get("output_dir") or "./output"
+    if "seed" not in training:
+        training["seed"] = DEFAULT_SEED
+        notes.append(f"no seed given: seed {DEFAULT_SEED}")
+    return training
+
+
+def _number(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{where} must be a number, not {value!r}") from None
+
+
+def lora_block(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
+    """Check ``peft_config``.
+
+    Args:
+        block: The block's keys and values.
+        source: The file's name, for messages.
+        notes: Gets a line for each decision, and for each key without an effect.
+
+    Returns:
+        Keyword arguments of ``LoraConfig``.
+
+    Raises:
+        UserError: A key is unknown or cannot be used here, or a value is wrong.
+    """
+    where = f"{source}, peft_config"
+    kind = block.pop("peft_type", "LORA")
+    if kind != "LORA":
+        raise UserError(f"{where}: peft_type {kind!r} is not supported; use LORA")
+    check_keys(block, annotations(LoraConfig), where)
+    niter = re.fullmatch(r"pissa_niter_[1-9]\d*", str(block.get("init_lora_weights")))  # not in PEFT's annotation
+    check_values(
+        {k: v for k, v in block.items() if not (k == "init_lora_weights" and niter)}, LoraConfig, LORA_LIMITS, where
+    )
+    block = settle(block, IGNORED_LORA, REFUSED_LORA, where, notes)
+    check_lora(block, where)
+    targets = block.get("target_modules")
+    targets = [targets] if isinstance(targets, str) and targets != "all-linear" else targets
+    if targets is None:
+        targets = list(DEFAULT_TARGETS)
+        notes.append(f"no target_modules given: LoRA on {', '.join(targets)}")
+    elif FUSED_TARGET in targets:
+        targets = [t for target in targets for t in (DEFAULT_TARGETS if target == FUSED_TARGET else (target,))]
+        notes.append(f"{FUSED_TARGET} is split into three matrices: LoRA on {', '.join(DEFAULT_TARGETS)}")
+    return {"task_type": "CAUSAL_LM", **block, "target_modules": targets}

@@ -1,0 +1,36 @@
+"""``run.json``: its encoding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_finetune import ONE_RANK, ROOT
+
+from helpers.finetune.run_folder import RunFile
+
+WRITE = """
+import sys
+from pathlib import Path
+from small_finetune import ONE_RANK
+from helpers.finetune.run_folder import RunFile
+
+RunFile(Path(sys.argv[1]), ONE_RANK, {"folder": "\\u8f93\\u51fa"}).update()
+"""
+
+
+def test_a_path_that_is_no_utf_8_is_written(tmp_path):
+    folder = os.fsdecode("输出".encode("gbk"))
+    RunFile(tmp_path / "run.json", ONE_RANK, {"folder": folder}).update()
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["folder"] == folder
+
+
+@pytest.mark.slow
+def test_the_file_is_utf_8_whatever_the_locale(tmp_path):
+    path = tmp_path / "run.json"
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, env=environment)
+    assert json.loads(path.read_bytes().decode("utf-8")) == {"folder": "输出"}
