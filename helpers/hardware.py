@@ -109,20 +109,25 @@ def describe_machine(nvml: Nvml | None = None) -> Machine:
 
 def _gpus_from_nvml(nvml: Nvml, torch_cuda: str | None) -> tuple[tuple[Gpu, ...], list[str]]:
     devices = nvml.visible()
-    readings = [nvml.memory(device) for device in devices]
+    readings = [nvml.first_reading(device) for device in devices]
     gpus = tuple(
         Gpu(device.name, reading.total if reading else None, device.capability)
         for device, reading in zip(devices, readings, strict=True)
     )
     hidden = len(nvml.installed_names())
     if not gpus:
-        return (), [f"{hidden} GPU(s) installed, none visible: CUDA_VISIBLE_DEVICES hides them"] if hidden else []
+        if nvml.notes or not hidden:
+            return (), nvml.notes
+        return (), [f"{hidden} GPU(s) installed, none visible: CUDA_VISIBLE_DEVICES hides them"]
     mismatch = cuda_mismatch(torch_cuda, nvml.cuda)
     if mismatch:
-        return (), [f"{len(gpus)} GPU(s) stay unused ({gpus[0].name}): {mismatch}"]
+        return (), [f"{len(gpus)} GPU(s) stay unused ({gpus[0].name}): {mismatch}", *nvml.notes]
     if len({gpu.name for gpu in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-        return gpus, ["GPUs of several models: set CUDA_DEVICE_ORDER=PCI_BUS_ID, or torch and NVML number them apart"]
-    return gpus, []
+        return gpus, [
+            "GPUs of several models: set CUDA_DEVICE_ORDER=PCI_BUS_ID, or torch and NVML number them apart",
+            *nvml.notes,
+        ]
+    return gpus, nvml.notes
 
 
 def _gpus_from_torch(nvml: Nvml) -> tuple[tuple[Gpu, ...], list[str]]:

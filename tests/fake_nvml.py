@@ -21,7 +21,8 @@ class FakeGpu:
     mig: list["FakeGpu | None"] | None = None
     used_includes_reserved: bool = False
     parent: "FakeGpu | None" = None
-    failure: Exception | None = None
+    failure: Exception | None = None  # of memory readings
+    lost_at: str | None = None  # the first call that fails: "handle", "uuid", "name" or "capability"
     readings: int = 0
 
     def __post_init__(self):
@@ -62,16 +63,24 @@ class FakeNvml:
     def nvmlDeviceGetCount(self):
         return len(self.gpus)
 
+    def _answer(self, gpu, call):
+        if gpu.lost_at == call:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
     def nvmlDeviceGetHandleByIndex(self, index):
+        self._answer(self.gpus[index], "handle")
         return self.gpus[index]
 
     def nvmlDeviceGetUUID(self, gpu):
+        self._answer(gpu, "uuid")
         return gpu.uuid
 
     def nvmlDeviceGetName(self, gpu):
+        self._answer(gpu, "name")
         return gpu.name
 
     def nvmlDeviceGetCudaComputeCapability(self, gpu):
+        self._answer(gpu, "capability")
         if gpu.parent:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return gpu.capability

@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.errors import UserError
-from helpers.memory.nvml import Memory, Nvml, gpu_table, open_nvml, select_uuids, without_reserved
+from helpers.hardware import describe_machine
+from helpers.memory.nvml import Memory, Nvml, gpu_table, open_nvml, without_reserved
 from helpers.memory.phases import Phase, PhaseLog, across_ranks, read_phases
 from helpers.memory.sampler import Sampler
 from helpers.memory.timeline import CurveRecorder, GpuCurve, Timeline, downsample
+from helpers.memory.visible import select_uuids
 
 NO_DRIVER = "NVML: not available, no NVIDIA driver answers here (NVML Shared Library Not Found)"
 
@@ -71,6 +73,34 @@ def test_a_gpu_without_memory_of_its_own_has_no_figure():
         pass
     assert sampler.timeline().gpus == []
     assert sampler.timeline().note == "NVML: memory not available on GPU 0 NVIDIA GB10"
+
+
+@pytest.mark.parametrize("call", ["handle", "uuid", "name", "capability"])
+def test_a_gpu_that_does_not_answer_is_left_out_with_a_note(call):
+    gpus = h100s(3)
+    gpus[1].lost_at = call
+    nvml = Nvml(FakeNvml(gpus))
+    assert [device.index for device in nvml.visible({"CUDA_VISIBLE_DEVICES": "0"})] == [0]
+    assert [device.index for device in nvml.visible({})] == [0, 2]
+    assert [device.uuid for device in nvml.visible({"CUDA_VISIBLE_DEVICES": "2,1"})] == [gpus[2].uuid]
+    (note,) = nvml.notes
+    assert note.startswith("GPU 1 does not answer NVML and is left out (") and "lost" in note
+    assert gpu_table(nvml).splitlines()[-1] == note
+    assert len(nvml.installed_names()) == 3 and nvml.used_bytes(2) == GIB
+    machine = describe_machine(nvml)
+    assert note in machine.notes
+    with Sampler(nvml) as sampler:
+        pass
+    assert sampler.timeline().note == note and len(sampler.timeline().gpus) == 2
+
+
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_NO_PERMISSION])
+def test_any_error_of_a_first_reading_is_no_figure(code):
+    nvml = Nvml(FakeNvml([FakeGpu("GPU-a", failure=pynvml.NVMLError(code))]))
+    assert nvml.used_bytes(0) is None and "not available" in gpu_table(nvml)
+    with Sampler(nvml) as sampler:
+        pass
+    assert sampler.timeline().note == "NVML: memory not available on GPU 0 NVIDIA H100 80GB HBM3"
 
 
 @given(total=st.integers(1, 2**40), used=st.integers(0), free=st.integers(0), includes=st.booleans())

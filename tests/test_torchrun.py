@@ -63,6 +63,32 @@ def test_an_interrupt_lets_the_command_end_by_itself():
     assert lines[-2:] == ["saved", "status 0"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_then_ends_this_process(number):
+    child = textwrap.dedent("""
+        import os, signal, sys
+        signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+        print("ready", os.getpid(), flush=True)
+        signal.pause()
+    """)
+    parent = f"""import sys
+from helpers.finetune.torchrun import run_command
+run_command([sys.executable, "-c", {child!r}])
+print("not reached", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line.strip())
+            if line.startswith("ready"):
+                process.send_signal(number)
+    assert lines[-1] == "saved" and process.returncode == -number
+    (pid,) = (int(line.split()[1]) for line in lines if line.startswith("ready"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
 def test_a_second_run_gets_a_folder_of_its_own(tmp_path):
     assert fresh_folder(tmp_path, "tiny") == tmp_path / "tiny"
     (tmp_path / "tiny").mkdir()

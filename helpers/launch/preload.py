@@ -4,6 +4,7 @@ Apart from ``helpers.launch`` and its imports, no module of ours is preloaded: a
 launch. Nothing here may create a CUDA context. CUDA does not survive a fork, so no rank could use a GPU.
 """
 
+import contextlib
 import gc
 import os
 
@@ -19,8 +20,12 @@ def capability_from_nvml(device: object = None) -> tuple[int, int]:
 
     pynvml.nvmlInit()
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return max(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles)
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(pynvml.NVMLError):  # a GPU that does not answer is left out everywhere
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                found.append(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
+        return max(found)
     finally:
         pynvml.nvmlShutdown()
 

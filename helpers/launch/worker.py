@@ -210,7 +210,7 @@ class _ResultPickler(cloudpickle.Pickler):
             return obj.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         if isinstance(obj, BaseException) and isinstance(type(obj).__init__, types.FunctionType):
             if type(obj).__reduce__ is BaseException.__reduce__:
-                return copyreg.__newobj__, (type(obj), *obj.args), obj.__dict__
+                return copyreg.__newobj__, (type(obj), *obj.args), obj.__dict__  # type: ignore[attr-defined]
         return super().reducer_override(obj)
 
 

@@ -8,10 +8,10 @@ made up.
 """
 
 import atexit
+import contextlib
 import functools
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import pynvml
 from helpers.errors import UserError, exit_with_one_line
 from helpers.memory.table import Table
 from helpers.memory.units import GIB
+from helpers.memory.visible import select_uuids
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Nvml:
     """A session with NVML.
 
     ``unavailable`` is None, or one line that explains why there is no NVML; ``driver`` and ``cuda`` are its versions.
+    ``notes`` has a line for each GPU that does not answer.
 
     Args:
         library: The ``pynvml`` module, or a stand-in.
@@ -72,14 +74,16 @@ class Nvml:
         self.unavailable: str | None = None
         self.driver: str | None = None
         self.cuda: tuple[int, int] | None = None
+        self.notes: list[str] = []
         try:
             library.nvmlInit()
         except library.NVMLError as error:
             self.unavailable = f"NVML: not available, no NVIDIA driver answers here ({error})"
             return
-        self.driver = library.nvmlSystemGetDriverVersion()
-        version = library.nvmlSystemGetCudaDriverVersion_v2()  # 13000 is CUDA 13.0
-        self.cuda = (version // 1000, version % 1000 // 10)
+        with contextlib.suppress(library.NVMLError):  # what is not known stays None
+            self.driver = library.nvmlSystemGetDriverVersion()
+            version = library.nvmlSystemGetCudaDriverVersion_v2()  # 13000 is CUDA 13.0
+            self.cuda = (version // 1000, version % 1000 // 10)
 
     def close(self) -> None:
         """End the session. NVML counts sessions: others in this process continue."""
@@ -89,12 +93,21 @@ class Nvml:
 
     def installed_names(self) -> list[str]:
         """List the names of all GPUs of the machine, hidden ones included; empty without a driver."""
-        return [self._library.nvmlDeviceGetName(handle) for handle in self._physical_handles()]
+        names = []
+        for index, handle in enumerate(self._physical_handles()):
+            try:
+                names.append("unknown GPU" if handle is None else self._library.nvmlDeviceGetName(handle))
+            except self.errors as error:
+                self._note(index, error)
+                names.append("unknown GPU")
+        return names
 
     def visible(self, environ: Mapping[str, str] | None = None) -> list[Device]:
         """List the devices that a process with this ``CUDA_VISIBLE_DEVICES`` sees, in torch's order.
 
         NVML numbers GPUs by PCI bus. CUDA does so if all are of one model, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+
+        A GPU that does not answer is left out, with a line in ``notes``; the others keep their index.
 
         Args:
             environ: Environment of the process; None is this process's own.
@@ -104,18 +117,35 @@ class Nvml:
         """
         handles: dict[str, Any] = {}
         physical: dict[str, list[str]] = {}
-        for handle in self._physical_handles():
-            uuid = self._library.nvmlDeviceGetUUID(handle)
-            instances = {self._library.nvmlDeviceGetUUID(mig): mig for mig in self._mig_handles(handle)}
-            handles |= {uuid: handle} | instances
-            physical[uuid] = list(instances)
+        for index, handle in enumerate(self._physical_handles()):
+            try:
+                uuid = "" if handle is None else self._library.nvmlDeviceGetUUID(handle)
+                migs = [] if handle is None else self._mig_handles(handle)
+                instances = {self._library.nvmlDeviceGetUUID(mig): mig for mig in migs}
+            except self.errors as error:
+                self._note(index, error)
+                uuid, instances = "", {}
+            if uuid:
+                handles |= {uuid: handle} | instances
+            # Even one that is silent has its number in CUDA_VISIBLE_DEVICES.
+            physical[uuid or f"silent {index}"] = list(instances)
         # Not a default argument: datasets' map with several processes puts another object in os.environ's place.
         environ = os.environ if environ is None else environ
         selected = select_uuids(environ.get("CUDA_VISIBLE_DEVICES"), physical)
-        return [self._device(index, uuid, handles[uuid]) for index, uuid in enumerate(selected)]
+        devices = []
+        for index, uuid in enumerate(selected):
+            try:
+                devices += [self._device(index, uuid, handles[uuid])] if uuid in handles else []
+            except self.errors as error:
+                gpus = [number for number, gpu in enumerate(physical) if uuid in (gpu, *physical[gpu])]
+                self._note(gpus[0], error)
+        return devices
 
     def memory(self, device: Device) -> Memory | None:
-        """Read a device (about 10 µs); None if it shares the host's memory, for which NVML has no number."""
+        """Read a device (about 10 µs); None if it shares the host's memory, for which NVML has no number.
+
+        Raises NVML's error if the device does not answer.
+        """
         library = self._library
         try:
             try:
@@ -127,21 +157,41 @@ class Nvml:
             return None
         return without_reserved(info.total, info.used, info.free, info.reserved)
 
+    def first_reading(self, device: Device) -> Memory | None:
+        """Read a device; None if NVML has no number for it, for whatever reason."""
+        try:
+            return self.memory(device)
+        except self.errors:
+            return None
+
     def used_bytes(self, index: int) -> int | None:
         """Return the bytes in use on ``torch.device("cuda", index)`` by all processes; None if NVML has no number."""
         if self.unavailable is not None:
             return None
-        devices = self.visible()
-        if not 0 <= index < len(devices):
+        devices = {device.index: device for device in self.visible()}
+        if index not in devices:
             shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
             raise UserError(f"no GPU {index}: {len(devices)} GPU(s) visible here (CUDA_VISIBLE_DEVICES: {shown})")
-        reading = self.memory(devices[index])
+        reading = self.first_reading(devices[index])
         return reading.used if reading else None
 
     def _physical_handles(self) -> list[Any]:
+        """Return the handle of every GPU in NVML's order; None for one that does not answer."""
         if self.unavailable is not None:
             return []
-        return [self._library.nvmlDeviceGetHandleByIndex(i) for i in range(self._library.nvmlDeviceGetCount())]
+        handles = []
+        for index in range(self._library.nvmlDeviceGetCount()):
+            try:
+                handles.append(self._library.nvmlDeviceGetHandleByIndex(index))
+            except self.errors as error:
+                self._note(index, error)
+                handles.append(None)
+        return handles
+
+    def _note(self, index: int, error: Exception) -> None:
+        line = f"GPU {index} does not answer NVML and is left out ({error}); nvidia-smi shows its state"
+        if line not in self.notes:
+            self.notes.append(line)
 
     def _mig_handles(self, handle: Any) -> list[Any]:
         library = self._library
@@ -154,7 +204,7 @@ class Nvml:
         for slot in range(library.nvmlDeviceGetMaxMigDeviceCount(handle)):
             try:
                 found.append(library.nvmlDeviceGetMigDeviceHandleByIndex(handle, slot))
-            except library.NVMLError_NotFound:  # slots may be empty
+            except library.NVMLError:  # "not found": slots may be empty
                 continue
         return found
 
@@ -178,45 +228,6 @@ def open_nvml() -> Nvml:
     return session
 
 
-def select_uuids(selection: str | None, physical: Mapping[str, Sequence[str]]) -> list[str]:
-    """Apply ``CUDA_VISIBLE_DEVICES`` by CUDA's rules (CUDA Programming Guide, environment variables).
-
-    Entries are indices or the start of a UUID; the first invalid one ends the list, a repeated one empties it. A GPU in
-    MIG mode means its first instance. A process sees at most one MIG instance (MIG user guide), and none if it sees
-    full GPUs.
-
-    Args:
-        selection: The variable's value; None if it is not set.
-        physical: Each GPU's UUID, in NVML's order, with the UUIDs of its MIG instances (none if MIG is off).
-
-    Returns:
-        UUIDs of the visible devices, in torch's order.
-    """
-
-    def device_uuid(uuid: str) -> str:
-        return physical[uuid][0] if physical[uuid] else uuid
-
-    known = [uuid for gpu, instances in physical.items() for uuid in (gpu, *instances)]
-    if selection is None:
-        chosen = [device_uuid(uuid) for uuid in physical]
-    else:
-        chosen = []
-        for entry in selection.split(","):
-            number = re.match(r"\s*\+?(\d+)", entry)
-            if number and int(number[1]) < len(physical):
-                chosen.append(device_uuid(list(physical)[int(number[1])]))
-                continue
-            prefix = entry.strip()
-            matches = [uuid for uuid in known if uuid.startswith(prefix)]
-            if not prefix.startswith(("GPU-", "MIG-")) or len(matches) != 1:
-                break
-            chosen.append(device_uuid(matches[0]) if matches[0] in physical else matches[0])
-        if len(set(chosen)) < len(chosen):
-            return []
-    gpus = [uuid for uuid in chosen if uuid in physical]
-    return gpus or chosen[:1]
-
-
 def without_reserved(total: int, used: int, free: int, reserved: int) -> Memory:
     """Make a reading whose ``used`` does not include ``reserved``.
 
@@ -238,16 +249,17 @@ def no_figures(readings: Mapping[Device, Memory | None]) -> str | None:
 
 def gpu_table(nvml: Nvml) -> str:
     """List the visible GPUs with their memory in GiB, or explain in one line why there is none."""
-    readings = {device: nvml.memory(device) for device in nvml.visible()}
+    readings = {device: nvml.first_reading(device) for device in nvml.visible()}
     if not readings:
-        return nvml.unavailable or str(no_figures(readings))
+        return nvml.unavailable or "\n".join(nvml.notes) or str(no_figures(readings))
     rows = []
     for device, memory in readings.items():
         figures = ["not available"] * 3
         if memory is not None:
             figures = [_gib(memory.used), _gib(memory.total), _gib(memory.reserved)]
         rows.append([str(device.index), device.name, *figures])
-    return str(Table(["GPU", "name", "used GiB", "total GiB", "reserved GiB"], rows, text_columns=2))
+    table = Table(["GPU", "name", "used GiB", "total GiB", "reserved GiB"], rows, text_columns=2)
+    return "\n".join([str(table), *nvml.notes])
 
 
 def _gib(amount: int | None) -> str:

@@ -28,9 +28,9 @@ class Sampler:
         self._period = 1.0 / hz
 
     def __enter__(self) -> "Sampler":
-        readings = {device: self._nvml.memory(device) for device in self._nvml.visible()}
+        readings = {device: self._nvml.first_reading(device) for device in self._nvml.visible()}
         self._curves = [(device, memory.total, CurveRecorder()) for device, memory in readings.items() if memory]
-        self._note = self._nvml.unavailable or no_figures(readings)
+        self._note = self._nvml.unavailable or "; ".join(self._nvml.notes) or no_figures(readings)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="nvml-sampler", daemon=True)
