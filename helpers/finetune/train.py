@@ -26,6 +26,7 @@ from helpers.config.deepspeed import bucket_warning
 from helpers.errors import CLOSED_PIPE, UserError, discard_output
 from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
+from helpers.finetune.extensions import check_extensions
 from helpers.finetune.job import Job, prepare
 from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.metrics import Evaluation
@@ -149,7 +150,7 @@ def _build_trainer(
 
 def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
     """Load, train and evaluate; None without a dev file, on ranks other than 0, and after a signal."""
-    notes = list(job.notes)
+    notes = [*job.notes, *check_extensions(job.deepspeed)]
     arguments = training_arguments(job, ranks, notes)
     set_allocator(job.config.speed, arguments.device)
     with phase("load model"):
