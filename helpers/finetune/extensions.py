@@ -41,6 +41,8 @@ def check_extensions(deepspeed: dict[str, Any] | None, patience: float = PATIENC
     for name in needed_extensions(deepspeed):
         folders = [folder for folder in root.glob(name if own else f"*/{name}") if folder.is_dir()]
         for folder in folders:
+            if (folder / "lock").exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"waiting for {folder / 'lock'}: another job seems to compile {name}", flush=True)
             while (folder / "lock").exists():
                 if time.time() - _last_change(folder) > patience:
                     raise UserError(
