@@ -3,6 +3,8 @@
 Imports neither torch nor DeepSpeed, so memory predictions can use it on any machine.
 """
 
+import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,31 @@ AUTO = "auto"
 DEFAULT_BUCKET_ELEMENTS = 5e8  # DeepSpeed's reduce_bucket_size if the file has none
 MIB = 2**20
 WARN_FROM_BYTES = 100 * MIB
+# What the top of a file may hold (DeepSpeedConfig._initialize_params in deepspeed/runtime/config.py); DeepSpeed itself
+# ignores what it does not know. Blocks, with an example of some:
+BLOCKS: dict[str, str] = {
+    "optimizer": '{"type": "AdamW", "params": {"lr": "auto"}}',
+    "scheduler": '{"type": "WarmupLR", "params": {}}',
+    "fp16": '{"enabled": "auto"}',
+    "bf16": '{"enabled": "auto"}',
+    "zero_optimization": '{"stage": 2}',
+    **dict.fromkeys(("aio", "activation_checkpointing", "comms_logger", "flops_profiler", "autotuning"), ""),
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet", "torch_autocast", "data_types"), ""),
+    **dict.fromkeys(("checkpoint", "data_efficiency", "curriculum_learning", "hybrid_engine", "pipeline"), ""),
+    **dict.fromkeys(("compile", "timers", "elasticity", "compression_training", "weight_quantization"), ""),
+}
+# Single values: the smallest number (whole, unless it has a decimal point), bool, or None for anything.
+SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1),
+    "steps_per_print": 1,
+    "gradient_clipping": 0.0,
+    "gradient_predivide_factor": 0.0,
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients"), bool),
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather"), bool),
+    **dict.fromkeys(("dataloader_drop_last", "disable_python_gc"), bool),
+    **dict.fromkeys(("communication_data_type", "seq_parallel_communication_data_type", "log_level"), None),
+    "gradient_allreduce_op": None,
+}
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
@@ -28,7 +55,71 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, or is not a JSON object.
     """
-    return read_json_object(path, f"no DeepSpeed file {path}; configs/ds_zero_2.json is one")
+    config = read_json_object(path, f"no DeepSpeed file {path}; configs/ds_zero_2.json is one")
+    for key, value in config.items():
+        if key not in BLOCKS and key not in SETTINGS:
+            close = difflib.get_close_matches(key, [*BLOCKS, *SETTINGS], n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else "remove it"
+            raise UserError(f"{path}: unknown key {key!r}; {remedy}")
+        _check_setting(key, value, path)
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key, {}), dict | None):
+            raise UserError(f"{path}: zero_optimization.{key} must be a block of keys, not {json.dumps(zero[key])}")
+    for key in ("optimizer", "scheduler"):
+        if key in config and not isinstance(config[key].get("type"), str):
+            raise UserError(f'{path}: {key} must name its "type"; "AdamW" and "WarmupLR" are such names')
+        if not isinstance(config.get(key, {}).get("params", {}), dict):
+            raise UserError(f"{path}: {key}.params must be a block of keys")
+    return config
+
+
+def _check_setting(key: str, value: Any, path: Path) -> None:
+    if key in BLOCKS:
+        if not isinstance(value, dict):
+            example = BLOCKS[key] or "{}"
+            raise UserError(f"{path}: {key} must be a block of keys, such as {example}, not {json.dumps(value)}")
+        return
+    least = SETTINGS[key]
+    if least is None or value == AUTO:
+        return
+    if least is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} must be true or false, not {json.dumps(value)}")
+        return
+    whole = isinstance(least, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < least:
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"{path}: {key} must be {kind} of at least {least:g}, not {json.dumps(value)}")
+
+
+def choose_deepspeed_file(named: str | None, config_file: Path, given: Path | None) -> Path | None:
+    """Choose the DeepSpeed file: the command line's, or the one that ``training_args`` names.
+
+    Args:
+        named: ``deepspeed`` under ``training_args``, relative to ``config_file`` or to the working directory.
+        config_file: ``lora.yaml``.
+        given: The command line's file.
+
+    Returns:
+        The file; None without one.
+
+    Raises:
+        UserError: The file that is named does not exist, or the command line gives another one.
+    """
+    if not named:
+        return given
+    candidates = [config_file.parent / named, Path(named)]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        places = " nor ".join(dict.fromkeys(map(str, candidates)))
+        raise UserError(f"{config_file}, training_args: deepspeed {named!r} does not exist: neither {places}")
+    if given is not None and given.resolve() != found.resolve():
+        raise UserError(f"{config_file}, training_args: deepspeed names {found}, the command line {given}; keep one")
+    return found
 
 
 def zero_stage(deepspeed: Mapping[str, Any] | None) -> int:

@@ -74,6 +74,8 @@ class FinetuneConfig:
         max_new_tokens: Longest answer to generate.
         quantization_bit: 8 or 4 to quantise the frozen matrices, None to keep them in the training precision.
         speed: Options that make the same training faster or smaller.
+        deepspeed_file: ``deepspeed`` under ``training_args``; :func:`helpers.config.deepspeed.choose_deepspeed_file`
+            finds it.
         notes: One line for each decision that the file left open.
     """
 
@@ -87,6 +89,7 @@ class FinetuneConfig:
     max_new_tokens: int = 512
     quantization_bit: int | None = None
     speed: SpeedOptions = field(default_factory=SpeedOptions)
+    deepspeed_file: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -189,6 +192,9 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
     if not lora:
         raise UserError(f"{source}: no peft_config; add one with r and lora_alpha, this job trains a LoRA adapter")
     max_output_length = _positive_int(raw, "max_output_length", 512, source)
+    deepspeed_file = training.pop("deepspeed", None)
+    if not isinstance(deepspeed_file, str | None):
+        raise UserError(f"{source}, training_args: deepspeed must name a file, not {deepspeed_file!r}")
     settled = training_block(training, source, notes, scored=scored)
     speed_block = _section(raw, "speed", source)
     speed = _smoothed(_speed(dict(speed_block), source), speed_block, settled, source, notes)
@@ -203,6 +209,7 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
         max_new_tokens=_positive_int(generation_config, "max_new_tokens", max_output_length, source),
         quantization_bit=_quantization_bit(raw, source),
         speed=speed,
+        deepspeed_file=deepspeed_file,
         notes=notes,
     )
 
@@ -232,3 +239,11 @@ def read_finetune_config(path: Path) -> FinetuneConfig:
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold keys and values, not {raw!r}")
     return parse_finetune_config(raw, str(path))
+
+
+def names_deepspeed_file(path: Path) -> bool:
+    """Tell whether a ``lora.yaml`` names a DeepSpeed file; False for a file that cannot be read."""
+    try:
+        return read_finetune_config(path).deepspeed_file is not None
+    except UserError:
+        return False

@@ -11,7 +11,8 @@ from datasets import Dataset
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import check_quantization, check_speed, choose_precision, contradictions
-from helpers.config.deepspeed import AUTO, read_deepspeed_config, zero_stage
+from helpers.config.deepspeed import AUTO, choose_deepspeed_file, read_deepspeed_config, zero_stage
+from helpers.config.deepspeed_schema import check_deepspeed_values
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
 from helpers.finetune.dataset import (
@@ -187,7 +188,10 @@ def prepare(
         UserError: Something is missing, wrong or contradictory.
     """
     config = read_finetune_config(config_file)
+    deepspeed_file = choose_deepspeed_file(config.deepspeed_file, config_file, deepspeed_file)
     deepspeed = read_deepspeed_config(deepspeed_file) if deepspeed_file else None
+    if deepspeed is not None and deepspeed_file is not None:
+        check_deepspeed_values(deepspeed, deepspeed_file)
     ranks.check_gpus()
     machine = describe_machine()
     notes = [*machine.notes, *config.notes]

@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from helpers.config.deepspeed import bucket_warning
+from helpers.config.finetune import names_deepspeed_file
 from helpers.errors import CLOSED_PIPE, UserError, discard_output
 from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
@@ -272,9 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _arguments(argv)
     quiet_libraries()
     try:
-        ranks = Ranks.from_environment(
-            init_single_rank_group=arguments.deepspeed is not None, local_rank=arguments.local_rank
-        )
+        with_deepspeed = arguments.deepspeed is not None or names_deepspeed_file(arguments.config)
+        ranks = Ranks.from_environment(init_single_rank_group=with_deepspeed, local_rank=arguments.local_rank)
     except UserError as error:  # every rank finds its own variables
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config.compatibility import choose_precision
-from helpers.config.deepspeed import read_deepspeed_config
+from helpers.config.deepspeed import choose_deepspeed_file, read_deepspeed_config
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
 from helpers.memory.predict import constants
@@ -35,6 +35,7 @@ def read_job(
         UserError: A file is missing, contradicts itself or asks for something that no prediction covers.
     """
     job = read_finetune_config(config_file)
+    deepspeed_file = choose_deepspeed_file(job.deepspeed_file, config_file, deepspeed_file)
     deepspeed = read_deepspeed_config(deepspeed_file) if deepspeed_file else None
     return configuration_of(
         job, deepspeed, shape=shape, world_size=world_size, sequence_length=sequence_length, source=str(deepspeed_file)

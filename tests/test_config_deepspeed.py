@@ -1,0 +1,68 @@
+"""A DeepSpeed file: its shape, its values, and the line of ``training_args`` that names it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.config.deepspeed import choose_deepspeed_file, read_deepspeed_config
+from helpers.config.deepspeed_schema import check_deepspeed_values
+from helpers.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+FILES = [*ROOT.glob("configs/ds_*.json"), *ROOT.glob("tests/data/*ds_*.json")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_that_people_use_are_accepted(path):
+    check_deepspeed_values(read_deepspeed_config(path), path)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ({"fp16": False}, 'fp16 must be a block of keys, such as {"enabled": "auto"}, not false'),
+        ({"optimizer": "AdamW"}, "optimizer must be a block of keys"),
+        ({"optimizer": {"params": {}}}, 'optimizer must name its "type"'),
+        ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type 'OneBitAdam' is not supported; use AdamW"),
+        ({"zero_optimization": 2}, 'zero_optimization must be a block of keys, such as {"stage": 2}, not 2'),
+        ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage must be 0, 1, 2 or 3, not 5"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage must be 0, 1, 2 or 3, not 'auto'"),
+        ({"zero_optimization": {"stage": True}}, "stage must be 0, 1, 2 or 3, not True"),
+        ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, "reduce_bucket_size must be a number, not '5e8'"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size is -1: Input should be greater than 0"),
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com is no key that DeepSpeed knows"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer must be a block of keys"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, "offload_optimizer.device is 'disk'"),
+        ({"zero_optimisation": {"stage": 2}}, "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled must be true or false, not 'true'; remove the quotes"),
+        ({"train_micro_batch_size_per_gpu": "4"}, 'must be a whole number of at least 1, not "4"'),
+        ({"gradient_accumulation_steps": 0}, "must be a whole number of at least 1, not 0"),
+        ({"gradient_clipping": -1}, "must be a number of at least 0, not -1"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_its_place(content, wanted, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        check_deepspeed_values(read_deepspeed_config(path), path)
+    message = str(caught.value)
+    assert wanted in message and str(path) in message and "\n" not in message
+
+
+def test_the_line_of_training_args_is_like_the_argument(tmp_path, monkeypatch):
+    config = tmp_path / "configs" / "lora.yaml"
+    config.parent.mkdir()
+    for folder in (tmp_path, config.parent):
+        (folder / "ds.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert choose_deepspeed_file(None, config, None) is None
+    assert choose_deepspeed_file(None, config, Path("other.json")) == Path("other.json")
+    assert choose_deepspeed_file("ds.json", config, None) == config.parent / "ds.json"
+    assert choose_deepspeed_file("other.json", config, None) == Path("other.json")
+    assert choose_deepspeed_file("other.json", config, tmp_path / "other.json") == Path("other.json")
+    with pytest.raises(UserError, match="keep one"):
+        choose_deepspeed_file("ds.json", config, Path("other.json"))
+    with pytest.raises(UserError, match=r"deepspeed .none\.json. does not exist"):
+        choose_deepspeed_file("none.json", config, None)
