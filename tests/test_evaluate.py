@@ -231,7 +231,7 @@ def command_line(tokenizer, tmp_path, monkeypatch):
     """Run ``evaluate`` on a model that says 柔软 when tuned; the loader of checkpoints has tests of its own."""
     model = says_soft_when_tuned(tokenizer)
 
-    def load_for_inference(path):
+    def load_for_inference(path, device):
         return (model if path == tmp_path else model.get_base_model()), tokenizer
 
     monkeypatch.setitem(sys.modules, "helpers.finetune.loading", SimpleNamespace(load_for_inference=load_for_inference))
