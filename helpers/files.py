@@ -66,6 +66,14 @@ def check_disk_space(path: str | Path, needed_bytes: int) -> None:
         )
 
 
+def drop_half_line(path: Path) -> None:
+    """Cut off what follows the last line's end: a process that was killed, or a full disk, left it half written."""
+    if path.is_file():
+        raw = path.read_bytes()
+        if not raw.endswith(b"\n"):
+            os.truncate(path, raw.rfind(b"\n") + 1)
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``path``; if the block succeeds, rename it to ``path`` in one step.

@@ -24,6 +24,7 @@ from small_chatglm import random_lora, random_model, small_config, small_tokeniz
 from small_finetune import write_rows
 
 from helpers.chatglm3 import ChatGLMTokenizer
+from helpers.finetune.checkpoints import describe_files, write_manifest
 
 # Seconds after which a process that a test waits for counts as hung. No test measures speed, so a slow or busy machine
 # stretches it: TEST_TIME_FACTOR=10.
@@ -68,8 +69,9 @@ def small_run(tmp_path_factory, small_checkpoint) -> Path:
     """Output folder of a run on ``small_checkpoint``: checkpoint-2 and checkpoint-10, and 20 that was not finished."""
     output = tmp_path_factory.mktemp("small_run")
     for step in (2, 10):
-        random_lora(small_checkpoint, seed=step).save_pretrained(output / f"checkpoint-{step}")
-        (output / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        checkpoint = output / f"checkpoint-{step}"
+        random_lora(small_checkpoint, seed=step).save_pretrained(checkpoint)
+        write_manifest(checkpoint, describe_files(checkpoint, rank=0), {})
     (output / "checkpoint-20").mkdir()
     return output
 

@@ -52,7 +52,7 @@ def test_two_ranks_train_what_one_process_trains_and_resume(tmp_path, two_ranks,
     # Steps 3 and 4 of the single process come after it was interrupted.
     finished = train(1, tmp_path, rows=4)
     assert finished.returncode == 0, finished.stderr
-    for name in ("adapter_model.safetensors", "trainer_state.json"):
+    for name in ("adapter_model.safetensors", "manifest.json"):
         (tmp_path / "output" / "checkpoint-4" / name).unlink()
     resumed = train(1, tmp_path, "--resume", rows=4)
     assert resumed.returncode == 0, resumed.stderr

@@ -14,7 +14,7 @@ from rank_server import RankServer
 from small_chatglm import random_model, small_config
 from small_finetune import ROOT, STEPS, TRAIN, adapter, largest_difference, merged, prepare, write_config
 
-from helpers.finetune.loading import complete_checkpoints
+from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.packing import best_fit_packing
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.torchrun import torchrun_command
@@ -181,7 +181,7 @@ def test_published_files_run_unchanged_stop_at_ctrl_c_and_resume(tmp_path, data_
 def killed_while_saving(tmp_path, single) -> Path:
     """A copy of ``single`` as if it had been killed while it saved its second checkpoint: the configuration."""
     shutil.copytree(single, tmp_path / "output")
-    (tmp_path / "output" / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "output" / "checkpoint-4" / "manifest.json").unlink()
     return write_config(tmp_path, training_args={"per_device_train_batch_size": 8})
 
 

@@ -27,8 +27,9 @@ def main() -> None:
 
     from peft import PeftModel  # these are slow to import, and only needed after training
 
+    from helpers.finetune.checkpoints import complete_checkpoints
     from helpers.finetune.generate import answer
-    from helpers.finetune.loading import complete_checkpoints, load_for_inference
+    from helpers.finetune.loading import load_for_inference
     from helpers.libraries.quiet import quiet_libraries
 
     quiet_libraries()

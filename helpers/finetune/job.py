@@ -23,10 +23,11 @@ from helpers.finetune.dataset import (
     training_features,
     truncation_notes,
 )
-from helpers.finetune.loading import complete_checkpoints, read_quantization_bit
 from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
+from helpers.finetune.resume import agree_on_facts, resume_point
 from helpers.finetune.rows import find_split
+from helpers.finetune.same_training import check_same_training, training_facts
 from helpers.hardware import Machine, describe_machine, mixed_precision
 from helpers.memory.predict import read_shape
 from helpers.memory.predict.jobs import configuration_of
@@ -65,6 +66,7 @@ class Job:
         machine: This machine.
         tokenizer: The checkpoint's.
         data: The tokenised splits.
+        facts: What decides the training, for the checkpoints.
         notes: One line for each decision the files left open, and for each warning.
     """
 
@@ -77,29 +79,13 @@ class Job:
     machine: Machine
     tokenizer: ChatGLMTokenizer
     data: Data
+    facts: dict[str, Any]
     notes: list[str]
 
     @property
     def zero_stage(self) -> int:
         """The DeepSpeed file's ZeRO stage; 0 without a file."""
         return zero_stage(self.deepspeed)
-
-
-def _resume_point(output_dir: Path, resume: bool) -> Path | None:
-    """Find the checkpoint to continue from; None to start fresh.
-
-    Raises UserError if a fresh start would overwrite earlier results, or if there is nothing to resume.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {output_dir} is a file; give a folder")
-    if resume:
-        checkpoints = complete_checkpoints(output_dir)
-        if not checkpoints:
-            raise UserError(f"--resume: {output_dir} holds no finished checkpoint; start without --resume")
-        return checkpoints[-1]
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(f"output_dir {output_dir} is not empty; continue with --resume, or choose another --output-dir")
-    return None
 
 
 def _packing_note(packs: Dataset, capacity: int) -> str:
@@ -204,18 +190,24 @@ def prepare(
     check_quantization(config.quantization_bit, deepspeed)
     check_speed(config, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])
-    resume_from = _resume_point(output_dir, resume)
-    if resume_from is not None and read_quantization_bit(resume_from) != config.quantization_bit:
-        raise UserError(
-            f"{resume_from} was trained with quantization_bit {read_quantization_bit(resume_from)}, but {config_file} "
-            f"has {config.quantization_bit}; resume with the same, or start fresh in another folder"
-        )
+    resume_from = resume_point(output_dir, resume, ranks, notes)
     # Absolute, because the adapter records it as its base and may be read from another working directory.
     model = resolve_folder(model_dir).resolve()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         check_checkpoint(model)
     notes += [f"warning: {warning.message}" for warning in warned]
+    facts = training_facts(
+        config,
+        deepspeed,
+        precision=precision,
+        world_size=ranks.world_size,
+        model_dir=model,
+        train_file=find_split(data_dir, config.data.train_file),
+    )
+    agree_on_facts(facts, ranks)
+    if resume_from is not None:
+        notes += check_same_training(resume_from, facts, config_file)
     tokenizer = ChatGLMTokenizer.from_pretrained(model)
     data = _read_data(data_dir, config, tokenizer, notes)
     if config.checkpointing == AUTO:
@@ -223,4 +215,4 @@ def prepare(
         longest = min(data.reports[0].tokens.max, limits.max_length)
         config, note = _decide_checkpointing(config, deepspeed, model, machine, ranks, longest)
         notes.append(note)
-    return Job(config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, notes)
+    return Job(config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, facts, notes)

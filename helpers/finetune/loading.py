@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,14 @@ from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import check_quantization
 from helpers.errors import UserError
 from helpers.files import read_json_object
+from helpers.finetune.checkpoints import ADAPTER_FILES, complete_checkpoints, newest_intact, numbered_checkpoints
 from helpers.quantization.library import keep_layout, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
-# transformers writes it last: a checkpoint without it was not finished.
-LAST_FILE = "trainer_state.json"
 # An adapter is only right for the base that it was trained on, and PEFT's own file has no place for its bits.
 QUANTIZATION_FILE = "quantization.json"
 
 Model = PreTrainedModel | PeftModel
-
-
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoints that a run has finished.
-
-    Args:
-        output_dir: The run's output folder.
-
-    Returns:
-        The ``checkpoint-N`` folders, sorted by N; none if the folder does not exist.
-    """
-    numbered = [(p.name.split("-")[1], p) for p in output_dir.glob("checkpoint-*") if (p / LAST_FILE).is_file()]
-    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -54,10 +41,16 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         return resolve_folder(path)
     if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
         return folder
-    checkpoints = complete_checkpoints(folder)
-    if not checkpoints:
-        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}, no config.json and no finished checkpoint-N")
-    return checkpoints[-1]
+    left_out: list[str] = []
+    checkpoint = newest_intact(complete_checkpoints(folder), left_out, ADAPTER_FILES)
+    if checkpoint is None:
+        unfinished = numbered_checkpoints(folder)
+        hint = f"; {unfinished[-1].name} was not finished, name it to use it as it is" if unfinished else ""
+        hint = f"; {'; '.join(left_out)}" if left_out else hint
+        raise UserError(f"{folder} holds no {ADAPTER_CONFIG}, no config.json and no finished checkpoint-N{hint}")
+    for line in left_out:
+        print(line, file=sys.stderr)
+    return checkpoint
 
 
 def write_quantization_bit(checkpoint: Path, bits: int | None) -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -17,6 +19,8 @@ from helpers.errors import UserError
 from helpers.finetune.launchers import NAMES, rank_variables
 
 REPORTED, STOP_AT, ARRIVED, ALL_ARRIVED = "error_reported", "stop_at_step", "arrived", "all_arrived"
+FAILED = "error_of_a_rank"
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,39 @@ class Ranks:
         if self.store is not None:
             if self.store.add(ARRIVED, 1) == self.world_size:
                 self.store.set(ALL_ARRIVED, "1")
-            self.store.wait([ALL_ARRIVED], timedelta(hours=1))
+            self._wait_for(ALL_ARRIVED)
+
+    def share(self, key: str, value: str) -> str:
+        """Return rank 0's value on every rank; needs no process group.
+
+        Args:
+            key: A name that no other value has.
+            value: This rank's own.
+
+        Returns:
+            What rank 0 gave.
+
+        Raises:
+            UserError: Another rank has met an error meanwhile.
+        """
+        if self.store is None:
+            return value
+        if self.is_first:
+            self.store.set(key, value)
+            return value
+        self._wait_for(key)
+        return self.store.get(key).decode()
+
+    def _wait_for(self, key: str) -> None:
+        """Wait until a rank sets ``key``, but not beyond an error that a rank has reported."""
+        assert self.store is not None
+        try:
+            while not self.store.check([key]):
+                if self.store.check([FAILED]):
+                    raise UserError(self.store.get(FAILED).decode())
+                time.sleep(POLL_SECONDS)
+        except dist.DistNetworkError as error:
+            raise UserError("the host of rank 0 has left the job; its own output says why") from error
 
     def print_once(self, text: str) -> None:
         """Print a line on rank 0 only."""
@@ -118,6 +154,8 @@ class Ranks:
         reported = False
         if self.store is not None and not self.is_first:
             try:
+                # Rank 0 may be waiting, on another host: it prints the line instead.
+                self.store.compare_set(FAILED, "", f"rank {self.rank} on {socket.gethostname()}: {error}")
                 self.store.wait([REPORTED], timedelta(seconds=20))
                 reported = True
             except dist.DistNetworkError:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from helpers.errors import UserError
 from helpers.files import atomic_write
 from helpers.finetune.ranks import Ranks
 from helpers.memory.nvml import open_nvml
@@ -71,11 +72,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         path: The file.
 
     Returns:
-        One record per logged step or evaluation; an empty list if the file does not exist.
+        One record per logged step or evaluation; an empty list if the file does not exist. A last line that was only
+        half written is no record.
+
+    Raises:
+        UserError: Another line is not a record.
     """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is not a record of a step; delete the line") from error
+        records.append(record)
+    return records
 
 
 def format_time_left(seconds: float) -> str:

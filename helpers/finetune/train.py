@@ -145,6 +145,7 @@ def _build_trainer(
         answer_features=job.data.answers if job.config.predict_with_generate else None,
         max_new_tokens=job.config.max_new_tokens,
         quantization_bit=job.config.quantization_bit,
+        facts=job.facts,
         callbacks=[FirstStepMarker(), Recorder(job.output_dir / "metrics.jsonl", ranks, counter), stop],
     )
 
@@ -168,8 +169,6 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
     stop = StopOnSignal(ranks)
     stop.install()
     trainer = _build_trainer(job, ranks, model, arguments, stop)
-    if job.resume_from is not None:
-        ranks.print_once(f"resuming from {job.resume_from}")
     with phase("train"):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
     step = trainer.state.global_step

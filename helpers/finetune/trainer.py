@@ -12,16 +12,18 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from helpers.activations import CHECKPOINT_BYTES_IN_FLIGHT
 from helpers.activations.offload import OffloadedActivations
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError
+from helpers.finetune.checkpoints import Files, complete_checkpoints, describe_files, write_manifest
 from helpers.finetune.evaluate import generate_answers
-from helpers.finetune.loading import complete_checkpoints, write_quantization_bit
+from helpers.finetune.loading import write_quantization_bit
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
-from helpers.finetune.recorder import WorkCounter
+from helpers.finetune.recorder import WorkCounter, gather_objects
 from helpers.finetune.speed import evaluation_mode
 from helpers.memory.phases import phase
 from helpers.memory.units import MIB
@@ -46,6 +48,7 @@ class LoraTrainer(Trainer):
         answer_features: Prompts (``evaluation_features``) that are answered greedily and scored at each evaluation.
         max_new_tokens: Longest answer to generate.
         quantization_bit: Bits of the frozen base, recorded in every checkpoint; None if it is not quantised.
+        facts: What decides the training, recorded in every checkpoint.
         **kwargs: Arguments of ``transformers.Trainer``.
     """
 
@@ -61,6 +64,7 @@ class LoraTrainer(Trainer):
         answer_features: Dataset | None = None,
         max_new_tokens: int = 512,
         quantization_bit: int | None = None,
+        facts: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -70,6 +74,7 @@ class LoraTrainer(Trainer):
         self.answer_features = answer_features
         self.max_new_tokens = max_new_tokens
         self.quantization_bit = quantization_bit
+        self.facts = facts or {}
         self.remove_callback(PrinterCallback)  # the Recorder prints
         if self.label_smoother is not None:
             # Otherwise the Trainer decides by the model's class name whether labels are shifted already.
@@ -151,10 +156,10 @@ class LoraTrainer(Trainer):
         folder = self._output_dir / f"checkpoint-{self.state.global_step}"
         try:
             with phase("save"):
-                super()._save_checkpoint(model, trial)
+                self._save_whole_checkpoint(folder, model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
             # On a full disk torch.save raises a RuntimeError.
-            if isinstance(error, RuntimeError) and "write" not in str(error):
+            if isinstance(error, RuntimeError) and not any(part in str(error) for part in ("write", "unexpected pos")):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(self._output_dir).free / MIB
@@ -165,3 +170,25 @@ class LoraTrainer(Trainer):
             raise UserError(
                 f"{folder} could not be written ({error}; {free:,.0f} MiB free on its disk); {remedy}"
             ) from error
+
+    def _save_whole_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
+        """Save, declare the checkpoint complete when all ranks have, and only then remove older ones."""
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # of an earlier try, perhaps on more ranks: no file of it may stay
+        _broadcast(None)  # no rank writes before that
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        files: Files = {}
+        for of_rank in gather_objects(describe_files(folder, self.args.process_index)):
+            files |= of_rank
+        if self.args.should_save:
+            write_manifest(folder, files, self.facts)
+            rotate_checkpoints(
+                str(self._output_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.errors import UserError
+from helpers.files import drop_half_line
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PhaseLog:
         self.path = Path(path)
         self.rank = rank
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        drop_half_line(self.path)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
