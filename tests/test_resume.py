@@ -148,7 +148,7 @@ def test_if_every_checkpoint_is_damaged_each_reason_is_in_the_line(finished, res
         (output / "checkpoint-2" / "optimizer.pt").unlink()
         (output / "checkpoint-4" / "manifest.json").unlink()
 
-    with pytest.raises(UserError, match=r"no finished checkpoint \(.*checkpoint-4 was not.*\) \(.*optimizer.pt is m"):
+    with pytest.raises(UserError, match=r"no finished checkpoint \(.*checkpoint-4 was not.*; .*optimizer.pt is m"):
         resume(finished, damage=damage)
 
 
@@ -167,6 +167,21 @@ def test_a_run_resumed_after_damage_ends_where_the_first_one_did(tmp_path, finis
     assert {"load model", "train"} <= {phase.name for phase in read_phases([phases])}
     assert not (output / "checkpoint-4" / "rng_state_7.pth").exists()
     assert complete_checkpoints(output)[-1].name == "checkpoint-4"
+
+
+def test_a_run_of_deepspeed_resumed_after_damage_ends_where_the_first_one_did(
+    tmp_path, finished_zero_2, rank_server, data_dir, small_checkpoint
+):
+    output = shutil.copytree(finished_zero_2, tmp_path / "output")
+    shutil.rmtree(output / "checkpoint-4" / "global_step4")
+    config = write_config(tmp_path, **QUICK)
+    files = (data_dir, small_checkpoint, config, ZERO_2)
+    resumed = rank_server.run(TRAIN, *files, "--output-dir", output, "--resume", nprocs=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "checkpoint-4 is left out" in resumed.stdout and "resuming from" in resumed.stdout
+    assert largest_difference(adapter(output / "checkpoint-4"), adapter(finished_zero_2 / "checkpoint-4")) == 0
+    losses = [[r["loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (output, finished_zero_2)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ def find_damage(checkpoint: Path, only: tuple[str, ...] | None = None) -> str | 
             if file_hash(path) != digest:
                 return f"{name} is not what was written: its bytes have changed"
         except FileNotFoundError:
-            return f"{name} is missing"
+            of_rank = _owner(path.name)
+            hint = f" (rank {of_rank} wrote it: all hosts must share the output folder)" if of_rank else ""
+            return f"{name} is missing{hint}"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None

@@ -147,22 +147,24 @@ class Ranks:
             print(text, flush=True)
 
     def exit_with_error(self, error: UserError) -> NoReturn:
-        """End this rank with exit status 2 and one line on stderr, printed once even if every rank meets the error.
+        """End this rank with exit status 2 and one line on stderr, printed once per host even if every rank meets it.
 
-        torchrun ends all ranks as soon as one exits, so the others wait until rank 0 has printed the line.
+        torchrun ends all ranks as soon as one exits, so the others wait until rank 0 has printed the line. Ranks that
+        wait for another learn of the error, and end as well.
         """
         reported = False
+        if self.store is not None:
+            with contextlib.suppress(dist.DistError):
+                self.store.compare_set(FAILED, "", f"rank {self.rank} on {socket.gethostname()}: {error}")
         if self.store is not None and not self.is_first:
             try:
-                # Rank 0 may be waiting, on another host: it prints the line instead.
-                self.store.compare_set(FAILED, "", f"rank {self.rank} on {socket.gethostname()}: {error}")
                 self.store.wait([REPORTED], timedelta(seconds=20))
                 reported = True
             except dist.DistNetworkError:
                 reported = True  # rank 0 keeps the store if there is no torchrun, and has ended
             except dist.DistError:
                 pass  # rank 0 did not meet this error
-        if not reported:
+        if not reported or self.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if self.store is not None:
             with contextlib.suppress(dist.DistError):

@@ -56,7 +56,7 @@ def _newest(output_dir: Path, notes: list[str]) -> Path:
     left_out: list[str] = []
     checkpoint = newest_intact(numbered_checkpoints(output_dir), left_out)
     if checkpoint is None:
-        reasons = "".join(f" ({reason})" for reason in left_out)
+        reasons = f" ({'; '.join(left_out)})" if left_out else ""
         raise UserError(f"--resume: {output_dir} holds no finished checkpoint{reasons}; {FRESH}")
     notes += [*left_out, f"resuming from {checkpoint}"]
     return checkpoint
