@@ -17,7 +17,7 @@ from load_benchmark import load_benchmark
 from helpers.activations.chunked_loss import chunked_cross_entropy
 from helpers.chatglm3 import ChatGLM3Config
 from helpers.errors import UserError
-from helpers.finetune.results import SPEED_RESULTS, nvml_used, read_results
+from helpers.finetune.results import SPEED_RESULTS, by_way, nvml_used, read_results
 from helpers.memory.categories import ITEMS
 from helpers.memory.peak_bytes import PeakBytes
 from helpers.memory.predict import (
@@ -281,22 +281,17 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
 # What an H100 measured
 
 
-def job_of_the_benchmark(deepspeed):
-    """What finetune_6b.json measured on one GPU: transformers' loss and mask, torchrun's only rank a group of one.
-
-    It was measured before the job recomputed SiLU, let segments grow, and held one layer of ZeRO-3 at a time.
-    """
+def job_of_the_benchmark(deepspeed, ranks):
+    """What finetune_6b.json measured: transformers' loss and mask, and DeepSpeed's own limit of ZeRO-3."""
     # 183 tokens is the longest row of that benchmark.
-    job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=1, sequence_length=183)
-    strategy = job.strategy if deepspeed else Strategy("ddp", 1)
-    if strategy.zero_stage == 3:
-        strategy = dataclasses.replace(strategy, overlap_comm=True, max_live_parameters=400_000_000)
-    then = {"lean": False, "expandable_segments": False}
-    return dataclasses.replace(job, loss_chunk=None, padding_mask=True, strategy=strategy, **then)
+    job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=ranks, sequence_length=183)
+    strategy = dataclasses.replace(job.strategy, max_live_parameters=Strategy().max_live_parameters)
+    return dataclasses.replace(job, loss_chunk=None, padding_mask=True, strategy=strategy)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("run", "deepspeed"),
+    ("way", "deepspeed"),
     [
         ("DDP", None),
         ("ZeRO-2", ROOT / "configs" / "ds_zero_2.json"),
@@ -304,16 +299,17 @@ def job_of_the_benchmark(deepspeed):
         ("ZeRO-3", ROOT / "configs" / "ds_zero_3.json"),
     ],
 )
-def test_the_6b_job_is_within_five_percent_of_what_one_h100_measured(run, deepspeed):
-    measured = read_results()["runs"][run]
-    prediction = predict(job_of_the_benchmark(deepspeed))
-    assert prediction.allocated / GIB == pytest.approx(measured["torch_allocated_gib"][0], rel=0.01)
-    assert prediction.total / GIB == pytest.approx(nvml_used(measured), rel=0.05)
+def test_the_6b_job_is_within_one_percent_of_what_h100s_measured(way, deepspeed, ranks):
+    measured = by_way(read_results())[way][ranks]
+    prediction = predict(job_of_the_benchmark(deepspeed, ranks))
+    assert prediction.allocated / GIB == pytest.approx(max(measured["torch_allocated_gib"]), rel=0.01)
+    assert prediction.total / GIB == pytest.approx(nvml_used(measured), rel=0.01)
 
 
 def test_published_buckets_cost_less_than_their_size():
     small, published = (
-        predict(job_of_the_benchmark(path)) for path in (ROOT / "configs" / "ds_zero_2.json", PUBLISHED_DEEPSPEED)
+        predict(job_of_the_benchmark(path, ranks=1))
+        for path in (ROOT / "configs" / "ds_zero_2.json", PUBLISHED_DEEPSPEED)
     )
     assert small.peak_phase == LOSS_BACKWARD and published.peak_phase == FIRST_GRADIENT
     assert published.items["communication buffers"] == 2 * 500_000_000 * 2
@@ -359,14 +355,13 @@ def test_the_results_file_holds_what_the_formulas_say_today(script):
     assert json.loads(json.dumps(again)) == MEASURED
 
 
-def test_the_trainers_zero_3_has_two_communicators_and_one_process_none():
-    def nccl(*args, **changes) -> int:
-        return predict(Configuration(precision="bf16", strategy=Strategy(*args, **changes))).items["NCCL"]
+def test_every_strategy_shares_one_communicator_and_one_process_has_none():
+    def nccl(*strategy) -> int:
+        return predict(Configuration(precision="bf16", strategy=Strategy(*strategy))).items["NCCL"]
 
-    shared, own = nccl("zero-3", 1), nccl("zero-3", 1, communicators=2)
-    assert nccl("single") == 0 and shared == nccl("zero-2", 1) == nccl("ddp", 1)
-    assert (own - shared) / GIB == pytest.approx(1.802 - 1.306, abs=0.01)
-    assert nccl("zero-3", 2, communicators=2) == 2 * nccl("zero-3", 2)
+    assert nccl("single") == 0
+    for ranks in (1, 2):
+        assert nccl("zero-3", ranks) == nccl("zero-2", ranks) == nccl("ddp", ranks) > 0
 
 
 def test_ddps_first_buckets_stay_until_the_second_steps_first_reduction():
@@ -628,9 +623,7 @@ def test_a_jobs_files_with_auto_and_offload(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
     job = read_job(ROOT / "configs/lora.yaml", path, shape=ModelShape(), world_size=2, sequence_length=64)
-    expected = Strategy(
-        "zero-3", 2, reduce_bucket_size=4096**2, overlap_comm=True, offload_optimizer=True, communicators=2
-    )
+    expected = Strategy("zero-3", 2, reduce_bucket_size=4096**2, overlap_comm=True, offload_optimizer=True)
     assert job.strategy == expected
 
 

@@ -72,10 +72,7 @@ def memory_parts(run: dict[str, Any]) -> dict[str, float]:
     allocated, reserved = run["torch_allocated_gib"][gpu], run["torch_reserved_gib"][gpu]
     used = run["nvml_peak_gib"][gpu] - run["nvml_before_gib"][gpu]
     adapter = TRAINED_BYTES * run["trainable_parameters"] / GIB
-    if "loaded_gib" in run:
-        weights = run["loaded_gib"] - ADAPTER_WEIGHT_BYTES * run["trainable_parameters"] / GIB
-    else:
-        weights = 2 * run["frozen_parameters"] / GIB / (run["ranks"] if run["zero_stage"] == 3 else 1)
+    weights = run["loaded_gib"] - ADAPTER_WEIGHT_BYTES * run["trainable_parameters"] / GIB
     buckets = run["bucket_bytes"] / GIB
     return {
         "parameters": weights,
@@ -90,8 +87,8 @@ def memory_parts(run: dict[str, Any]) -> dict[str, float]:
 def by_way(results: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """Group the runs of ``finetune_6b.json`` by the way to train: ``{way: {number of GPUs: run}}``."""
     ways: dict[str, dict[int, dict[str, Any]]] = {}
-    for label, run in results["runs"].items():
-        ways.setdefault(run.get("name", label), {})[run["ranks"]] = run
+    for run in results["runs"].values():
+        ways.setdefault(run["name"], {})[run["ranks"]] = run
     return ways
 
 
@@ -133,8 +130,6 @@ def markdown_table(results: dict[str, Any]) -> str:
         "Padding is not counted as tokens. Speeds are medians over the intervals of a run: if two ranges overlap, do "
         "not conclude which is faster. NVML's peaks are without what the GPU used before."
     )
-    if counts == [1]:
-        lines[-1] += " With one rank there is nobody to share with: DDP sends nothing, and ZeRO partitions nothing."
     return "\n".join(lines)
 
 
@@ -156,7 +151,7 @@ def gpu_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for count, size in GPU_SIZES:
-        runs = [run for run in results["runs"].values() if run["ranks"] == count and "config" in run]
+        runs = [run for run in results["runs"].values() if run["ranks"] == count]
         fitting = [run for run in runs if nvml_used(run) <= size * USABLE_SHARE]
         if fitting:
             best = max(fitting, key=lambda run: run["tokens_per_second_per_gpu"])

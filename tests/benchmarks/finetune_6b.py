@@ -42,7 +42,7 @@ LIMIT = 240  # seconds per run
 PLAIN = {"loss_chunk": 0, "padding_mask": True}
 ZERO_2, ZERO_3 = ROOT / "configs" / "ds_zero_2.json", ROOT / "configs" / "ds_zero_3.json"
 PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"
-RECORDED = "evaluated and saved"
+RECORDED = "lora.yaml, evaluated and saved"
 
 
 @dataclass(frozen=True)

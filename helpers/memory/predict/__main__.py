@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 from helpers.errors import UserError, exit_with_one_line, positive_int
-from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import (
     KINDS,
     PRECISIONS,
@@ -98,8 +97,7 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
             if getattr(arguments, name) is not None:
                 raise UserError(f"{_option(name)} belongs to LoRA, but --full trains without it; drop one of them")
     kind = arguments.strategy or ("single" if arguments.gpus == 1 else "ddp")
-    communicators = constants.TRAINER_ZERO_3_COMMUNICATORS if kind == "zero-3" else 1
-    strategy = Strategy(kind, arguments.gpus, communicators=communicators)
+    strategy = Strategy(kind, arguments.gpus)
     lora = Lora()
     dropout = lora.dropout if arguments.dropout is None else arguments.dropout
     return Configuration(

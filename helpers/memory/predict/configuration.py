@@ -59,8 +59,6 @@ class Strategy:
         sub_group_size: ZeRO-3's optimizer steps on this many parameters at a time.
         offload_optimizer: Whether optimizer states are in host memory.
         offload_parameters: Whether parameters are in host memory.
-        communicators: NCCL communicators: one if everything shares torch's group; the Trainer makes two for ZeRO-3. A
-            single process has none.
     """
 
     kind: str = "single"
@@ -71,13 +69,10 @@ class Strategy:
     sub_group_size: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    communicators: int = 1
 
     def __post_init__(self) -> None:
         check_choice(self, "kind", KINDS)
-        check_positive(
-            self, "world_size", "reduce_bucket_size", "max_live_parameters", "sub_group_size", "communicators"
-        )
+        check_positive(self, "world_size", "reduce_bucket_size", "max_live_parameters", "sub_group_size")
         if self.kind == "single" and self.world_size > 1:
             raise UserError(
                 f"Strategy: kind is single but world_size is {self.world_size}; choose ddp or one of zero-1, -2, -3"

@@ -11,22 +11,18 @@ from helpers.memory.units import GIB, MIB
 CUDA_CONTEXT = int(0.74 * GIB)
 # The same process before and after its first all-reduce in a group of one rank: 911 and 1473 MiB.
 NCCL_ONE_RANK = 562 * MIB
-# A further communicator of a group of one rank: finetune_6b.json's ZeRO-3 (1.802 GiB outside torch) less its DDP and
-# ZeRO-2 (1.306). An all-reduce alone in a second group took 390 MiB; DeepSpeed also gathers and scatters.
-NCCL_ONE_RANK_FURTHER = int(0.496 * GIB)
-# Two H100s over NVLink: NVML before and after the first all-reduce, 1.08 and 1.90 GiB.
+# Two H100s over NVLink: NVML before and after the first all-reduce, 1.08 and 1.90 GiB. In
+# finetune_6b.json, one communicator serves DDP, ZeRO-2 and ZeRO-3: 1.56 to 1.58 GiB outside torch with the context.
 NCCL_SEVERAL_RANKS = int(0.82 * GIB)
-# The Trainer sets up DeepSpeed's ZeRO-3 before torch's group is shared, so each has its own (finetune_6b.json).
-TRAINER_ZERO_3_COMMUNICATORS = 2
-
 # torch's default on Hopper, aten/src/ATen/cuda/CublasHandlePool.cpp: 4096 KiB x 8. Counted in torch's allocated bytes.
 CUBLAS_WORKSPACE = 32 * MIB
 # A workspace belongs to a handle and a handle to a thread: the caller's, and autograd's (the same file).
 CUBLAS_THREADS = 2
 
-# Sequences of different lengths in each batch leave holes that the next batch's tensors do not fit. finetune_6b.json:
-# reserved less allocated is 1.60, 1.60, 1.46 and 1.50 GiB, with 3.53, 3.53, 3.46 and 5.00 GiB of activations: the mean.
-# It depends on which lengths follow each other: notebooks/results/prediction.json has shares from 0.1 to 0.8.
+# With the default allocator, sequences of different lengths in each batch leave holes that the next batch's tensors do
+# not fit. The 6B job on one H100 (DDP, ZeRO-2 with small and published buckets, ZeRO-3): reserved less allocated was
+# 1.60, 1.60, 1.46 and 1.50 GiB, with 3.53, 3.53, 3.46 and 5.00 GiB of activations: the mean. It depends on which
+# lengths follow each other: notebooks/results/prediction.json has shares from 0.1 to 0.8. Growing segments leave hardly any.
 FRAGMENTED_SHARE_OF_ACTIVATIONS = 0.40
 
 # A choice, not a measurement: the share that a job that "fits" leaves free, because predictions are good to 5 %.

@@ -7,7 +7,6 @@ from helpers.config.compatibility import choose_precision
 from helpers.config.deepspeed import choose_deepspeed_file, read_deepspeed_config
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
-from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import Configuration, Lora, Strategy
 from helpers.memory.predict.model_shape import ModelShape
 
@@ -116,7 +115,6 @@ def _strategy(deepspeed: dict[str, Any], world_size: int, shape: ModelShape, sou
         sub_group_size=elements("sub_group_size", defaults.sub_group_size, defaults.sub_group_size),
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
-        communicators=constants.TRAINER_ZERO_3_COMMUNICATORS if stage == 3 else 1,
     )
 
 

@@ -165,7 +165,6 @@ def _strategies(world_size: int) -> Iterator[Strategy]:
         world_size,
         reduce_bucket_size=SMALL_BUCKET,
         max_live_parameters=LIVE_PARAMETERS,
-        communicators=constants.TRAINER_ZERO_3_COMMUNICATORS,
     )
     if world_size == 1:
         yield Strategy("single")

@@ -73,7 +73,7 @@ def _outside_torch(strategy: Strategy) -> dict[str, int]:
     if strategy.kind == "single":
         nccl = 0
     elif strategy.world_size > 1:
-        nccl = strategy.communicators * constants.NCCL_SEVERAL_RANKS
+        nccl = constants.NCCL_SEVERAL_RANKS
     else:
-        nccl = constants.NCCL_ONE_RANK + (strategy.communicators - 1) * constants.NCCL_ONE_RANK_FURTHER
+        nccl = constants.NCCL_ONE_RANK
     return {"CUDA context": constants.CUDA_CONTEXT, "NCCL": nccl}
