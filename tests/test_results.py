@@ -5,8 +5,8 @@ import json
 import pytest
 
 from helpers.errors import UserError
+from helpers.finetune.readme import END, with_table, with_tables
 from helpers.finetune.results import (
-    END,
     ROOT,
     SPEED_RESULTS,
     by_way,
@@ -15,11 +15,10 @@ from helpers.finetune.results import (
     memory_figure,
     memory_parts,
     nvml_used,
+    offload_table,
     read_results,
     run_figure,
     speed_figure,
-    with_table,
-    with_tables,
 )
 from helpers.memory.units import GIB
 
@@ -134,14 +133,23 @@ def test_the_table_puts_one_and_two_gpus_into_one_line(one_and_two_gpus):
 
 def test_the_gpu_table_has_the_fastest_run_that_fits_each_size(one_and_two_gpus):
     lines = gpu_table(one_and_two_gpus).splitlines()[2:]
-    assert lines == [
-        "| 8 GB | small | 7.00 | 100 |",
-        "| 12 GB | small | 7.00 | 100 |",
-        "| 16 GB | small | 7.00 | 100 |",  # 15.5 of 16 would be more than 95 %
-        "| 24 GB | middle | 15.50 | 5,000 |",
-        "| 2 x 24 GB | sharded | 20.00 | 300 |",
-        "| 80 GB | fast | 30.00 | 9,000 |",
+    assert lines[:6] == [
+        "| 8 GB | small | 7.00 | 100 (90 to 110) |",
+        "| 12 GB | small | 7.00 | 100 (90 to 110) |",
+        "| 16 GB | small | 7.00 | 100 (90 to 110) |",  # 15.5 of 16 would be more than 95 %
+        "| 24 GB | middle | 15.50 | 5,000 (4,990 to 5,010) |",
+        "| 2 x 24 GB | sharded | 20.00 | 300 (290 to 310) |",
+        "| 80 GB | fast | 30.00 | 9,000 (8,990 to 9,010) |",
     ]
+    assert lines[7].startswith("2 x GPU, random weights of the full size, examples of 133 tokens")
+
+
+def test_the_offload_table_has_a_line_per_setting():
+    run = {"setting": {"deepspeed": "ds.json"}, "tokens_per_gpu_and_step": 8192, "tokens_per_second_per_gpu": 489.1}
+    run |= {"nvml_peak": [2 * GIB, 3.5 * GIB], "host_bytes": 148 * GIB}
+    lines = offload_table({"parameters": 6_243_584_000, "settings": {"small": run}}).splitlines()
+    assert lines[0].startswith("| all 6.24 billion parameters |")
+    assert lines[2:] == ["| small, `ds.json` | 8,192 | 489 | 3.50 | 148 |"]
 
 
 def test_weights_are_what_was_loaded_without_the_adapter(one_and_two_gpus):

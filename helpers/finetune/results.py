@@ -1,6 +1,4 @@
-"""Present the measurements of the 6B fine-tune, as tables and figures for the README and chapter 14.
-
-python -m helpers.finetune.results    writes the tables between their markers in README.md, and the README's figure
+"""Present the measurements of the 6B model, as tables and figures for the README and chapter 14.
 
 Nothing else in this package uses it.
 """
@@ -9,22 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import UserError, exit_with_one_line
-from helpers.files import atomic_write
+from helpers.errors import UserError
 from helpers.memory.phases import Phase
 from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
-from helpers.plots import CourseFigure, memory_bars, memory_timeline, rates_and_memory, save_figure
+from helpers.plots import CourseFigure, memory_bars, memory_timeline, rates_and_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "finetune_6b.json"
 TIMELINE = RESULTS.with_name("finetune_6b_timeline.json")
 SAME_FINETUNE = RESULTS.with_name("same_finetune.json")
 SPEED_RESULTS = RESULTS.with_name("speed_6b.json")
-SPEED_FIGURE = RESULTS.with_name("speed_6b.png")
+OFFLOAD_RESULTS = RESULTS.with_name("offload_6b.json")
 # What the README shows of the speed benchmark; chapter 14 shows the rest.
 HEADLINES = ("published recipe", "packing", "lora_fast.yaml: packing, compiled layers")
-END = "<!-- end of results -->"
 # GiB: what ChatGLM3's authors state for their recipe, and a common GPU size.
 MEMORY_MARKS = {"published: 14,082 MiB": 14082 / 1024, "24 GB": 24.0}
 # Per trainable parameter, in fp32: weight, gradient, and Adam's two moments.
@@ -110,7 +106,6 @@ def markdown_table(results: dict[str, Any]) -> str:
     Returns:
         The table and a paragraph on the machine.
     """
-    gpus = results["machine"]["gpus"]
     counts = sorted({run["ranks"] for run in results["runs"].values()})
     heads = [
         head
@@ -121,16 +116,19 @@ def markdown_table(results: dict[str, Any]) -> str:
     for way, runs in by_way(results).items():
         found = [text for c in counts for text in ((_rate(runs[c]), _peaks(runs[c])) if c in runs else ("", ""))]
         lines.append(" | ".join((f"| {way}", *found)) + " |")
-    versions = results["machine"]["versions"]
+    lines += ["", _measured_on(results)]
+    return "\n".join(lines)
+
+
+def _measured_on(results: dict[str, Any]) -> str:
+    gpus, versions = results["machine"]["gpus"], results["machine"]["versions"]
     weights = "random weights of the full size" if results["random_weights"] else "the published weights"
-    lines.append("")
-    lines.append(
+    return (
         f"{len(gpus)} x {gpus[0]['name']}, {weights}, examples of {results['mean_tokens']:.0f} tokens on average; "
         f"torch {versions['torch']}, transformers {versions['transformers']}, deepspeed {versions['deepspeed']}. "
         "Padding is not counted as tokens. Speeds are medians over the intervals of a run: if two ranges overlap, do "
         "not conclude which is faster. NVML's peaks are without what the GPU used before."
     )
-    return "\n".join(lines)
 
 
 def _gpus(count: int) -> str:
@@ -144,10 +142,10 @@ def gpu_table(results: dict[str, Any]) -> str:
         results: Contents of ``finetune_6b.json``, measured on larger GPUs.
 
     Returns:
-        The table. A size that no run fits has no line.
+        The table, and a paragraph on the machine. A size that no run fits has no line.
     """
     lines = [
-        "| your GPUs | the fastest measured run that fits | NVML peak, GiB | tokens/s per GPU |",
+        "| your GPUs | the fastest measured run that fits | NVML peak, GiB | tokens/s per GPU (slowest to fastest) |",
         "|---|---|---|---|",
     ]
     for count, size in GPU_SIZES:
@@ -156,10 +154,8 @@ def gpu_table(results: dict[str, Any]) -> str:
         if fitting:
             best = max(fitting, key=lambda run: run["tokens_per_second_per_gpu"])
             gpus = f"{size} GB" if count == 1 else f"{count} x {size} GB"
-            lines.append(
-                f"| {gpus} | {best['name']} | {nvml_used(best):.2f} | {best['tokens_per_second_per_gpu']:,.0f} |"
-            )
-    return "\n".join(lines)
+            lines.append(f"| {gpus} | {best['name']} | {nvml_used(best):.2f} | {_rate(best)} |")
+    return "\n".join([*lines, "", _measured_on(results)])
 
 
 def _weights(results: dict[str, Any]) -> str:
@@ -261,30 +257,24 @@ def speed_figure(results: dict[str, Any]) -> CourseFigure:
     )
 
 
-def with_table(text: str, name: str, table: str) -> str:
-    """Return ``text`` with ``table`` between the markers of ``name``; raise UserError if it has no such markers."""
-    marker = f"<!-- results: {name} -->"
-    before, begin, rest = text.partition(marker)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"README.md has no place for the table; put {marker} and {END} where it should go")
-    return f"{before}{marker}\n{table}\n{END}{after}"
+def offload_table(results: dict[str, Any]) -> str:
+    """Format the runs that train all parameters with the optimizer in host memory, as a Markdown table.
 
+    Args:
+        results: Contents of ``offload_6b.json``.
 
-def with_tables(text: str) -> str:
-    """Return the README's ``text`` with the newest measurements."""
-    text = with_table(text, RESULTS.stem, markdown_table(read_results()))
-    return with_table(text, SPEED_RESULTS.stem, speed_table(read_results(SPEED_RESULTS)))
-
-
-def main() -> None:
-    """Update README.md and its figure."""
-    readme = ROOT / "README.md"
-    text = with_tables(readme.read_text(encoding="utf-8"))
-    with atomic_write(readme) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    save_figure(speed_figure(read_results(SPEED_RESULTS)), SPEED_FIGURE)
-
-
-if __name__ == "__main__":
-    exit_with_one_line(main)
+    Returns:
+        The table.
+    """
+    lines = [
+        f"| all {results['parameters'] / 1e9:.2f} billion parameters | tokens per GPU and step | tokens/s per GPU "
+        "| NVML peak, GiB per GPU | host memory, GiB in all |",
+        "|---|---|---|---|---|",
+    ]
+    for name, run in results["settings"].items():
+        lines.append(
+            f"| {name}, `{run['setting']['deepspeed']}` | {run['tokens_per_gpu_and_step']:,} "
+            f"| {run['tokens_per_second_per_gpu']:,.0f} | {max(run['nvml_peak']) / GIB:.2f} "
+            f"| {run['host_bytes'] / GIB:.0f} |"
+        )
+    return "\n".join(lines)

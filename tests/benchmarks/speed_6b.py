@@ -3,7 +3,7 @@
     python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--results notebooks/results/speed_6b.json]
 
 Every run is the ordinary command on the same examples, of AdvertiseGen's length, one run after the other;
-``python -m helpers.finetune.results`` then draws the figure and writes the README's table. CHECKPOINT is a folder in
+``python -m helpers.finetune.readme`` then draws the figure and writes the README's table. CHECKPOINT is a folder in
 the published layout; if it does not exist, one with random weights is written there. Needs a GPU with 80 GiB for two
 packs of 4,096 tokens at once. ``--only`` selects the runs whose names contain one of the texts.
 """

@@ -22,7 +22,7 @@ CUBLAS_THREADS = 2
 # With the default allocator, sequences of different lengths in each batch leave holes that the next batch's tensors do
 # not fit. The 6B job on one H100 (DDP, ZeRO-2 with small and published buckets, ZeRO-3): reserved less allocated was
 # 1.60, 1.60, 1.46 and 1.50 GiB, with 3.53, 3.53, 3.46 and 5.00 GiB of activations: the mean. It depends on which
-# lengths follow each other: notebooks/results/prediction.json has shares from 0.1 to 0.8. Growing segments leave hardly any.
+# lengths follow each other: prediction.json has shares from 0.1 to 0.8. Growing segments leave hardly any.
 FRAGMENTED_SHARE_OF_ACTIVATIONS = 0.40
 
 # A choice, not a measurement: the share that a job that "fits" leaves free, because predictions are good to 5 %.

@@ -1,0 +1,68 @@
+"""Write the newest measurements into README.md: tables between their markers, and its figures.
+
+python -m helpers.finetune.readme
+"""
+
+from helpers.errors import UserError, exit_with_one_line
+from helpers.files import atomic_write
+from helpers.finetune.results import (
+    OFFLOAD_RESULTS,
+    RESULTS,
+    ROOT,
+    SPEED_RESULTS,
+    gpu_table,
+    memory_figure,
+    offload_table,
+    read_results,
+    run_figure,
+    speed_figure,
+    speed_table,
+)
+from helpers.plots import save_figure
+
+END = "<!-- end of results -->"
+TABLES = {RESULTS: gpu_table, SPEED_RESULTS: speed_table, OFFLOAD_RESULTS: offload_table}
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """Put a table between its markers.
+
+    Args:
+        text: Of the README.
+        name: Of the table, in the marker that begins it.
+        table: What to put there.
+
+    Returns:
+        The text with the table.
+
+    Raises:
+        UserError: The text has no such markers.
+    """
+    marker = f"<!-- results: {name} -->"
+    before, begin, rest = text.partition(marker)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"README.md has no place for the table; put {marker} and {END} where it should go")
+    return f"{before}{marker}\n{table}\n{END}{after}"
+
+
+def with_tables(text: str) -> str:
+    """Return the README's ``text`` with the newest measurements."""
+    for path, table in TABLES.items():
+        text = with_table(text, path.stem, table(read_results(path)))
+    return text
+
+
+def main() -> None:
+    """Update README.md and its figures."""
+    readme = ROOT / "README.md"
+    text = with_tables(readme.read_text(encoding="utf-8"))
+    with atomic_write(readme) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    save_figure(run_figure(), RESULTS.with_name("finetune_6b_timeline.png"))
+    save_figure(memory_figure(read_results()), RESULTS.with_name("finetune_6b.png"))
+    save_figure(speed_figure(read_results(SPEED_RESULTS)), RESULTS.with_name("speed_6b.png"))
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
