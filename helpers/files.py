@@ -4,6 +4,7 @@ import codecs
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, count
@@ -53,6 +54,35 @@ def check_new_folder(path: str | Path) -> None:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} {'is not empty' if path.is_dir() else 'is a file'}; name a new folder")
+
+
+def check_writable_folder(path: str | Path, remedy: str) -> None:
+    """Make a folder that does not exist, write into it, and remove again what was made.
+
+    Args:
+        path: The folder.
+        remedy: What to do if that is not possible; it ends the error message.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    path = Path(path)
+    made = []
+    try:
+        for folder in (*reversed(path.parents), path):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise UserError(f"{path} cannot be made: {folder} is no folder; {remedy}")
+            if not folder.is_dir():
+                folder.mkdir()
+                made.append(folder)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path} cannot be made or written to ({reason}); {remedy}") from error
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 def check_disk_space(path: str | Path, needed_bytes: int) -> None:

@@ -396,6 +396,20 @@ def test_an_index_that_is_none_is_named(tmp_path, content):
         check_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 3, None])
+def test_an_index_names_files_of_its_folder_only(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_published(folder, SMALL, published_weights(SMALL), *FORMS[1])
+    next(folder.glob("*-00001-*")).rename(tmp_path / "outside.safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {key: name if "00001" in file else file for key, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"which is no file of this folder; download it again"):
+        check_checkpoint(folder)
+
+
 def test_a_file_of_something_else_is_named(tmp_path):
     write_published(tmp_path, SMALL, published_weights(SMALL), *FORMS[2])
     torch.save([1, 2, 3], tmp_path / "pytorch_model.bin")

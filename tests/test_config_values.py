@@ -150,6 +150,19 @@ def test_values_that_files_really_have_are_accepted():
     assert parsed("peft_config: {r: 8, init_lora_weights: pissa_niter_4}").lora["init_lora_weights"] == "pissa_niter_4"
 
 
+def test_a_yaml_file_that_grows_without_end_is_refused_at_once(tmp_path):
+    levels = "\n".join(f"    k{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))
+    grown = f"training_args:\n  lr_scheduler_kwargs:\n    k0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n{levels}\n"
+    endless = "training_args:\n  lr_scheduler_kwargs: &a\n    k: *a\n"
+    for text in (grown, endless):
+        path = tmp_path / "my.yaml"
+        path.write_text(f"peft_config: {{r: 8}}\n{text}")
+        with pytest.raises(UserError, match="refers to itself, or to so much"):
+            read_finetune_config(path)
+    path.write_text("peft_config: {r: &r 8, lora_alpha: *r}\ntraining_args: {seed: *r}\n")
+    assert read_finetune_config(path).lora["lora_alpha"] == 8
+
+
 def test_files_that_cannot_be_read_as_text_are_one_line(tmp_path):
     path = tmp_path / "gbk.yaml"
     path.write_bytes("# 配置\npeft_config: {r: 8}\n".encode("gbk"))

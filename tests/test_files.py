@@ -1,9 +1,11 @@
 """helpers.files: the old file or the new one."""
 
+from pathlib import Path
+
 import pytest
 
 from helpers.errors import UserError
-from helpers.files import atomic_folder, atomic_write
+from helpers.files import atomic_folder, atomic_write, check_writable_folder
 
 
 def test_replaces_in_one_step_and_makes_folders(tmp_path):
@@ -24,6 +26,29 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         raise OSError("disk full")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_nothing_is_left(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("")
+    link.symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    refused = [
+        file,
+        file / "x",
+        link,
+        link / "x",
+        tmp_path / ("long" * 100),
+        tmp_path / "a" / "zero\0",
+        Path("/proc/x"),
+    ]
+    for path in refused:
+        with pytest.raises(UserError, match="; name another") as caught:
+            check_writable_folder(path, "name another")
+        assert "\n" not in str(caught.value)
+    check_writable_folder(tmp_path / "new" / "folder", "name another")
+    check_writable_folder(tmp_path, "name another")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):

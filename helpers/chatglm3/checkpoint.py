@@ -138,6 +138,12 @@ def _weight_files(folder: Path) -> list[Path]:
             weight_map = read_json_object(path, f"no file {path}", remedy=DOWNLOAD_AGAIN).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{folder / index} has no weight_map; download it again")
+            for name in weight_map.values():
+                # A path would lead to any file of this machine. The Hub's cache has links, under plain names.
+                if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                    raise UserError(
+                        f"{path}: weight_map names {name!r}, which is no file of this folder; download it again"
+                    )
             files = [folder / name for name in sorted(set(weight_map.values()))]
             absent = [file.name for file in files if not file.is_file()]
             if absent:

@@ -78,6 +78,8 @@ def training_block(block: dict[str, Any], source: str, notes: list[str], *, scor
     training = settle(training, IGNORED_TRAINING, REFUSED_TRAINING, where, notes)
     check_training(training, scored=scored, where=where)
     training["output_dir"] = training.get("output_dir") or "./output"
+    if training.get("save_strategy") == "no":
+        notes.append("save_strategy no: the adapter is not kept")
     if "seed" not in training:
         training["seed"] = DEFAULT_SEED
         notes.append(f"no seed given: seed {DEFAULT_SEED}")

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from helpers.config.deepspeed import AUTO, precision_switch, zero_stage
+from helpers.config.deepspeed_optimizer import optimizer_contradictions
 from helpers.config.finetune import FinetuneConfig
 from helpers.errors import UserError
 
@@ -28,20 +29,18 @@ def contradictions(deepspeed: Mapping[str, Any], training: Mapping[str, Any], wo
 
     micro_batch_size, accumulation = setting("per_device_train_batch_size"), setting("gradient_accumulation_steps")
     batch_size = micro_batch_size * accumulation * world_size
-    optimizer = deepspeed.get("optimizer", {}).get("params", {})
     pairs = [
         ("train_micro_batch_size_per_gpu", deepspeed, "per_device_train_batch_size", micro_batch_size),
         ("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", accumulation),
         ("gradient_clipping", deepspeed, "max_grad_norm", setting("max_grad_norm")),
         ("train_batch_size", deepspeed, f"the batch of {world_size} ranks", batch_size),
-        ("lr", optimizer, "learning_rate", setting("learning_rate")),
-        ("weight_decay", optimizer, "weight_decay", setting("weight_decay")),
     ]
     found = [
         f"{key} is {block[key]} but {name} is {value}"
         for key, block, name, value in pairs
         if block.get(key, AUTO) not in (AUTO, value)
     ]
+    found += optimizer_contradictions(deepspeed, training)
     for precision in ("fp16", "bf16"):
         enabled = precision_switch(deepspeed, precision)
         if enabled is not None and precision in training and enabled != bool(training[precision]):

@@ -10,9 +10,6 @@ from pydantic import BaseModel, ValidationError
 from helpers.config.deepspeed import AUTO
 from helpers.errors import UserError
 
-# Optimizers that compress gradients with a backend of their own; they go neither with ZeRO nor with gloo.
-_COMPRESSING = ("onebitadam", "zerooneadam", "onebitlamb")
-
 
 def check_deepspeed_values(config: Mapping[str, Any], path: Path) -> None:
     """Check the blocks that DeepSpeed declares as models: ``zero_optimization``, ``fp16`` and ``bf16``.
@@ -28,9 +25,6 @@ def check_deepspeed_values(config: Mapping[str, Any], path: Path) -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    kind = config.get("optimizer", {}).get("type", "AdamW")
-    if str(kind).lower() in _COMPRESSING:
-        raise UserError(f"{path}: optimizer.type {kind!r} is not supported; use AdamW")
     models: dict[str, type[BaseModel]] = {
         "zero_optimization": DeepSpeedZeroConfig,
         "fp16": DeepSpeedFP16Config,

@@ -5,6 +5,7 @@ options that transformers has renamed since are translated; ``FinetuneConfig.not
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ TOP_KEYS = (
     *("quantization_bit", "speed", "training_args", "peft_config"),
 )
 QUANTIZATION_BITS = (8, 4)
+MOST_VALUES = 10_000  # of a file with its aliases written out: nine levels of nine aliases are 387 million
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,17 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
     )
 
 
+def _written_out(value: Any, sizes: dict[int, float]) -> float:
+    """Count the values of a YAML document with each alias (``*name``) written out; infinity if one is inside itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf  # until all of it is counted
+        inside = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_written_out(item, sizes) for item in inside)
+    return sizes[id(value)]
+
+
 def read_finetune_config(path: Path) -> FinetuneConfig:
     """Read a ``lora.yaml``.
 
@@ -237,7 +250,11 @@ def read_finetune_config(path: Path) -> FinetuneConfig:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold keys and values, not {raw!r}")
+        raise UserError(f"{path} must hold keys and values, not {type(raw).__name__}")
+    if _written_out(raw, {}) > MOST_VALUES:
+        raise UserError(
+            f"{path} refers to itself, or to so much that it has over {MOST_VALUES:,} values; write them out"
+        )
     return parse_finetune_config(raw, str(path))
 
 

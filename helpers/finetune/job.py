@@ -12,6 +12,7 @@ from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import check_quantization, check_speed, choose_precision, contradictions
 from helpers.config.deepspeed import AUTO, choose_deepspeed_file, read_deepspeed_config, zero_stage
+from helpers.config.deepspeed_optimizer import check_deepspeed_optimizer
 from helpers.config.deepspeed_schema import check_deepspeed_values
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
@@ -183,7 +184,8 @@ def prepare(
     notes = [*machine.notes, *config.notes]
     hardware = "no" if config.training.get("use_cpu") else mixed_precision(machine)
     precision = choose_precision(config.training, deepspeed, hardware)
-    if deepspeed is not None:
+    if deepspeed is not None and deepspeed_file is not None:
+        check_deepspeed_optimizer(deepspeed, config.training, deepspeed_file, notes)
         found = contradictions(deepspeed, config.training, ranks.world_size)
         if found:
             raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(found)}; write auto in the former")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import UserError
+from helpers.files import check_writable_folder
 from helpers.finetune.checkpoints import MANIFEST, file_hash, newest_intact, numbered_checkpoints
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.same_training import FRESH
@@ -26,11 +27,11 @@ def resume_point(output_dir: Path, resume: bool, ranks: Ranks, notes: list[str])
         Its folder; None to start fresh.
 
     Raises:
-        UserError: A fresh start would overwrite earlier results, there is nothing to resume, or hosts do not share the
-            folder.
+        UserError: The folder cannot be written to, a fresh start would overwrite earlier results, there is nothing to
+            resume, or hosts do not share the folder.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir {output_dir} is a file; give a folder")
+    if ranks.is_first:
+        check_writable_folder(output_dir, "name another folder with --output-dir")
     if not resume and output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(f"output_dir {output_dir} is not empty; continue with --resume, or choose another --output-dir")
     own = ""
