@@ -147,7 +147,7 @@ def test_a_key_without_an_effect_is_said_to_be_ignored(text, note):
 def test_values_that_files_really_have_are_accepted():
     read = parsed("training_args: {learning_rate: 5e-5, eval_strategy: no, lr_scheduler_kwargs: {}, warmup_steps: 0}")
     assert read.training["learning_rate"] == 5e-5 and read.training["eval_strategy"] == "no"
-    assert parsed("peft_config: {r: 8, init_lora_weights: pissa_niter_4}").lora["init_lora_weights"] == "pissa_niter_4"
+    assert parsed("peft_config: {r: 8, init_lora_weights: orthogonal}").lora["init_lora_weights"] == "orthogonal"
 
 
 def test_a_yaml_file_that_grows_without_end_is_refused_at_once(tmp_path):

@@ -231,10 +231,14 @@ def command_line(tokenizer, tmp_path, monkeypatch):
     """Run ``evaluate`` on a model that says 柔软 when tuned; the loader of checkpoints has tests of its own."""
     model = says_soft_when_tuned(tokenizer)
 
-    def load_for_inference(path, device):
-        return (model if path == tmp_path else model.get_base_model()), tokenizer
+    def check_comparable(path):
+        if path != tmp_path:
+            raise UserError(f"{path.name} holds no adapter")
 
-    monkeypatch.setitem(sys.modules, "helpers.finetune.loading", SimpleNamespace(load_for_inference=load_for_inference))
+    loading = SimpleNamespace(
+        load_for_inference=lambda path, device: (model, tokenizer), check_comparable=check_comparable
+    )
+    monkeypatch.setitem(sys.modules, "helpers.finetune.loading", loading)
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["evaluate", *map(str, arguments)])

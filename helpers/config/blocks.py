@@ -6,6 +6,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from helpers.config.adapter_names import SPLIT, translate_adapter
 from helpers.config.deepspeed import AUTO
 from helpers.config.options import (
     IGNORED_LORA,
@@ -21,9 +22,6 @@ from helpers.config.options import (
 from helpers.config.values import annotations, check_keys, check_values, suggest, wants_number
 from helpers.errors import UserError
 
-# The attention projections that ChatGLM3's published adapters train, under their names in transformers' Glm.
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
-FUSED_TARGET = "query_key_value"
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
@@ -114,18 +112,14 @@ def lora_block(block: dict[str, Any], source: str, notes: list[str]) -> dict[str
     if kind != "LORA":
         raise UserError(f"{where}: peft_type {kind!r} is not supported; use LORA")
     check_keys(block, annotations(LoraConfig), where)
-    niter = re.fullmatch(r"pissa_niter_[1-9]\d*", str(block.get("init_lora_weights")))  # not in PEFT's annotation
-    check_values(
-        {k: v for k, v in block.items() if not (k == "init_lora_weights" and niter)}, LoraConfig, LORA_LIMITS, where
-    )
-    block = settle(block, IGNORED_LORA, REFUSED_LORA, where, notes)
     check_lora(block, where)
+    check_values(block, LoraConfig, LORA_LIMITS, where)
+    block = settle(block, IGNORED_LORA, REFUSED_LORA, where, notes)
     targets = block.get("target_modules")
-    targets = [targets] if isinstance(targets, str) and targets != "all-linear" else targets
     if targets is None:
-        targets = list(DEFAULT_TARGETS)
-        notes.append(f"no target_modules given: LoRA on {', '.join(targets)}")
-    elif FUSED_TARGET in targets:
-        targets = [t for target in targets for t in (DEFAULT_TARGETS if target == FUSED_TARGET else (target,))]
-        notes.append(f"{FUSED_TARGET} is split into three matrices: LoRA on {', '.join(DEFAULT_TARGETS)}")
-    return {"task_type": "CAUSAL_LM", **block, "target_modules": targets}
+        if not block.get("target_parameters"):
+            block["target_modules"] = list(SPLIT)  # what ChatGLM3's published adapters train
+            notes.append(f"no target_modules given: LoRA on {', '.join(SPLIT)}")
+    elif isinstance(targets, str) and re.fullmatch(r"\w+", targets):
+        block["target_modules"] = [targets]  # a name; PEFT would take it for a pattern of whole names
+    return {"task_type": "CAUSAL_LM", **translate_adapter(block, notes)}

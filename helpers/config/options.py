@@ -106,7 +106,10 @@ REFUSED_LORA = {
     **dict.fromkeys(("use_bdlora", "use_qalora", "alora_invocation_tokens"), _PLAIN),
 }
 # These need data or another form of the base before training, which only a program of its own could give them.
-_REFUSED_INIT = ("eva", "corda", "loftq", "lora_ga")
+_NEEDS_STEPS = ("eva", "corda", "loftq", "lora_ga")
+# These change the frozen matrices: switching the adapter off no longer gives the base model, so its scores, --compare
+# and export would be of something else. Biases are trained in place as well, and layer_replication repeats layers.
+_CHANGES_BASE = ("pissa", "olora")
 # The packages of transformers' loggers and optimizers, under the names they are imported by.
 _LOGGERS = {
     **{name: (name,) for name in ("wandb", "mlflow", "comet_ml", "clearml", "codecarbon", "dagshub", "dvclive")},
@@ -208,9 +211,29 @@ def check_lora(lora: Mapping[str, Any], where: str) -> None:
     task = lora.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise UserError(f"{where}: task_type {task!r} is not supported; use CAUSAL_LM")
-    initial = lora.get("init_lora_weights")
-    if initial in _REFUSED_INIT:
-        raise UserError(f"{where}: init_lora_weights {initial!r} needs steps before training; remove it, or use pissa")
+    initial = str(lora.get("init_lora_weights"))
+    if initial in _NEEDS_STEPS:
+        raise UserError(f"{where}: init_lora_weights {initial!r} needs steps before training; remove it")
+    option = base_changing_option(lora)
+    if option is not None:
+        raise UserError(f"{where}: {option} changes the base model, with which the tuned one is compared; remove it")
+
+
+def base_changing_option(lora: Mapping[str, Any]) -> str | None:
+    """Name the option with which an adapter that is switched off does not give its base model; None without one.
+
+    Args:
+        lora: Keyword arguments of ``LoraConfig``, or the contents of an ``adapter_config.json``.
+
+    Returns:
+        The option and its value.
+    """
+    initial = str(lora.get("init_lora_weights")).lower()
+    if any(initial == name or initial.startswith(f"{name}_") for name in _CHANGES_BASE):
+        return f"init_lora_weights {initial}"
+    if lora.get("bias") in ("all", "lora_only"):
+        return f"bias {lora['bias']}"
+    return "layer_replication" if lora.get("layer_replication") else None
 
 
 def _check_packages(training: Mapping[str, Any], where: str) -> None:

@@ -269,12 +269,12 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    from helpers.finetune.loading import load_for_inference
+    from helpers.finetune.loading import check_comparable, load_for_inference
 
     data_file = find_split(arguments.data_file.parent, arguments.data_file.name)
+    check_comparable(arguments.checkpoint)
     model, tokenizer = load_for_inference(arguments.checkpoint, device=ranks.join_group())
-    if not isinstance(model, PeftModel):
-        raise UserError(f"{arguments.checkpoint} holds no adapter, so there is no base model to compare with")
+    assert isinstance(model, PeftModel)
     limits = Limits(arguments.max_input_length, arguments.max_output_length)
     split = read_split(data_file, tokenizer, limits, training=False)
     if arguments.max_rows:

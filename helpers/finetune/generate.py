@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from helpers.chatglm3.chat import Message, encode_conversation, parse_answer
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError, exit_with_one_line, positive_int
-from helpers.finetune.loading import ADAPTER_CONFIG, Model, find_checkpoint, load_for_inference
+from helpers.finetune.loading import Model, check_comparable, find_checkpoint, load_for_inference
 from helpers.libraries.quiet import quiet_libraries
 
 MAX_NEW_TOKENS = 512
@@ -157,8 +157,8 @@ def main() -> None:
     checkpoint = find_checkpoint(arguments.checkpoint)
     if checkpoint != Path(arguments.checkpoint):
         print(f"using {checkpoint}")
-    if arguments.compare and not (checkpoint / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{checkpoint} holds no adapter, so there is no base model to compare with")
+    if arguments.compare:
+        check_comparable(checkpoint)
     model, tokenizer = load_for_inference(checkpoint, base=arguments.model)
     if arguments.prompt is None:
         chat(model, tokenizer, arguments.max_new_tokens, arguments.sample)

@@ -16,6 +16,7 @@ from helpers.config.deepspeed_optimizer import check_deepspeed_optimizer
 from helpers.config.deepspeed_schema import check_deepspeed_values
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
 from helpers.errors import UserError
+from helpers.finetune.adapter import check_adapter
 from helpers.finetune.dataset import (
     Limits,
     SplitReport,
@@ -29,6 +30,7 @@ from helpers.finetune.ranks import Ranks
 from helpers.finetune.resume import agree_on_facts, resume_point
 from helpers.finetune.rows import find_split
 from helpers.finetune.same_training import check_same_training, training_facts
+from helpers.finetune.steps import check_rows_fill_a_batch, planned_steps
 from helpers.hardware import Machine, describe_machine, mixed_precision
 from helpers.memory.predict import read_shape
 from helpers.memory.predict.jobs import configuration_of
@@ -68,6 +70,7 @@ class Job:
         tokenizer: The checkpoint's.
         data: The tokenised splits.
         facts: What decides the training, for the checkpoints.
+        planned_steps: Optimizer steps of the whole training.
         notes: One line for each decision the files left open, and for each warning.
     """
 
@@ -81,6 +84,7 @@ class Job:
     tokenizer: ChatGLMTokenizer
     data: Data
     facts: dict[str, Any]
+    planned_steps: int
     notes: list[str]
 
     @property
@@ -199,6 +203,7 @@ def prepare(
         warnings.simplefilter("always")
         check_checkpoint(model)
     notes += [f"warning: {warning.message}" for warning in warned]
+    check_adapter(config.lora, model, str(config_file))
     facts = training_facts(
         config,
         deepspeed,
@@ -212,9 +217,13 @@ def prepare(
         notes += check_same_training(resume_from, facts, config_file)
     tokenizer = ChatGLMTokenizer.from_pretrained(model)
     data = _read_data(data_dir, config, tokenizer, notes)
+    planned = planned_steps(config.training, len(data.train), ranks.world_size)
+    check_rows_fill_a_batch(planned, config.training, len(data.train), ranks.world_size)
     if config.checkpointing == AUTO:
         limits = Limits(config.max_input_length, config.max_output_length)
         longest = min(data.reports[0].tokens.max, limits.max_length)
         config, note = _decide_checkpointing(config, deepspeed, model, machine, ranks, longest)
         notes.append(note)
-    return Job(config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, facts, notes)
+    return Job(
+        config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, facts, planned, notes
+    )

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GlmForCausalLM, PreTrainedModel
 
 from helpers.chatglm3.checkpoint import read_config, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import check_quantization
+from helpers.config.options import base_changing_option
 from helpers.errors import UserError
 from helpers.files import read_json_object
 from helpers.finetune.checkpoints import ADAPTER_FILES, complete_checkpoints, newest_intact, numbered_checkpoints
@@ -93,6 +94,26 @@ def find_base_model(checkpoint: Path, base: str | None = None) -> Path:
             f"{checkpoint / ADAPTER_CONFIG} names {name} as its base model, which is not there; "
             "name the folder where it is now with --model"
         ) from error
+
+
+def check_comparable(path: str | os.PathLike[str]) -> None:
+    """Check that a checkpoint's base model can be compared with the tuned one, before either is loaded.
+
+    Args:
+        path: As for :func:`load_for_inference`.
+
+    Raises:
+        UserError: It holds no adapter, or one that changes the base, so that switching it off gives another model.
+    """
+    checkpoint = find_checkpoint(path)
+    if not (checkpoint / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{checkpoint} holds no adapter, so there is no base model to compare with")
+    option = base_changing_option(read_adapter_config(checkpoint))
+    if option is not None:
+        raise UserError(
+            f"the adapter in {checkpoint} changes its base model ({option}), so there is none to compare with; "
+            "ask the base model's folder by itself"
+        )
 
 
 def read_tokenizer(folder: Path) -> ChatGLMTokenizer:
@@ -188,9 +209,12 @@ def _with_adapter(model: Any, checkpoint: Path) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT would leave missing tensors as they were initialised: an adapter that does nothing.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(checkpoint))
+            adapted = PeftModel.from_pretrained(model, str(checkpoint))
     except Exception as error:  # PEFT, safetensors and torch each raise their own
         raise UserError(f"the adapter in {checkpoint} does not fit {model.name_or_path}: {_one_line(error)}") from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in get_peft_model_state_dict(adapted).values()):
+        raise UserError(f"the adapter in {checkpoint} holds nan or infinite numbers; use an earlier checkpoint")
+    return adapted
 
 
 def _one_line(error: Exception) -> str:

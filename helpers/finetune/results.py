@@ -81,7 +81,14 @@ def memory_parts(run: dict[str, Any]) -> dict[str, float]:
 
 
 def by_way(results: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Group the runs of ``finetune_6b.json`` by the way to train: ``{way: {number of GPUs: run}}``."""
+    """Group the runs by the way to train.
+
+    Args:
+        results: Contents of ``finetune_6b.json``.
+
+    Returns:
+        ``{way: {number of GPUs: run}}``, in the file's order.
+    """
     ways: dict[str, dict[int, dict[str, Any]]] = {}
     for run in results["runs"].values():
         ways.setdefault(run["name"], {})[run["ranks"]] = run

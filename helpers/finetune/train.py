@@ -22,7 +22,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from helpers.config.deepspeed import bucket_warning
 from helpers.config.finetune import names_deepspeed_file
 from helpers.errors import CLOSED_PIPE, UserError, discard_output
 from helpers.finetune.collators import TrainingCollator
@@ -33,10 +32,12 @@ from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.packing import PackCollator
+from helpers.finetune.plan import DTYPES, count_parameters, describe_plan
 from helpers.finetune.ranks import Ranks, StopOnSignal
 from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
+from helpers.finetune.steps import check_completed, finished_line
 from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
 from helpers.hardware import apply_nccl_environment
@@ -45,13 +46,12 @@ from helpers.memory.phases import PhaseLog, mark_in, phase
 from helpers.memory.sampler import Sampler
 from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
-from helpers.quantization.library import exclude_frozen_from_ddp, full_numel, keep_layout, quantization_config
+from helpers.quantization.library import exclude_frozen_from_ddp, keep_layout, quantization_config
 
 # An idle GPU holds far less; a desktop session may hold this much.
 BUSY_BYTES = GIB
 INTERRUPTED = 130  # what shells report for a job ended by Ctrl-C
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -98,34 +98,6 @@ def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
     return adapted
 
 
-def _count_parameters(model: PeftModel, trainable: bool) -> int:
-    return sum(full_numel(p) for p in model.parameters() if p.requires_grad == trainable)
-
-
-def _describe_plan(job: Job, arguments: TrainingArguments, world_size: int, trainable: int) -> list[str]:
-    """Describe what is about to be trained on what, one line each."""
-    micro_batch_size, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    batch_size = micro_batch_size * accumulation * world_size
-    count = len(job.data.train)
-    if arguments.max_steps > 0:
-        amount = f"{arguments.max_steps:,} steps"
-        epochs = arguments.max_steps * batch_size / count
-    else:
-        amount, epochs = f"{arguments.num_train_epochs:g} epochs", arguments.num_train_epochs
-    strategy = f"DeepSpeed ZeRO-{job.zero_stage}" if job.deepspeed else "DDP" if world_size > 1 else "one process"
-    unit = "packs" if job.config.speed.packing else "rows"
-    bits = job.config.quantization_bit
-    warning = bucket_warning(job.deepspeed, trainable, DTYPES[job.precision].itemsize) if job.deepspeed else None
-    return [
-        *(str(report) for report in job.data.reports),
-        f"{amount} of {batch_size} {unit} ({micro_batch_size} {unit} x {accumulation} micro-batches x "
-        f"{world_size} ranks): {epochs:,.2f} passes over {count:,} {unit}",
-        f"{strategy} on {world_size} rank(s), {job.precision if job.precision != 'no' else 'fp32'}",
-        f"LoRA trains {trainable:,} parameters" + (f" on a base held in {bits} bits" if bits else ""),
-        *([f"warning: {warning}"] if warning else []),
-    ]
-
-
 def _build_trainer(
     job: Job, ranks: Ranks, model: PeftModel, arguments: TrainingArguments, stop: StopOnSignal
 ) -> LoraTrainer:
@@ -159,11 +131,11 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
         model = _load_model(job, arguments)
     # What the weights take: ZeRO-3 has sharded them by now, and 4 bits are not a quarter of 16.
     loaded = torch.cuda.memory_allocated(arguments.device) / GIB if arguments.device.type == "cuda" else None
-    trainable = _count_parameters(model, trainable=True)
-    plan = [*notes, *_describe_plan(job, arguments, ranks.world_size, trainable)]
+    trainable = count_parameters(model, trainable=True)
+    plan = [*notes, *describe_plan(job, arguments, ranks.world_size, trainable)]
     for line in plan:
         ranks.print_once(line)
-    counts = {"trainable_parameters": trainable, "frozen_parameters": _count_parameters(model, trainable=False)}
+    counts = {"trainable_parameters": trainable, "frozen_parameters": count_parameters(model, trainable=False)}
     run_file.update(plan=plan, **counts, loaded_gib=loaded, training_arguments=arguments.to_dict())
 
     stop = StopOnSignal(ranks)
@@ -176,6 +148,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
         run_file.update(status="interrupted", step=step)
         ranks.print_once(f"stopped after step {step}; add --resume to the same command to continue")
         return None
+    check_completed(step, trainer.state.max_steps)
     run_file.update(status="trained", step=step)
     if job.data.answers is None:
         return None
@@ -244,6 +217,10 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         resume=arguments.resume,
         ranks=ranks,
     )
+    finished = finished_line(job.resume_from, job.config.training, job.planned_steps)
+    if finished:
+        ranks.print_once(finished)
+        return 0
     line = apply_nccl_environment()
     if line:
         ranks.print_once(line)

@@ -20,6 +20,7 @@ from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import Files, complete_checkpoints, describe_files, write_manifest
 from helpers.finetune.evaluate import generate_answers
+from helpers.finetune.finite import FiniteCheck
 from helpers.finetune.loading import write_quantization_bit
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
@@ -75,6 +76,8 @@ class LoraTrainer(Trainer):
         self.max_new_tokens = max_new_tokens
         self.quantization_bit = quantization_bit
         self.facts = facts or {}
+        self.finite_check = FiniteCheck(self.processing_class)
+        self.add_callback(self.finite_check)  # after the Recorder, which writes the step down
         self.remove_callback(PrinterCallback)  # the Recorder prints
         if self.label_smoother is not None:
             # Otherwise the Trainer decides by the model's class name whether labels are shifted already.
@@ -94,6 +97,12 @@ class LoraTrainer(Trainer):
         if self.model.training:
             self.counter.add(tokens, rows)
         return super()._prepare_inputs(inputs)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        input_ids = inputs["input_ids"]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.finite_check.add(self.state.global_step + 1, loss, input_ids)
+        return loss
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.label_smoother is not None:
@@ -153,6 +162,7 @@ class LoraTrainer(Trainer):
         return Path(self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.finite_check.check_before_saving(model, self.args, self.state)
         folder = self._output_dir / f"checkpoint-{self.state.global_step}"
         try:
             with phase("save"):

@@ -1,0 +1,78 @@
+"""Check ``peft_config`` against the network, before its weights are loaded: each name must be a module of it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from helpers.chatglm3.checkpoint import read_config
+from helpers.chatglm3.config import ChatGLM3Config
+from helpers.chatglm3.model import ChatGLM3ForCausalLM
+from helpers.errors import UserError
+
+
+def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str) -> None:
+    """Put the adapter on a network without weights, and look at every name.
+
+    PEFT itself is content if one of several names matches; the others would be left out without a word.
+
+    Args:
+        lora: Keyword arguments of ``LoraConfig``.
+        model_dir: The checkpoint's folder.
+        source: The configuration's file, for messages.
+
+    Raises:
+        UserError: A name is no module's, or PEFT cannot put the adapter there.
+    """
+    where = f"{source}, peft_config"
+    with torch.device("meta"):
+        model = ChatGLM3ForCausalLM(ChatGLM3Config.from_dict(read_config(model_dir)))
+    names = [name for name, _ in model.named_modules() if name]
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        _check_names(lora.get(key), names, f"{where}: {key}")
+    parameters = [name for name, _ in model.named_parameters()]
+    _check_names(lora.get("target_parameters"), parameters, f"{where}: target_parameters")
+    _check_layers(lora, len(model.model.layers), where)
+    try:
+        # Other initialisations would compute with the weights, which are not there.
+        adapted = get_peft_model(model, LoraConfig(**{**lora, "init_lora_weights": True}))
+    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+    layers = [name for name, _ in adapted.named_modules() if name.endswith(".lora_A")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(key) or {}:
+            # As get_pattern_key in peft/utils/other.py reads it.
+            if not any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name.removesuffix(".lora_A")) for name in layers):
+                raise UserError(f"{where}: {key} {pattern!r} matches no module with an adapter; {_known(names)}")
+
+
+def _check_names(given: Any, names: Iterable[str], where: str) -> None:
+    if given is None or given == "all-linear":
+        return
+    try:
+        for item in [given] if isinstance(given, str) else given:
+            # As PEFT does: a text is a pattern for whole names, an item of a list is a whole name or its end.
+            pattern = item if isinstance(given, str) else rf"(?:.*\.)?{re.escape(item)}"
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise UserError(f"{where} {item!r} matches no module; {_known(names)}")
+    except re.error as error:
+        raise UserError(f"{where} {given!r} is no regular expression: {error}") from error
+
+
+def _known(names: Iterable[str]) -> str:
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    return f"there are {', '.join(end for end in ends if not end.isdecimal())}"
+
+
+def _check_layers(lora: Mapping[str, Any], count: int, where: str) -> None:
+    chosen = lora.get("layers_to_transform")
+    for layer in [chosen] if isinstance(chosen, int) else chosen or []:
+        if not 0 <= layer < count:
+            raise UserError(f"{where}: layers_to_transform {layer} is no layer; there are 0 to {count - 1}")
+    pattern = lora.get("layers_pattern")
+    for name in [pattern] if isinstance(pattern, str) else pattern or []:
+        if name != "layers":
+            raise UserError(f"{where}: layers_pattern {name!r} matches no list of layers; it is called layers here")

@@ -1,0 +1,163 @@
+"""``peft_config``: names of modules, and every variant of LoRA from training to export."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from small_finetune import prepare, write_config
+from transformers import AutoModelForCausalLM
+
+from helpers.config.adapter_names import translate_adapter, translate_name
+from helpers.config.finetune import parse_finetune_config
+from helpers.errors import UserError
+from helpers.finetune.adapter import check_adapter
+from helpers.finetune.export import export
+from helpers.finetune.loading import check_comparable, load_for_inference
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("query_key_value", ("q_proj", "k_proj", "v_proj")),
+        ("dense", ("o_proj",)),
+        ("dense_h_to_4h", ("gate_up_proj",)),
+        ("dense_4h_to_h", ("down_proj",)),
+        ("embedding", ("embed_tokens",)),
+        ("word_embeddings", ("embed_tokens",)),
+        ("transformer.embedding.word_embeddings", ("embed_tokens",)),
+        ("transformer.output_layer", ("lm_head",)),
+        ("final_layernorm", ("model.norm",)),
+        ("transformer.encoder.layers.3.self_attention.dense", ("model.layers.3.self_attn.o_proj",)),
+        (r"transformer\.encoder\.layers\.\d+\.mlp\.dense_h_to_4h", (r"model.layers\.\d+\.mlp\.gate_up_proj",)),
+        ("q_proj", ("q_proj",)),
+        ("all-linear", ("all-linear",)),
+    ],
+)
+def test_published_names_are_translated(name, wanted):
+    assert translate_name(name) == wanted
+
+
+def test_every_option_that_names_modules_is_translated_and_said():
+    notes: list[str] = []
+    lora = {
+        "target_modules": ["query_key_value", "dense", "q_proj"],
+        "modules_to_save": ["embedding", "output_layer"],
+        "exclude_modules": r".*\.0\..*query_key_value",
+        "rank_pattern": {"query_key_value": 2, "dense": 3},
+        "r": 8,
+    }
+    assert translate_adapter(lora, notes) == {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "exclude_modules": r"(?:.*\.0\..*q_proj)|(?:.*\.0\..*k_proj)|(?:.*\.0\..*v_proj)",
+        "rank_pattern": {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 3},
+        "r": 8,
+    }
+    assert notes[0] == "query_key_value is split into three matrices: LoRA on q_proj, k_proj, v_proj"
+    assert "dense is called o_proj here" in notes and "output_layer is called lm_head here" in notes
+
+
+def lora_of(**options):
+    return parse_finetune_config({"peft_config": {"r": 4} | options, "training_args": {"seed": 1}}, "my.yaml").lora
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"target_modules": ["q_proj", "FAKE"]}, "target_modules 'FAKE' matches no module; there are .*q_proj, k_proj"),
+        ({"target_modules": ["proj"]}, "target_modules 'proj' matches no module"),
+        ({"target_modules": "FAKE"}, "target_modules 'FAKE' matches no module"),
+        ({"target_modules": r".*\.nothing_.*"}, "target_modules .* matches no module"),
+        ({"target_modules": r".*\.(q_proj"}, "is no regular expression"),
+        ({"target_modules": ["norm"]}, "is not supported"),
+        ({"target_modules": []}, "peft_config: "),
+        ({"modules_to_save": ["lm_head", "score"]}, "modules_to_save 'score' matches no module"),
+        ({"exclude_modules": ["FAKE"]}, "exclude_modules 'FAKE' matches no module"),
+        ({"rank_pattern": {"o_proj": 2}}, "rank_pattern 'o_proj' matches no module with an adapter"),
+        ({"alpha_pattern": {"FAKE": 2}}, "alpha_pattern 'FAKE' matches no module with an adapter"),
+        ({"layers_to_transform": [0, 9]}, "layers_to_transform 9 is no layer; there are 0 to"),
+        ({"layers_to_transform": 0, "layers_pattern": "blocks"}, "layers_pattern 'blocks' matches no list"),
+        ({"target_parameters": ["FAKE.weight"]}, "target_parameters 'FAKE.weight' matches no module"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa changes the base model"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4 changes the base model"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights olora changes the base model"),
+        ({"bias": "all"}, "bias all changes the base model"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication changes the base model"),
+    ],
+)
+def test_what_would_train_something_else_is_one_line(options, wanted, small_checkpoint):
+    with pytest.raises(UserError, match=wanted) as caught:
+        check_adapter(lora_of(**options), small_checkpoint, "my.yaml")
+    assert str(caught.value).startswith("my.yaml, peft_config") and "\n" not in str(caught.value)
+
+
+def test_names_are_checked_before_weights_are_loaded(tmp_path, data_dir, small_checkpoint):
+    with pytest.raises(UserError, match="target_modules 'FAKE' matches no module"):
+        prepare(data_dir, small_checkpoint, write_config(tmp_path, peft_config={"target_modules": ["q_proj", "FAKE"]}))
+
+
+VARIANTS = {
+    "plain": {},
+    "all linear": {"target_modules": "all-linear"},
+    "published names": {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]},
+    "a pattern": {"target_modules": r".*\.layers\.0\..*\.(query_key_value|dense)"},
+    "one name": {"target_modules": "q_proj"},
+    "embedding and output layer": {"target_modules": ["q_proj", "embedding", "output_layer"]},
+    "modules to save": {"modules_to_save": ["embedding", "output_layer"]},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"query_key_value": 3}},
+    "some layers": {"layers_to_transform": [1]},
+    "excluded": {"exclude_modules": ["v_proj"]},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "random": {"init_lora_weights": False},
+    "mica": {"init_lora_weights": "mica"},
+    "bias of the adapter": {"lora_bias": True},
+    "new tokens": {"trainable_token_indices": [3, 5]},
+    "parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_is_compared_with_its_true_base_continued_and_exported(name, tmp_path, small_checkpoint):
+    lora = lora_of(**VARIANTS[name])
+    check_adapter(lora, small_checkpoint, "my.yaml")
+    ids = torch.arange(3, 11)[None]
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits.double()
+
+    base = AutoModelForCausalLM.from_pretrained(small_checkpoint, dtype=torch.float32)
+    wanted = logits(base.eval())
+    tuned = get_peft_model(base, LoraConfig(**lora)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    after = logits(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    settings = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    path = re.escape(str(small_checkpoint))
+    assert re.search(f'"base_model_name_or_path": "{path}"', settings)
+    check_comparable(tmp_path / "adapter")
+    again, _ = load_for_inference(tmp_path / "adapter", dtype=torch.float32)
+    assert isinstance(again, PeftModel)
+    torch.testing.assert_close(logits(again), after, rtol=0, atol=1e-5)
+    with again.disable_adapter():
+        torch.testing.assert_close(logits(again), wanted, rtol=0, atol=1e-5)
+    assert (after - wanted).abs().max() > 1e-3
+    export(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "all"}])
+def test_an_adapter_of_others_that_changes_its_base_is_not_compared(options, tmp_path, small_checkpoint):
+    base = AutoModelForCausalLM.from_pretrained(small_checkpoint, dtype=torch.float32)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **options)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"changes its base model .*, so there is none to compare with"):
+        check_comparable(tmp_path / "adapter")
+    load_for_inference(tmp_path / "adapter", dtype=torch.float32)
