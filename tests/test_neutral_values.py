@@ -1,6 +1,7 @@
 """A neutral value changes nothing: each option that can affect the loss, set to what it is without the line.
 
-The embedded model is trained for three steps in this process, once per value.
+The embedded model is trained for three steps in this process, once with all values of a block that go together. Only if
+that changes the loss is each value tried alone, to name it.
 """
 
 from pathlib import Path
@@ -9,8 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from peft import LoraConfig
+from transformers import TrainingArguments
 
 from helpers.assets import TINY_MODEL
+from helpers.config.finetune import SpeedOptions
+from helpers.config.options import IGNORED_LORA, IGNORED_TRAINING, REFUSED_LORA, REFUSED_TRAINING
+from helpers.config.values import annotations
 from helpers.finetune import train
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.trainer import LoraTrainer
@@ -65,6 +71,29 @@ NEUTRAL_TRAINING = {
     "include_num_input_tokens_seen": "all",
     "eval_on_start": False,
     "accelerator_config": {"split_batches": False},
+    "activation_checkpointing_kwargs": None,
+    "gradient_checkpointing_kwargs": None,
+    "optim_target_modules": None,
+    "tf32": None,
+    "dataloader_in_order": True,
+    "ignore_data_skip": False,
+    "load_best_model_at_end": False,
+    "restore_callback_states_from_checkpoint": False,
+    "logging_first_step": False,
+}
+# Another spelling of a value above, or not possible beside one.
+APART = ("warmup_ratio", "group_by_length", "activation_checkpointing")
+# Options that decide when, where and how something is written, printed, evaluated or sent, not what is trained.
+NO_EFFECT = {
+    *("output_dir", "run_name", "project", "report_to", "debug", "log_level", "log_level_replica", "log_on_each_node"),
+    *("logging_strategy", "skip_memory_metrics", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
+    *("save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+    *("eval_steps", "eval_delay", "per_device_eval_batch_size", "metric_for_best_model", "greater_is_better"),
+    *("dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    # Ranks and DeepSpeed: tests/test_train.py compares them with one process.
+    *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_static_graph", "ddp_timeout", "deepspeed"),
+    # peft_config; layers_pattern only says where layers_to_transform counts.
+    *("task_type", "layers_pattern"),
 }
 NEUTRAL_LORA = {
     "lora_dropout": 0.0,
@@ -125,19 +154,40 @@ def plain(losses) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("key", NEUTRAL_TRAINING)
-def test_a_neutral_value_under_training_args(key, losses, plain):
-    assert losses({key: NEUTRAL_TRAINING[key]}) == pytest.approx(plain, abs=1e-5)
+GROUPS = {
+    "training": {key: value for key, value in NEUTRAL_TRAINING.items() if key not in APART},
+    "training, apart": {key: NEUTRAL_TRAINING[key] for key in APART},
+    "lora": NEUTRAL_LORA,
+    "speed": NEUTRAL_SPEED,
+}
 
 
-@pytest.mark.parametrize("key", NEUTRAL_LORA)
-def test_a_neutral_value_under_peft_config(key, losses, plain):
-    assert losses(lora={key: NEUTRAL_LORA[key]}) == pytest.approx(plain, abs=1e-5)
+@pytest.mark.parametrize("name", GROUPS)
+def test_neutral_values_change_no_loss(name, losses, plain):
+    block, values = name.partition(",")[0], GROUPS[name]
+
+    def the_same(chosen: dict) -> bool:
+        return losses(**{block: chosen}) == pytest.approx(plain, abs=1e-5)
+
+    if not the_same(values):
+        alone = [key for key, value in values.items() if not the_same({key: value})]
+        pytest.fail(f"not neutral: {', '.join(alone) or 'only together'}")
 
 
-@pytest.mark.parametrize("key", NEUTRAL_SPEED)
-def test_a_neutral_value_under_speed(key, losses, plain):
-    assert losses(speed={key: NEUTRAL_SPEED[key]}) == pytest.approx(plain, abs=1e-5)
+@pytest.mark.parametrize(
+    ("options", "values", "settled"),
+    [
+        (TrainingArguments, NEUTRAL_TRAINING, IGNORED_TRAINING | REFUSED_TRAINING | BASE["training_args"]),
+        (LoraConfig, NEUTRAL_LORA, IGNORED_LORA | REFUSED_LORA | BASE["peft_config"]),
+        (SpeedOptions, NEUTRAL_SPEED, {}),
+    ],
+)
+def test_every_accepted_option_is_tried_or_said_to_have_no_effect(options, values, settled):
+    """An option that a new version of a library adds fails here, until somebody decides."""
+    undecided = annotations(options).keys() - values.keys() - settled.keys() - NO_EFFECT
+    if options is LoraConfig:
+        undecided -= {"layer_replication"}  # refused by check_lora
+    assert undecided == set()
 
 
 def test_smoothing_of_nothing_changes_nothing_in_packs_either(losses):
