@@ -1,6 +1,7 @@
 """Report bad input as one line with the remedy, and end a command with one exit status."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
 
     A reader that stops reading (``| head``) ends the command without a word, with the status of a shell's SIGPIPE.
     """
+    allow_any_text()
     try:
         try:
             main()
@@ -32,6 +34,12 @@ def exit_with_one_line(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         discard_output()
         sys.exit(CLOSED_PIPE)
+
+
+def allow_any_text() -> None:
+    """Print what the terminal's encoding has no character for (a path, an answer) as ``\\u4e0d`` instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # stderr is like this from the start
 
 
 def discard_output() -> None:

@@ -34,6 +34,21 @@ def test_a_reader_that_stops_reading_ends_a_command_without_a_word(command):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
+@pytest.mark.parametrize("command", ["run(lambda: print(TEXT))", "train(['D', 'M', 'C'])"])
+def test_text_that_the_terminal_cannot_show_is_no_error(command, encoding):
+    text = "输出/裙👗\udcff"  # an emoji is not in GBK, a byte of a path that is no UTF-8 is in none
+    code = f"TEXT = {text!r}; {IMPORT}"
+    if "train" in command:
+        code += "from helpers.finetune import train as t; t._run = lambda *_: print(TEXT, flush=True); train = t.main; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + command], capture_output=True, env=ENVIRONMENT | {"PYTHONIOENCODING": encoding}
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == text.encode(encoding, errors="backslashreplace") + b"\n"
+
+
+@pytest.mark.slow
 def test_a_closed_stdout_is_no_error():
     command = [sys.executable, "-c", COMMANDS["less than the buffer"]]
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True)

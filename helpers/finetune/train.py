@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from helpers.config.finetune import names_deepspeed_file
-from helpers.errors import CLOSED_PIPE, UserError, discard_output
+from helpers.errors import CLOSED_PIPE, UserError, allow_any_text, discard_output
 from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
 from helpers.finetune.extensions import check_extensions
@@ -246,6 +246,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; torchrun calls it once per rank."""
+    allow_any_text()
     arguments = _arguments(argv)
     quiet_libraries()
     try:
