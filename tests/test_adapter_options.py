@@ -1,5 +1,6 @@
 """``peft_config``: names of modules, and every variant of LoRA from training to export."""
 
+import dataclasses
 import re
 
 import pytest
@@ -14,6 +15,8 @@ from helpers.errors import UserError
 from helpers.finetune.adapter import check_adapter
 from helpers.finetune.export import export
 from helpers.finetune.loading import check_comparable, load_for_inference
+from helpers.memory.predict import ModelShape
+from helpers.memory.predict.jobs import configuration_of
 
 
 @pytest.mark.parametrize(
@@ -161,3 +164,19 @@ def test_an_adapter_of_others_that_changes_its_base_is_not_compared(options, tmp
     with pytest.raises(UserError, match=r"changes its base model .*, so there is none to compare with"):
         check_comparable(tmp_path / "adapter")
     load_for_inference(tmp_path / "adapter", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["query_key_value"], ("q_proj", "k_proj", "v_proj")),
+        ("all-linear", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")),
+        (r".*\.mlp\.(gate_up|down)_proj", ("gate_up_proj", "down_proj")),
+        (["self_attention.dense"], ("o_proj",)),
+    ],
+)
+def test_the_prediction_counts_the_matrices_that_are_trained(targets, expected):
+    job = parse_finetune_config({"peft_config": {"r": 4, "target_modules": targets}}, "my.yaml")
+    shape = dataclasses.replace(ModelShape(), layers=2)
+    predicted = configuration_of(job, None, shape=shape, world_size=1, sequence_length=8)
+    assert predicted.lora is not None and predicted.lora.targets == expected

@@ -1,5 +1,6 @@
-"""``run.json``: its encoding."""
+"""``run.json``: its encoding, and how it tells a failure."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -25,6 +26,20 @@ def test_a_path_that_is_no_utf_8_is_written(tmp_path):
     folder = os.fsdecode("输出".encode("gbk"))
     RunFile(tmp_path / "run.json", ONE_RANK, {"folder": folder}).update()
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["folder"] == folder
+
+
+def test_the_rank_that_fails_first_writes_the_reason(tmp_path):
+    content = {"status": "running", "step": 3}
+    first, second = (
+        RunFile(tmp_path / "run.json", dataclasses.replace(ONE_RANK, rank=rank, world_size=2), dict(content))
+        for rank in (0, 1)
+    )
+    first.update()
+    second.update(status="never written: rank 0 does that")
+    second.fail(ValueError("the cause"))
+    first.fail(RuntimeError("connection closed by peer"))
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written == {"status": "failed", "step": 3, "error": "ValueError: the cause"}
 
 
 @pytest.mark.slow

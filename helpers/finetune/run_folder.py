@@ -1,6 +1,7 @@
 """Write what a run leaves besides checkpoints and metrics: ``run.json`` and the figures."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,28 @@ class RunFile:
         """Change or add keys; rank 0 writes the file."""
         self.content |= changes
         if self.ranks.is_first:
-            with atomic_write(self.path) as temporary:
-                text = json.dumps(self.content, indent=2, ensure_ascii=False, default=str)
-                # A path whose bytes are no UTF-8 holds half surrogates: written as such, not the end of the run.
-                temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+            self._write()
+
+    def fail(self, error: BaseException) -> None:
+        """Write down that the run has failed, and why.
+
+        Any rank does: if another one fails, rank 0 waits in a collective until it is killed. The first error stays,
+        because those of other ranks follow from it.
+
+        Args:
+            error: What ends this rank.
+        """
+        with suppress(OSError, ValueError):
+            if json.loads(self.path.read_text(encoding="utf-8")).get("status") == "failed":
+                return
+        self.content |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        self._write()
+
+    def _write(self) -> None:
+        with atomic_write(self.path) as temporary:
+            text = json.dumps(self.content, indent=2, ensure_ascii=False, default=str)
+            # A path whose bytes are no UTF-8 holds half surrogates: written as such, not the end of the run.
+            temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def draw_figures(output_dir: Path, timeline: Timeline) -> None:

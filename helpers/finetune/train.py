@@ -31,6 +31,7 @@ from helpers.finetune.job import Job, prepare
 from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
+from helpers.finetune.out_of_memory import explained_out_of_memory
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.plan import DTYPES, count_parameters, describe_plan
 from helpers.finetune.ranks import Ranks, StopOnSignal
@@ -234,10 +235,11 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         if sampler is not None:
             _warn_of_busy_gpus(sampler.timeline())
         try:
-            evaluation = _train(job, ranks, run_file)
+            with explained_out_of_memory(job, ranks.rank, ranks.world_size):
+                evaluation = _train(job, ranks, run_file)
         except BaseException as error:
             with suppress(OSError):  # a full disk may be the error
-                run_file.update(status="failed", error=f"{type(error).__name__}: {error}")
+                run_file.fail(error)
             raise
     if ranks.is_first and sampler is not None:
         _finish(job, run_file, sampler.timeline(), evaluation)

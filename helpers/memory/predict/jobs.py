@@ -1,5 +1,6 @@
 """Read a configuration from a job's own files, as helpers.finetune.train takes them: ``lora.yaml``, DeepSpeed JSON."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers.memory.predict.model_shape import ModelShape
 
 # Defaults of transformers.TrainingArguments and peft.LoraConfig.
 DEFAULT_MICRO_BATCH_SIZE, DEFAULT_RANK, DEFAULT_DROPOUT = 8, 8, 0.0
+PARTS = ("self_attn", "mlp")  # of a layer
 
 
 def read_job(
@@ -58,12 +60,11 @@ def configuration_of(
     kind = choose_precision(job.training, deepspeed, "bf16")
     training = job.training
     strategy = _strategy(deepspeed, world_size, shape, source) if deepspeed is not None else _without(world_size)
-    targets = job.lora["target_modules"]
     return Configuration(
         shape=shape,
         lora=Lora(
             r=job.lora.get("r", DEFAULT_RANK),
-            targets=tuple(shape.linears) if targets == "all-linear" else tuple(targets),
+            targets=_targets(job.lora.get("target_modules"), shape),
             dropout=job.lora.get("lora_dropout", DEFAULT_DROPOUT),
         ),
         precision="fp32" if kind == "no" else "bf16" if strategy.zero_stage else "autocast",
@@ -81,6 +82,17 @@ def configuration_of(
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
         lean=True,
     )
+
+
+def _targets(targets: list[str] | str | None, shape: ModelShape) -> tuple[str, ...]:
+    """Return the matrices of a layer that get an adapter; ``targets`` holds names, or is a pattern of whole paths."""
+    if targets == "all-linear":
+        return tuple(shape.linears)
+    if isinstance(targets, str):
+        layers = [f"model.layers.{number}" for number in range(shape.layers)]
+        paths = {name: [f"{layer}.{part}.{name}" for layer in layers for part in PARTS] for name in shape.linears}
+        return tuple(name for name in shape.linears if any(re.fullmatch(targets, path) for path in paths[name]))
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in targets or ()))
 
 
 def _without(world_size: int) -> Strategy:
