@@ -21,7 +21,7 @@ _RENAMED = [
         (r"\bdense_4h_to_h\b", "down_proj"),
     )
 ]
-_LISTS = ("target_modules", "modules_to_save", "exclude_modules")
+_LISTS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
@@ -68,6 +68,9 @@ def translate_adapter(lora: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     for key in _PATTERNS:
         if lora.get(key):
             translated[key] = {name: number for pattern, number in lora[key].items() for name in ours(pattern)}
+    tokens = lora.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        translated["trainable_token_indices"] = {name: ids for given, ids in tokens.items() for name in ours(given)}
     for name, names in changed.items():
         if name == FUSED:
             notes.append(f"{FUSED} is split into three matrices: LoRA on {', '.join(names)}")

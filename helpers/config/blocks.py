@@ -116,10 +116,11 @@ def lora_block(block: dict[str, Any], source: str, notes: list[str]) -> dict[str
     check_values(block, LoraConfig, LORA_LIMITS, where)
     block = settle(block, IGNORED_LORA, REFUSED_LORA, where, notes)
     targets = block.get("target_modules")
-    if targets is None:
-        if not block.get("target_parameters"):
-            block["target_modules"] = list(SPLIT)  # what ChatGLM3's published adapters train
-            notes.append(f"no target_modules given: LoRA on {', '.join(SPLIT)}")
+    if targets is None and block.get("target_parameters"):
+        block["target_modules"] = []  # with None, PEFT names the fused matrix, which is not here
+    elif targets is None:
+        block["target_modules"] = list(SPLIT)  # what ChatGLM3's published adapters train
+        notes.append(f"no target_modules given: LoRA on {', '.join(SPLIT)}")
     elif isinstance(targets, str) and re.fullmatch(r"\w+", targets):
         block["target_modules"] = [targets]  # a name; PEFT would take it for a pattern of whole names
     return {"task_type": "CAUSAL_LM", **translate_adapter(block, notes)}

@@ -1,6 +1,7 @@
 """Check ``peft_config`` against the network, before its weights are loaded: each name must be a module of it."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,16 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str) -> None
     parameters = [name for name, _ in model.named_parameters()]
     _check_names(lora.get("target_parameters"), parameters, f"{where}: target_parameters")
     _check_layers(lora, len(model.model.layers), where)
+    _check_tokens(lora.get("trainable_token_indices"), model.config.vocab_size, where)
     try:
-        # Other initialisations would compute with the weights, which are not there.
-        adapted = get_peft_model(model, LoraConfig(**{**lora, "init_lora_weights": True}))
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the adapter that is trained repeats them
+            # MiCA would compute with the weights, which are not there.
+            initial = {"init_lora_weights": True} if _is_mica(lora) else {}
+            adapted: Any = get_peft_model(model, LoraConfig(**{**lora, **initial}))
+    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+    _check_effect(lora, adapted.base_model, where)
     layers = [name for name, _ in adapted.named_modules() if name.endswith(".lora_A")]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.get(key) or {}:
@@ -60,6 +66,40 @@ def _check_names(given: Any, names: Iterable[str], where: str) -> None:
                 raise UserError(f"{where} {item!r} matches no module; {_known(names)}")
     except re.error as error:
         raise UserError(f"{where} {given!r} is no regular expression: {error}") from error
+
+
+def _check_effect(lora: Mapping[str, Any], tuner: Any, where: str) -> None:
+    """Check that each target has an adapter, which can be merged in the end."""
+    adapted = tuner.targeted_module_names
+    targets = lora.get("target_modules")
+    for item in targets if isinstance(targets, list) else []:
+        if not any(re.fullmatch(rf"(?:.*\.)?{re.escape(item)}", name) for name in adapted):
+            raise UserError(
+                f"{where}: target_modules {item!r} has no effect, because modules_to_save or another key leaves out "
+                "all its modules; remove one of them"
+            )
+    if _is_mica(lora):
+        smallest = min(min(tuner.model.get_submodule(name).weight.shape) for name in adapted)
+        if max(tuner.model.get_submodule(name).r["default"] for name in adapted) > smallest:
+            raise UserError(f"{where}: init_lora_weights mica takes an r up to {smallest}, the smallest matrix's size")
+    if lora.get("lora_bias"):
+        without = [name for name in adapted if getattr(tuner.model.get_submodule(name), "bias", None) is None]
+        if without:
+            raise UserError(
+                f"{where}: lora_bias on {without[0].rpartition('.')[2]}, which has no bias to merge it into; remove "
+                "lora_bias, or that name from target_modules"
+            )
+
+
+def _is_mica(lora: Mapping[str, Any]) -> bool:
+    return str(lora.get("init_lora_weights")).lower() == "mica"
+
+
+def _check_tokens(given: Any, vocabulary: int, where: str) -> None:
+    ids = given.values() if isinstance(given, dict) else [given or []]
+    for token in (token for group in ids for token in group):
+        if not 0 <= token < vocabulary:
+            raise UserError(f"{where}: trainable_token_indices {token} is no token; there are 0 to {vocabulary - 1}")
 
 
 def _known(names: Iterable[str]) -> str:
