@@ -114,6 +114,8 @@ def _be_rank(rank: int, request: dict[str, Any], output: list[int]) -> int:
     """What a forked rank does; its exit status."""
     for stream, descriptor in zip((1, 2), output, strict=True):
         os.dup2(descriptor, stream)
+    # The server's own may be a file, whose objects remember that they can seek.
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     os.chdir(request["cwd"])
     if request["file_bytes"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
