@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.config.adapter_names import translate_adapter, translate_name
 from helpers.config.finetune import parse_finetune_config
+from helpers.config.options import base_changing_option
 from helpers.errors import UserError
 from helpers.finetune.adapter import check_adapter
 from helpers.finetune.export import export
@@ -193,3 +194,16 @@ def test_the_prediction_counts_the_matrices_that_are_trained(targets, expected):
     shape = dataclasses.replace(ModelShape(), layers=2)
     predicted = configuration_of(job, None, shape=shape, world_size=1, sequence_length=8)
     assert predicted.lora is not None and predicted.lora.targets == expected
+
+
+def test_an_adapter_whose_base_cannot_be_made_again_is_not_loaded(tmp_path, small_checkpoint):
+    base = AutoModelForCausalLM.from_pretrained(small_checkpoint, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa_niter_2"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"pissa_niter_2 changed with random numbers, which cannot be made again"):
+        load_for_inference(tmp_path / "adapter", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("initial", ["pissa", "olora", "corda", "loftq", "lora_ga"])
+def test_foreign_initialisations_that_change_the_base_are_known(initial):
+    assert base_changing_option({"init_lora_weights": initial}) == f"init_lora_weights {initial}"

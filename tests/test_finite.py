@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints
-from helpers.finetune.finite import FiniteCheck
+from helpers.finetune.finite import MOST_BATCHES, FiniteCheck
 from helpers.finetune.loading import load_for_inference
 from helpers.finetune.recorder import read_metrics
 
@@ -56,6 +56,24 @@ def test_a_gradient_without_end_is_named_but_not_that_of_loss_scaling(tokenizer,
     arguments.fp16 = False
     with pytest.raises(UserError, match="the norm of the gradients is inf at step 3"):
         log(check, arguments, loss=2.0, grad_norm=math.inf)
+
+
+def test_at_the_first_step_the_learning_rate_is_not_the_cause(tokenizer, arguments):
+    check = FiniteCheck(tokenizer)
+    check.add(1, torch.tensor(math.nan), batch(tokenizer, "类型#裙"))
+    with pytest.raises(
+        UserError, match=r"nan at step 1 on rank 0, .* look at these rows, and at the base model's weights"
+    ):
+        log(check, arguments, loss=math.nan, grad_norm=1.0)
+
+
+def test_the_first_of_very_many_batches_is_named(tokenizer, arguments):
+    check = FiniteCheck(tokenizer)
+    ids = batch(tokenizer, "类型#裙")
+    for step in range(1, 3 * MOST_BATCHES):
+        check.add(step, torch.tensor(math.nan if step >= 7 else 2.0), ids)
+    with pytest.raises(UserError, match="the loss is nan at step 7 on rank 0"):
+        log(check, arguments, loss=math.nan, grad_norm=1.0)
 
 
 @pytest.mark.slow

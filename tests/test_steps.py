@@ -1,11 +1,12 @@
 """The number of steps, before training and after it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from helpers.errors import UserError
-from helpers.finetune.steps import check_completed, check_rows_fill_a_batch, finished_line, planned_steps
+from helpers.finetune.steps import check_completed, check_rows_fill_a_batch, check_scored, finished_line, planned_steps
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,13 @@ def test_a_finished_run_has_nothing_to_do():
     line = finished_line(last, {"max_steps": 4}, 4)
     assert line == f"finished: {last} is the last of 4 steps, so there is nothing to do; raise max_steps to go on"
     assert "raise num_train_epochs" in finished_line(last, {"num_train_epochs": 1}, 4)
+
+
+@pytest.mark.parametrize("status", ["finished", "trained", "failed", "running", "interrupted"])
+def test_exit_status_and_run_json_agree_for_a_run_that_made_all_steps(status, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"status": status}))
+    if status == "finished":
+        check_scored(tmp_path / "checkpoint-4")
+        return
+    with pytest.raises(UserError, match=f"the run ended as '{status}' after them: score the checkpoint with"):
+        check_scored(tmp_path / "checkpoint-4")

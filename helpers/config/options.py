@@ -109,7 +109,7 @@ REFUSED_LORA = {
 _NEEDS_STEPS = ("eva", "corda", "loftq", "lora_ga")
 # These change the frozen matrices: switching the adapter off no longer gives the base model, so its scores, --compare
 # and export would be of something else. Biases are trained in place as well, and layer_replication repeats layers.
-_CHANGES_BASE = ("pissa", "olora")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # The packages of transformers' loggers and optimizers, under the names they are imported by.
 _LOGGERS = {
     **{name: (name,) for name in ("wandb", "mlflow", "comet_ml", "clearml", "codecarbon", "dagshub", "dvclive")},

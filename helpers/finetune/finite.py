@@ -1,7 +1,6 @@
 """End training at a loss or an adapter that is no longer finite, before a checkpoint of it is written."""
 
 import math
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -13,9 +12,10 @@ from helpers.errors import UserError
 from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.recorder import gather_objects
 
-# Of which loss and tokens are kept, 33 KB for a pack of 4,096. If there are more between two looks, the last ones.
+# Of which loss and tokens are kept, 33 KB for a pack of 4,096. When there are as many, the losses are looked at.
 MOST_BATCHES = 512
 CHARACTERS = 24  # of a row, to find it by
+BadBatch = tuple[int, float, str]  # the step, the loss, and how the rows begin
 
 
 class FiniteCheck(TrainerCallback):
@@ -29,7 +29,8 @@ class FiniteCheck(TrainerCallback):
 
     def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
         self.tokenizer = tokenizer
-        self._recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=MOST_BATCHES)
+        self._recent: list[tuple[int, Tensor, Tensor]] = []
+        self._found: BadBatch | None = None
 
     def add(self, step: int, loss: Tensor, input_ids: Tensor) -> None:
         """Keep one micro-batch's loss and tokens, without looking at them.
@@ -39,6 +40,8 @@ class FiniteCheck(TrainerCallback):
             loss: Of this rank, on any device.
             input_ids: [rows, tokens], on any device.
         """
+        if len(self._recent) == MOST_BATCHES:
+            self._look()
         self._recent.append((step, loss.detach(), input_ids))
 
     def on_log(
@@ -70,8 +73,8 @@ class FiniteCheck(TrainerCallback):
         self._check(args, state, "" if finite else f"the adapter is no longer finite after step {state.global_step}")
 
     def _check(self, args: TrainingArguments, state: TrainerState, bad: str) -> None:
-        found = self._first_bad_batch()
-        self._recent.clear()
+        self._look()
+        found = self._found
         by_rank = gather_objects((found, bad))
         batches = [(found[0], rank, *found[1:]) for rank, (found, _) in enumerate(by_rank) if found]
         others = [text for _, text in by_rank if text]
@@ -85,15 +88,19 @@ class FiniteCheck(TrainerCallback):
         assert args.output_dir is not None
         kept = complete_checkpoints(Path(args.output_dir))
         hint = f"{kept[-1]} is the last good checkpoint" if kept else "no checkpoint was written before"
-        raise UserError(f"{what}; {hint}; look at these rows, and try a learning_rate below {args.learning_rate:g}")
+        advice = f"look at these rows, and try a learning_rate below {args.learning_rate:g}"
+        if batches and step == 1:  # nothing has been learned yet
+            advice = "look at these rows, and at the base model's weights"
+        raise UserError(f"{what}; {hint}; {advice}")
 
-    def _first_bad_batch(self) -> tuple[int, float, str] | None:
-        """Find this rank's first batch whose loss is not finite: its step, the loss, and how its rows begin."""
-        if not self._recent:
-            return None
-        finite = torch.stack([loss.float() for _, loss, _ in self._recent]).isfinite().tolist()
+    def _look(self) -> None:
+        """Wait for the losses, and keep the first batch of this rank whose loss is not finite."""
+        recent, self._recent = self._recent, []
+        if self._found is not None or not recent:
+            return
+        finite = torch.stack([loss.float() for _, loss, _ in recent]).isfinite().tolist()
         if all(finite):
-            return None
-        step, loss, input_ids = self._recent[finite.index(False)]
+            return
+        step, loss, input_ids = recent[finite.index(False)]
         texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).split() for ids in input_ids.tolist()]
-        return step, loss.item(), ", ".join(repr(" ".join(words)[:CHARACTERS]) for words in texts)
+        self._found = step, loss.item(), ", ".join(repr(" ".join(words)[:CHARACTERS]) for words in texts)

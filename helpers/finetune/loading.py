@@ -199,7 +199,15 @@ def _load_glm(folder: Path, **settings: Any) -> GlmForCausalLM:
 
 
 def _with_adapter(model: Any, checkpoint: Path) -> PeftModel:
-    targets = read_adapter_config(checkpoint).get("target_modules") or []
+    config = read_adapter_config(checkpoint)
+    initial = str(config.get("init_lora_weights"))
+    if initial.startswith("pissa_niter"):
+        raise UserError(
+            f"the adapter in {checkpoint} belongs to a base that {initial} changed with random numbers, which cannot "
+            "be made again; convert it where it was trained: save_pretrained with "
+            "path_initial_model_for_weight_conversion"
+        )
+    targets = config.get("target_modules") or []
     if "query_key_value" in targets:
         raise UserError(
             f"the adapter in {checkpoint} trains query_key_value, which is split here; import it first: "

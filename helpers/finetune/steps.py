@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from helpers.errors import UserError
+from helpers.files import read_json_object
 
 
 def planned_steps(training: Mapping[str, Any], rows: int, world_size: int) -> int:
@@ -68,3 +69,17 @@ def finished_line(resume_from: Path | None, training: Mapping[str, Any], planned
     return (
         f"finished: {resume_from} is the last of {planned:,} steps, so there is nothing to do; raise {option} to go on"
     )
+
+
+def check_scored(checkpoint: Path) -> None:
+    """Raise UserError if a run that made all its steps did not end well after them, according to its ``run.json``.
+
+    Args:
+        checkpoint: Its last checkpoint.
+    """
+    status = read_json_object(checkpoint.parent / "run.json", f"no run.json beside {checkpoint}").get("status")
+    if status != "finished":
+        raise UserError(
+            f"all steps are in {checkpoint}, but the run ended as {status!r} after them: score the checkpoint with "
+            "python -m helpers.finetune.evaluate, or raise max_steps to train on"
+        )

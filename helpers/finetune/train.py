@@ -38,7 +38,7 @@ from helpers.finetune.ranks import Ranks, StopOnSignal
 from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
-from helpers.finetune.steps import check_completed, finished_line
+from helpers.finetune.steps import check_completed, check_scored, finished_line
 from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
 from helpers.hardware import apply_nccl_environment
@@ -219,7 +219,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         ranks=ranks,
     )
     finished = finished_line(job.resume_from, job.config.training, job.planned_steps)
-    if finished:
+    if finished and job.resume_from:
+        check_scored(job.resume_from)
         ranks.print_once(finished)
         return 0
     line = apply_nccl_environment()
