@@ -10,6 +10,7 @@ from small_finetune import prepare, write_config
 from transformers import AutoModelForCausalLM
 
 from helpers.config.adapter_names import translate_adapter, translate_name
+from helpers.config.compatibility import check_adapter_options
 from helpers.config.finetune import parse_finetune_config
 from helpers.config.options import base_changing_option
 from helpers.errors import UserError
@@ -207,3 +208,23 @@ def test_an_adapter_whose_base_cannot_be_made_again_is_not_loaded(tmp_path, smal
 @pytest.mark.parametrize("initial", ["pissa", "olora", "corda", "loftq", "lora_ga"])
 def test_foreign_initialisations_that_change_the_base_are_known(initial):
     assert base_changing_option({"init_lora_weights": initial}) == f"init_lora_weights {initial}"
+
+
+@pytest.mark.parametrize(
+    ("lora", "bits", "stage", "wanted"),
+    [
+        ({"init_lora_weights": "mica"}, None, 3, "mica freezes a part of the adapter, which ZeRO-3 does not save"),
+        ({"trainable_token_indices": [3]}, None, 3, "trainable_token_indices reads rows .* use configs/ds_zero_2.json"),
+        ({"init_lora_weights": "mica"}, 4, 0, "mica reads weights in 16 bit; remove it, or quantization_bit"),
+        ({"init_lora_weights": "mica", "trainable_token_indices": [3]}, None, 2, None),
+        ({"use_dora": True, "modules_to_save": ["output_layer"]}, None, 3, None),
+    ],
+)
+def test_options_that_need_whole_weights_are_refused_where_there_are_none(lora, bits, stage, wanted):
+    config = parse_finetune_config({"peft_config": {"r": 4, **lora}, "quantization_bit": bits}, "my.yaml")
+    deepspeed = {"zero_optimization": {"stage": stage}} if stage else None
+    if wanted is None:
+        check_adapter_options(config, deepspeed)
+        return
+    with pytest.raises(UserError, match=wanted):
+        check_adapter_options(config, deepspeed)

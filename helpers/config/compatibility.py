@@ -83,6 +83,21 @@ def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> Non
         )
 
 
+def check_adapter_options(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
+    """Raise UserError if an option of ``peft_config`` needs whole, unquantised weights and the job has none."""
+    mica = str(config.lora.get("init_lora_weights")).lower() == "mica"
+    if zero_stage(deepspeed) == 3:
+        remedy = "use configs/ds_zero_2.json or no DeepSpeed file"
+        if config.lora.get("trainable_token_indices"):
+            raise UserError(f"trainable_token_indices reads rows of a matrix that ZeRO-3 has sharded; {remedy}")
+        if mica:  # a checkpoint would lack it: under ZeRO-3 only what is trained is gathered
+            raise UserError(
+                f"init_lora_weights mica freezes a part of the adapter, which ZeRO-3 does not save; {remedy}"
+            )
+    if mica and config.quantization_bit:
+        raise UserError("init_lora_weights mica reads weights in 16 bit; remove it, or quantization_bit")
+
+
 def choose_precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardware: str) -> str:
     """Choose the precision to train in: what the files ask for, or the best that this machine has.
 

@@ -10,7 +10,13 @@ from datasets import Dataset
 
 from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
-from helpers.config.compatibility import check_quantization, check_speed, choose_precision, contradictions
+from helpers.config.compatibility import (
+    check_adapter_options,
+    check_quantization,
+    check_speed,
+    choose_precision,
+    contradictions,
+)
 from helpers.config.deepspeed import AUTO, choose_deepspeed_file, read_deepspeed_config, zero_stage
 from helpers.config.deepspeed_optimizer import check_deepspeed_optimizer
 from helpers.config.deepspeed_schema import check_deepspeed_values
@@ -195,6 +201,7 @@ def prepare(
             raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(found)}; write auto in the former")
     check_quantization(config.quantization_bit, deepspeed)
     check_speed(config, deepspeed)
+    check_adapter_options(config, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])
     resume_from = resume_point(output_dir, resume, ranks, notes)
     # Absolute, because the adapter records it as its base and may be read from another working directory.
