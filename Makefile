@@ -1,7 +1,7 @@
 # make run          sets up .venv and fine-tunes the embedded model, then compares its answer with the base model's
 # make test         sets up .venv and runs every test, the notebooks included
 # make check        lint, types, and the tests that start no processes: about a minute
-# make campaign     long searches for faults; writes notebooks/results/campaign.json
+# make campaign     long searches for faults; writes notebooks/results/campaign.json and faults.json
 # make benchmark    measures the fine-tune of the 6B model on this machine's GPUs; CHECKPOINT=folder for real weights
 # make notebooks    executes every notebook in place, outputs as they are committed
 # make lab          opens the course in JupyterLab
@@ -35,6 +35,7 @@ lint: $(VENV)/installed
 
 campaign: $(VENV)/installed
 	$(RUN) tests/benchmarks/campaign.py
+	OMP_NUM_THREADS=1 $(RUN) tests/benchmarks/faults.py
 
 benchmark: $(VENV)/installed
 	$(RUN) tests/benchmarks/finetune_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
