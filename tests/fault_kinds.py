@@ -12,7 +12,7 @@ from peft import LoraConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from helpers.config.values import annotations
+from helpers.config.values import annotations, wants_number
 from helpers.finetune.checkpoints import MANIFEST, file_hash, find_damage, numbered_checkpoints
 from helpers.finetune.recorder import read_metrics
 
@@ -150,6 +150,8 @@ def mutate_configuration(rng: random.Random) -> tuple[dict[str, Any], str]:
         return {block: {key[:at] + key[at + 1 :] + rng.choice("xyz"): value}}, ""
     if key in LONG and isinstance(value, int) and value > 1:
         value = -1
+    if block == "training_args" and isinstance(value, str) and value.isdecimal() and wants_number(known[key]):
+        return {block: {key: value}}, "valid"  # a number in quotes is read as one: YAML takes 5e-5 for text
     try:
         adapter = TypeAdapter(known[key], config=ConfigDict(arbitrary_types_allowed=True))
         adapter.validate_python(value, strict=True)

@@ -106,6 +106,10 @@ def test_a_value_of_the_wrong_kind_elsewhere(text, wanted):
         ("fsdp: full_shard", ["fsdp", "configs/ds_zero_3.json"]),
         ("push_to_hub: true", ["push_to_hub", "helpers.finetune.export"]),
         ("torch_compile: true", ["torch_compile", "compile_layers: true"]),
+        ("log_level: loud", ["log_level 'loud' is unknown", "passive"]),
+        ("log_level_replica: loud", ["log_level_replica 'loud' is unknown", "passive"]),
+        ("optim_args: fast", ["optim_args", "'fast'", "key=value"]),
+        ("accelerator_config: accelerate.json", ["accelerator_config", "'accelerate.json'", "a block of keys"]),
         ("auto_find_batch_size: true", ["auto_find_batch_size", "per_device_train_batch_size"]),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import trainer_log_levels
 
 from helpers.config.values import Limits
 from helpers.errors import UserError
@@ -204,6 +205,20 @@ def check_training(training: dict[str, Any], *, scored: bool, where: str) -> Non
         raise UserError(
             f"{where}: dataloader_multiprocessing_context must be fork, spawn or forkserver, not {context!r}"
         )
+    _check_texts(training, where)
+
+
+def _check_texts(training: Mapping[str, Any], where: str) -> None:
+    """Check texts that are taken apart only when the model is loaded."""
+    for key in ("log_level", "log_level_replica"):
+        if training.get(key, "passive") not in trainer_log_levels:
+            known = ", ".join(trainer_log_levels)
+            raise UserError(f"{where}: {key} {training[key]!r} is unknown; known are {known}")
+    arguments = training.get("optim_args")
+    if arguments and not all(part.count("=") == 1 for part in arguments.split(",")):
+        raise UserError(f"{where}: optim_args must be key=value pairs with commas between them, not {arguments!r}")
+    if isinstance(training.get("accelerator_config"), str):
+        raise UserError(f"{where}: accelerator_config must be a block of keys, not {training['accelerator_config']!r}")
 
 
 def check_lora(lora: Mapping[str, Any], where: str) -> None:
