@@ -52,7 +52,18 @@ class FiniteCheck(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Raise UserError on every rank if any rank's loss or gradient is not finite."""
+        """Look at the losses since the last log, and at the norm of the gradients.
+
+        Args:
+            args: The Trainer's arguments.
+            state: Its state.
+            control: Its switches; not used.
+            logs: What is logged; without a loss, nothing is looked at.
+            kwargs: What else the Trainer passes.
+
+        Raises:
+            UserError: Any rank's loss or gradient is not finite; on every rank.
+        """
         if logs is None or "loss" not in logs:
             return
         # Under fp16 a gradient that overflows lowers the loss scale, and its step is left out.

@@ -16,6 +16,8 @@ SILENCED_LINES = (
     "An unbatched P2P op (send/recv) was called on this ProcessGroup",
     # A barrier in a group that was not told its GPU. In ``run`` that is a group of one rank: the guess is right.
     "Guessing device ID based on global rank",
+    # torch.profiler says when it starts and stops.
+    "SyncActivityProfilerHandler.cpp",
 )
 
 

@@ -7,7 +7,7 @@ the same from a script, a rank or a notebook, and no figure stays open.
 from helpers.plots.allocator import allocator_history
 from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
 from helpers.plots.cluster import cluster_sketch
-from helpers.plots.communication import collective, collective_rounds, overlap, transfer_times
+from helpers.plots.communication import collective, collective_rounds, overlap, trace_lanes, transfer_times
 from helpers.plots.curves import bytes_over_step, measured_against_formula
 from helpers.plots.matrices import matmul_parts, matrix_parts
 from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps, predicted_and_measured
@@ -69,6 +69,7 @@ __all__ = [
     "smoothed",
     "stacked_seconds",
     "token_lengths",
+    "trace_lanes",
     "trade_off",
     "transfer_times",
 ]

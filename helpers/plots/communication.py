@@ -10,9 +10,11 @@ from helpers.memory.units import unit_for
 from helpers.plots.schedule import Span, lanes
 from helpers.plots.style import (
     BLACK,
+    BLUE,
     GREY,
     PURPLE,
     RANK_COLOURS,
+    SKY,
     SMALL_SIZE,
     TEXT_SIZE,
     VERMILION,
@@ -22,6 +24,12 @@ from helpers.plots.style import (
 )
 
 # A backward pass has the colour that it has in pipeline schedules, a message that of communication buffers.
+TRACE_COLOURS = {
+    "matmuls and attention": BLUE,
+    "other kernels": SKY,
+    "copies": GREY,
+    "communication": PURPLE,
+}
 OVERLAP_COLOURS = {"backward": VERMILION, "waits": "#D9D9D9", "all-reduce": PURPLE}
 
 
@@ -100,6 +108,25 @@ def overlap(steps: Mapping[str, tuple[float, float, Sequence[tuple[float, float]
         rows[f"{name}, computes"] = [Span("backward", 0.0, computed), Span("waits", computed, done)]
         rows[f"{name}, sends"] = [Span("all-reduce", *times, str(number)) for number, times in enumerate(messages)]
     return lanes(rows, title, OVERLAP_COLOURS)
+
+
+def trace_lanes(traces: Mapping[str, Mapping[str, Sequence[tuple[str, float, float]]]], title: str) -> CourseFigure:
+    """Draw what ranks computed and sent in a recorded step, one lane per stream or thread.
+
+    Args:
+        traces: ``{name: {lane: [(kind, begin, end)]}}`` in seconds since the step began
+            (:class:`helpers.parallel.trace.StepTrace`).
+        title: The figure's title.
+
+    Returns:
+        The figure.
+    """
+    rows = {
+        f"{name}, {lane}": [Span(*span) for span in spans]
+        for name, trace in traces.items()
+        for lane, spans in trace.items()
+    }
+    return lanes(rows, title, TRACE_COLOURS)
 
 
 def transfer_times(
