@@ -16,19 +16,24 @@ from helpers.errors import UserError
 from helpers.finetune.checkpoints import file_hash, read_manifest
 
 FRESH = "start fresh with another --output-dir"
-# Options that change what a run says, keeps or takes, but not what it trains. All others have to stay.
+# Options that change what a run says, keeps or takes, but not what it trains.
 _FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "ddp_", "trackio_", "torch_empty_cache_")
 _FREE = {
     *("output_dir", "report_to", "run_name", "project", "debug", "skip_memory_metrics", "per_device_eval_batch_size"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "include_num_input_tokens_seen"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "activation_checkpointing", "activation_checkpointing_kwargs"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "tf32", "full_determinism", "ignore_data_skip"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "tf32", "full_determinism", "disable_tqdm"),
     "restore_callback_states_from_checkpoint",
     *("bf16", "fp16", "use_cpu"),  # compared as the precision that follows from them
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # compared as rows in a step
     *("max_steps", "num_train_epochs"),  # a run may be made longer
 }
+# The optimizer's state belongs to one algorithm, and the adapter's tensors to one shape and scale.
+_FIXED = {"optim", "optim_args", "optim_target_modules", "quantization_bit"}
+_FIXED_ZERO = ("offload_optimizer", "round_robin_gradients", "parameter_alignment", "elastic_checkpoint")
+_FREE_LORA = {"lora_dropout"}
+_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they follow the loss, all others only the step
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -62,7 +67,7 @@ def training_facts(
         "micro_batch_size": micro_batch_size,
         "rows_per_step": micro_batch_size * accumulation * world_size,
         "zero_stage": None if deepspeed is None else zero_stage(deepspeed),
-        "deepspeed": {key: (deepspeed or {}).get(key) for key in ("optimizer", "scheduler", "gradient_clipping")},
+        "deepspeed": _deepspeed_facts(deepspeed or {}),
         "precision": "fp32" if precision == "no" else precision,
         "base_model": weights_sample(model_dir),
         "train_file": file_hash(train_file),
@@ -76,6 +81,17 @@ def training_facts(
         "peft_config": config.lora,
     }
     return json.loads(json.dumps(facts, default=str))
+
+
+def _deepspeed_facts(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    optimizer, zero = deepspeed.get("optimizer") or {}, deepspeed.get("zero_optimization") or {}
+    return {
+        "type of the optimizer": optimizer.get("type"),
+        "params of the optimizer": optimizer.get("params"),
+        **{key: deepspeed.get(key) for key in ("scheduler", "gradient_clipping")},
+        **{key: zero.get(key) for key in _FIXED_ZERO},
+        "offload_optimizer": (zero.get("offload_optimizer") or {}).get("device"),
+    }
 
 
 def weights_sample(folder: Path) -> str:
@@ -106,53 +122,58 @@ def check_same_training(checkpoint: Path, facts: dict[str, Any], config_file: Pa
         config_file: ``lora.yaml``, for messages.
 
     Returns:
-        A line for each difference with which training may continue.
+        A line for each difference that changes the result: what happens from here on.
 
     Raises:
-        UserError: It would continue another training: as if nothing had happened, or in a library's traceback.
+        UserError: The optimizer's state, the adapter or the base does not fit what is asked for.
     """
-    files, then = read_manifest(checkpoint)
-    if not any(name.endswith(("optimizer.pt", "optim_states.pt")) for name in files):
-        raise UserError(
-            f"{checkpoint} has no optimizer state to continue from (save_only_model); "
-            f"remove save_only_model and {FRESH}"
-        )
+    _, then = read_manifest(checkpoint)
     try:
-        _check_ranks(checkpoint, then, facts)
-        for key, what in (("base_model", "another base model"), ("train_file", "another train_file")):
-            if then[key] != facts[key]:
-                raise UserError(f"{checkpoint} was trained with {what}; give the same one, or {FRESH}")
+        if then["training_args"].get("save_only_model"):
+            raise UserError(
+                f"{checkpoint} has no optimizer state to continue from (save_only_model); "
+                f"remove save_only_model and {FRESH}"
+            )
+        _check_strategy(checkpoint, then, facts)
+        if then["base_model"] != facts["base_model"]:
+            raise UserError(f"{checkpoint} was trained with another base model; give the same one, or {FRESH}")
         changed = list(_changed(then, facts))
-        if changed:
-            before = ", ".join(f"{name} {_shown(old)}" for name, old, _ in changed)
-            now = ", ".join(_shown(new) for _, _, new in changed)
+        fixed = [(name, old, new) for name, old, new in changed if _is_fixed(name, old, new)]
+        if fixed:
+            before = ", ".join(f"{name} {_shown(old)}" for name, old, _ in fixed)
+            now = ", ".join(_shown(new) for _, _, new in fixed)
             raise UserError(
                 f"{checkpoint} was trained with {before}, but {config_file} has {now}; resume with the same, or {FRESH}"
             )
-        return _notes(then, facts)
-    except (KeyError, TypeError, AttributeError) as error:
+        return [*_notes(checkpoint, then, facts), *(_note(*change) for change in changed)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"the manifest in {checkpoint} is of another version of this job; {FRESH}") from error
 
 
-def _check_ranks(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check what the files of the optimizer state are made for: ZeRO's are one part per rank."""
-    if then["zero_stage"] != now["zero_stage"]:
-        remedies = f"give a DeepSpeed file with stage {then['zero_stage']}"
-        if then["zero_stage"] is None:
+def _check_strategy(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check what the files of the optimizer's state are made for."""
+    stages = then["zero_stage"], now["zero_stage"]
+    if stages[0] != stages[1] and not set(stages) <= {1, 2}:  # ZeRO-1 and ZeRO-2 have the same state
+        remedies = f"give a DeepSpeed file with stage {stages[0]}"
+        if stages[0] is None:
             remedies = "leave the DeepSpeed file out"
         raise UserError(
             f"{checkpoint} was trained {_strategy(then)}, but this job runs {_strategy(now)}; {remedies}, or {FRESH}"
         )
-    if then["zero_stage"] is not None and then["world_size"] != now["world_size"]:
+    if stages[0] == 3 and then["world_size"] != now["world_size"]:
         raise UserError(
-            f"{checkpoint} holds the optimizer state of {then['world_size']} rank(s) {_strategy(then)}, but "
-            f"{now['world_size']} were started; start {then['world_size']}, or {FRESH}"
+            f"{checkpoint} holds the optimizer state of {then['world_size']} rank(s) {_strategy(then)}, which cannot "
+            f"be cut anew, but {now['world_size']} were started; start {then['world_size']}, or {FRESH}"
         )
-    if then["rows_per_step"] != now["rows_per_step"]:
+    if stages[0] is not None and then["world_size"] != now["world_size"] and then["deepspeed"]["round_robin_gradients"]:
         raise UserError(
-            f"{checkpoint} was trained on {then['rows_per_step']} rows per step ({then['world_size']} ranks), but this "
-            f"job has {now['rows_per_step']} ({now['world_size']} ranks); adapt gradient_accumulation_steps or the "
-            f"number of ranks, or {FRESH}"
+            f"{checkpoint} was trained with round_robin_gradients, whose order belongs to {then['world_size']} ranks, "
+            f"but {now['world_size']} were started; start {then['world_size']}, or {FRESH}"
+        )
+    if stages[0] is not None and then["precision"] != now["precision"]:
+        raise UserError(
+            f"{checkpoint} was trained in {then['precision']}, but this job runs in {now['precision']}, and "
+            f"DeepSpeed's optimizer state belongs to one precision; resume in {then['precision']}, or {FRESH}"
         )
 
 
@@ -161,9 +182,7 @@ def _strategy(facts: dict[str, Any]) -> str:
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, old and new value of each setting that has to stay and has not."""
-    if then["precision"] != now["precision"]:
-        yield "precision", then["precision"], now["precision"]
+    """Yield name, old and new value of each setting that decides the result and has changed."""
     for block, defaults in (
         ("settings", {}),
         ("deepspeed", {}),
@@ -176,6 +195,14 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, A
             old, new = (facts[block].get(key, defaults.get(key)) for facts in (then, now))
             if _ordered(old) != _ordered(new):
                 yield key, old, new
+
+
+def _is_fixed(name: str, old: Any, new: Any) -> bool:
+    """Whether training cannot go on with another value."""
+    if name == "lr_scheduler_type":
+        return old in _STATEFUL_SCHEDULES or new in _STATEFUL_SCHEDULES
+    lora = name in _defaults(LoraConfig) and name not in _FREE_LORA
+    return lora or name in _FIXED or name in _FIXED_ZERO or name == "type of the optimizer"
 
 
 def _defaults(options: type) -> dict[str, Any]:
@@ -196,15 +223,39 @@ def _shown(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _notes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _note(name: str, old: Any, new: Any) -> str:
+    what = "used from here on"
+    if name in ("seed", "data_seed"):
+        what = "rows come in another order from here on, some twice and some not at all; dropout goes on as it was"
+    return f"{name} is {_shown(new)}, and was {_shown(old)}: {what}"
+
+
+def _notes(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     notes = []
+    if then["train_file"] != now["train_file"]:
+        notes.append("train_file has other contents than before: training goes on at the same place in the new rows")
+    if then["precision"] != now["precision"]:
+        scale = "; the loss scale starts anew" if now["precision"] == "fp16" else ""
+        notes.append(f"precision is {now['precision']}, and was {then['precision']}: used from here on{scale}")
+    if then["zero_stage"] != now["zero_stage"]:
+        notes.append(f"ZeRO stage is {now['zero_stage']}, and was {then['zero_stage']}: with the same optimizer state")
+    before, after = then["rows_per_step"], now["rows_per_step"]
+    if before != after:
+        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        notes.append(
+            f"a step has {after} rows ({now['world_size']} ranks), and had {before} ({then['world_size']} ranks): the "
+            f"{step} steps until here count as {step * after:,} rows instead of {step * before:,}, so some rows are "
+            f"{'left out' if after > before else 'trained on again'}; adapt gradient_accumulation_steps to avoid it"
+        )
     parts = [(facts["world_size"], facts["micro_batch_size"]) for facts in (then, now)]
     if parts[0] != parts[1]:
         (ranks, rows), (ranks_now, rows_now) = parts
         notes.append(
-            f"steps have the same rows, now as {rows_now} on each of {ranks_now} rank(s) instead of {rows} on {ranks}: "
+            f"a micro-batch has {rows_now} rows on each of {ranks_now} rank(s), and had {rows} on {ranks}: "
             "dropout draws other numbers from here on"
         )
+    if now["training_args"].get("ignore_data_skip"):
+        notes.append("ignore_data_skip: rows come from the beginning of the epoch's order again")
     constant = str(now["training_args"].get("lr_scheduler_type", "")).startswith("constant")
     for key in ("max_steps", "num_train_epochs"):
         old, new = (facts["training_args"].get(key) for facts in (then, now))

@@ -10,7 +10,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -19,6 +18,7 @@ from helpers.activations.offload import OffloadedActivations
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.errors import UserError
 from helpers.finetune.checkpoints import Files, complete_checkpoints, describe_files, write_manifest
+from helpers.finetune.continued import ContinuedTrainer
 from helpers.finetune.evaluate import generate_answers
 from helpers.finetune.finite import FiniteCheck
 from helpers.finetune.loading import write_quantization_bit
@@ -39,7 +39,7 @@ def _broadcast(value: Any) -> Any:
     return value
 
 
-class LoraTrainer(Trainer):
+class LoraTrainer(ContinuedTrainer):
     """Train a ``PeftModel`` and save only its adapter.
 
     Args:

@@ -8,6 +8,7 @@ from helpers.errors import UserError
 from helpers.finetune.job import Job
 from helpers.finetune.ranks import Ranks
 from helpers.libraries.deepspeed import forget_inputs_of_frozen_layers, share_world_group, skip_cpu_collectives
+from helpers.libraries.deepspeed_checkpoints import correct_checkpoint_loading
 
 
 def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArguments:
@@ -42,6 +43,7 @@ def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArgu
     if job.deepspeed:
         share_world_group()
         forget_inputs_of_frozen_layers()
+        correct_checkpoint_loading()
         if on_cpu:
             skip_cpu_collectives()
     try:
