@@ -132,7 +132,7 @@ def rows(rng: random.Random, bench: Bench, strategy: str, folder: Path) -> Outco
 
 
 def change(rng: random.Random, bench: Bench, strategy: str, folder: Path) -> Outcome:
-    """Resume with another setting: refused if it changes the training, else without an effect."""
+    """Resume with another setting: refused if the states do not fit it, or one that has no effect."""
     free = rng.random() < 0.3
     changes = rng.choice(FREE_CHANGES if free else REFUSED_CHANGES)
     output, last = folder / "output", f"checkpoint-{STEPS}"
