@@ -170,8 +170,15 @@ def inject(seed: int, bench: Bench, kind: str | None = None, strategy: str | Non
     shutil.rmtree(folder, ignore_errors=True)
     record = {"seed": seed, "kind": kind, "strategy": strategy, "what": what, "verdict": verdict}
     if verdict not in GOOD:
-        record["printed"] = printed.replace(str(bench.folder), "…")[-1500:]
+        record["printed"] = last_line(printed, bench.folder)
     return record | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def last_line(printed: str, folder: Path) -> str:
+    """The last line of what a run printed, without the places of this machine."""
+    for place in (folder, ROOT, Path(sys.prefix)):
+        printed = printed.replace(str(place), "…")
+    return (printed.strip().splitlines() or [""])[-1][:300]
 
 
 def main() -> None:
