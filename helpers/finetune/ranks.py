@@ -2,18 +2,15 @@
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from helpers.errors import UserError
 from helpers.finetune.launchers import NAMES, rank_variables
@@ -172,46 +169,3 @@ class Ranks:
         sys.stdout.flush()
         # Not sys.exit: the interpreter would wait for a collective that other ranks may still be in.
         os._exit(2)
-
-
-class StopOnSignal(TrainerCallback):
-    """On Ctrl-C, SIGTERM or SIGHUP, finish the step, save a checkpoint and end training on every rank at the same step.
-
-    A rank that gets the signal writes the step to stop at into the store. The gradients' all-reduce keeps ranks within
-    one step of each other, so two steps ahead is late enough for every rank to see it, without another collective.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.stopped = False
-        self._signalled = False
-
-    def install(self) -> None:
-        """Handle these signals from now on; a single process under ``nohup`` goes on ignoring SIGHUP."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
-            if self.ranks.store is not None or not under_nohup:
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._signalled:
-            self.ranks.print_once("\nstopping: saving a checkpoint after this step")
-        self._signalled = True
-
-    def _stop_step(self, step: int) -> int | None:
-        store = self.ranks.store
-        if store is None:
-            return step if self._signalled else None
-        if self._signalled and not store.check([STOP_AT]):
-            store.compare_set(STOP_AT, "", str(step + 2))
-        return int(store.get(STOP_AT)) if store.check([STOP_AT]) else None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        stop_step = self._stop_step(state.global_step)
-        if stop_step is not None and state.global_step >= stop_step and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_save = True
-            control.should_evaluate = False
-            control.should_training_stop = True

@@ -8,6 +8,7 @@ from typing import Any
 from helpers.files import atomic_write
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import read_metrics
+from helpers.finetune.stop import StoppedBySignal
 from helpers.memory.phases import across_ranks, read_phases
 from helpers.memory.timeline import Timeline
 from helpers.plots import loss_and_memory, memory_timeline, save_figure
@@ -26,7 +27,7 @@ class RunFile:
             self._write()
 
     def fail(self, error: BaseException) -> None:
-        """Write down that the run has failed, and why.
+        """Write down that the run has failed, and why; or that a signal has ended it.
 
         Any rank does: if another one fails, rank 0 waits in a collective until it is killed. The first error stays,
         because those of other ranks follow from it.
@@ -37,7 +38,10 @@ class RunFile:
         with suppress(OSError, ValueError):
             if json.loads(self.path.read_text(encoding="utf-8")).get("status") == "failed":
                 return
-        self.content |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        if isinstance(error, StoppedBySignal):
+            self.content |= {"status": "interrupted"}
+        else:
+            self.content |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         self._write()
 
     def _write(self) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import os
 import shlex
+import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -34,11 +35,12 @@ from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.out_of_memory import explained_out_of_memory
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.plan import DTYPES, count_parameters, describe_plan
-from helpers.finetune.ranks import Ranks, StopOnSignal
+from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
 from helpers.finetune.steps import check_completed, check_scored, finished_line
+from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals
 from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
 from helpers.hardware import apply_nccl_environment
@@ -144,6 +146,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
     trainer = _build_trainer(job, ranks, model, arguments, stop)
     with phase("train"):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
+    end_at_signals(ranks)
     step = trainer.state.global_step
     if stop.stopped:
         run_file.update(status="interrupted", step=step)
@@ -239,6 +242,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
             with explained_out_of_memory(job, ranks.rank, ranks.world_size):
                 evaluation = _train(job, ranks, run_file)
         except BaseException as error:
+            # A data loader's worker that dies raises in its rank, at any moment; its siblings may not disturb this.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             with suppress(OSError):  # a full disk may be the error
                 run_file.fail(error)
             raise
@@ -259,9 +264,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     try:
+        end_at_signals(ranks)
         status = _run(arguments, ranks)
     except UserError as error:
         ranks.exit_with_error(error)
+    except StoppedBySignal as stopped:
+        ranks.print_once(f"\n{stopped}")
+        sys.stdout.flush()
+        os._exit(stopped.status)  # not sys.exit: other ranks may be in a collective
     except BrokenPipeError:  # `| head`, which ends all ranks: torchrun stops the others
         discard_output()
         os._exit(CLOSED_PIPE)  # not sys.exit: other ranks may be in a collective

@@ -1,6 +1,7 @@
 """Extend transformers' Trainer for a LoRA adapter: small atomic checkpoints, offloading, scored answers."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter, gather_objects
 from helpers.finetune.speed import evaluation_mode
+from helpers.finetune.stop import ignore_signals_in_worker
 from helpers.memory.phases import phase
 from helpers.memory.units import MIB
 
@@ -87,9 +89,12 @@ class LoraTrainer(ContinuedTrainer):
         padding = self.data_collator
         self.data_collator = self.pack_collator or padding
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = padding
+        inner: Any = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts this one's workers
+        inner.worker_init_fn = partial(ignore_signals_in_worker, inner.worker_init_fn)
+        return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # The collator counted on the host. Summing the mask here would make the host wait for the GPU in every step.

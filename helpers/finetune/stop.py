@@ -1,0 +1,94 @@
+"""What Ctrl-C, SIGTERM and SIGHUP do: save a checkpoint while training, and end at once before and after it."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from helpers.finetune.ranks import STOP_AT, Ranks
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 30  # of torchrun: torch/distributed/elastic/multiprocessing/api.py, PContext.close
+
+
+class StoppedBySignal(BaseException):
+    """A signal has come while there is nothing to save: while libraries or the model load, or after training."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number  # what shells report
+
+
+def end_at_signals(ranks: Ranks) -> None:
+    """Let a signal raise :class:`StoppedBySignal` from now on."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in SIGNALS:  # one is enough: torchrun passes on what the whole process group has got already
+            signal.signal(other, signal.SIG_IGN)
+        raise StoppedBySignal(number)
+
+    _handle(end, ranks)
+
+
+def _handle(handler: Callable[[int, FrameType | None], Any], ranks: Ranks) -> None:
+    """Handle the signals; a single process under ``nohup`` goes on ignoring SIGHUP."""
+    for number in SIGNALS:
+        under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+        if ranks.store is not None or not under_nohup:
+            signal.signal(number, handler)
+
+
+def ignore_signals_in_worker(start: Callable[[int], object] | None, worker: int) -> None:
+    """Start a data loader's worker that leaves signals to its rank: a worker that ends takes the rank with it.
+
+    Args:
+        start: What the worker would have called at its start.
+        worker: Its number.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if start is not None:
+        start(worker)
+
+
+class StopOnSignal(TrainerCallback):
+    """On a signal, finish the step, save a checkpoint and end training on every rank at the same step.
+
+    A rank that gets the signal writes the step to stop at into the store. The gradients' all-reduce keeps ranks within
+    one step of each other, so two steps ahead is late enough for every rank to see it, without another collective.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.stopped = False
+        self._signalled = False
+
+    def install(self) -> None:
+        """Handle the signals in this way from now on."""
+        _handle(self._on_signal, self.ranks)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._signalled:
+            grace = "" if self.ranks.store is None else f"; torchrun kills the ranks after {GRACE_SECONDS} s"
+            self.ranks.print_once(f"\nstopping: saving a checkpoint after this step{grace}")
+        self._signalled = True
+
+    def _stop_step(self, step: int) -> int | None:
+        store = self.ranks.store
+        if store is None:
+            return step if self._signalled else None
+        if self._signalled and not store.check([STOP_AT]):
+            store.compare_set(STOP_AT, "", str(step + 2))
+        return int(store.get(STOP_AT)) if store.check([STOP_AT]) else None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        stop_step = self._stop_step(state.global_step)
+        if stop_step is not None and state.global_step >= stop_step and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True

@@ -1,0 +1,87 @@
+"""Signals: a checkpoint while training, the end before and after it; a dead worker of a data loader."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from small_finetune import ONE_RANK, write_config
+
+from helpers.finetune.run_folder import RunFile
+from helpers.finetune.stop import SIGNALS, StopOnSignal, StoppedBySignal, end_at_signals, ignore_signals_in_worker
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Whatever a test installs is gone after it."""
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_and_after_training_a_signal_ends_the_rank_at_once(number, tmp_path):
+    end_at_signals(ONE_RANK)
+    run_file = RunFile(tmp_path / "run.json", ONE_RANK, {"status": "trained", "step": 4})
+    with pytest.raises(StoppedBySignal) as stopped:
+        signal.raise_signal(number)
+    signal.raise_signal(number)  # torchrun passes on what everybody has got already
+    assert stopped.value.status == 128 + number and str(stopped.value) == f"stopped by {number.name}"
+    run_file.fail(stopped.value)
+    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "interrupted", "step": 4}
+
+
+def test_while_training_a_signal_is_only_noted(capsys):
+    stop = StopOnSignal(ONE_RANK)
+    stop.install()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert capsys.readouterr().out.count("saving a checkpoint after this step") == 1
+
+
+def test_a_worker_leaves_signals_to_its_rank():
+    started = []
+    ignore_signals_in_worker(started.append, 3)
+    for number in SIGNALS:
+        signal.raise_signal(number)
+    ignore_signals_in_worker(None, 4)
+    assert started == [3]
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_model_loads_is_one_line(tmp_path, data_dir, small_checkpoint):
+    output = tmp_path / "output"
+    code = (
+        "import os, signal, sys; from helpers.finetune import train; "
+        "train._load_model = lambda *_: os.kill(os.getpid(), signal.SIGTERM); train.main(sys.argv[1:])"
+    )
+    arguments = [data_dir, small_checkpoint, write_config(tmp_path), "--output-dir", output]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout.splitlines()[-1] == "stopped by SIGTERM" and "Traceback" not in done.stderr
+    assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_job_and_run_json_says_so(tmp_path, data_dir, small_checkpoint, rank_server):
+    script = tmp_path / "killed_worker.py"
+    script.write_text(
+        "import os, signal\n"
+        "from helpers.finetune import train, trainer\n"
+        "trainer.ignore_signals_in_worker = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train.main()\n"
+    )
+    config = write_config(tmp_path, training_args={"dataloader_num_workers": 1})
+    output = tmp_path / "output"
+    done = rank_server.run(script, data_dir, small_checkpoint, config, "--output-dir", output, nprocs=1)
+    assert done.returncode != 0 and "DataLoader worker" in done.stderr
+    run = json.loads((output / "run.json").read_text())
+    assert run["status"] == "failed" and "DataLoader worker" in run["error"]
