@@ -1,9 +1,12 @@
 """DeepSpeed's optimizer state on another number of ranks."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 
-from helpers.libraries.deepspeed_checkpoints import regroup, use_options
+from helpers.libraries.deepspeed_checkpoints import correct_checkpoint_loading, regroup, use_options
 
 
 def saved(vector: torch.Tensor, ranks: int) -> list[dict]:
@@ -35,3 +38,25 @@ def test_options_are_those_of_the_job_and_the_rate_is_the_schedule_s():
     groups = [{"params": ["loaded"], "lr": 0.5, "step": 3, "weight_decay": 0.0}]
     use_options(groups, [{"params": ["fresh"], "lr": 1.0, "step": 0, "weight_decay": 0.1, "initial_lr": 1.0}])
     assert groups == [{"params": ["loaded"], "lr": 0.5, "step": 3, "weight_decay": 0.1, "initial_lr": 1.0}]
+
+
+class RunsCode:
+    """Makes a file as soon as it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self):
+        return (Path.touch, (self.made,))
+
+
+@pytest.mark.slow  # imports DeepSpeed
+def test_a_state_that_would_run_code_is_not_loaded(tmp_path, monkeypatch):
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    torch.save({"optimizer_state_dict": RunsCode(tmp_path / "made")}, tmp_path / "zero_pp_rank_0_optim_states.pt")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # restored afterwards
+    correct_checkpoint_loading()
+    with pytest.raises(pickle.UnpicklingError):
+        TorchCheckpointEngine().load(str(tmp_path / "zero_pp_rank_0_optim_states.pt"))
+    assert not (tmp_path / "made").exists()

@@ -33,6 +33,7 @@ from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.out_of_memory import explained_out_of_memory
+from helpers.finetune.output_disk import LOCK, explained_disk_errors, only_job
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.plan import DTYPES, count_parameters, describe_plan
 from helpers.finetune.ranks import Ranks
@@ -207,7 +208,10 @@ def _finish(job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluat
     )
     if evaluation:
         print(evaluation)
-    print(f"written to {job.output_dir}: {', '.join(sorted(p.name for p in job.output_dir.iterdir()))}", flush=True)
+    print(
+        f"written to {job.output_dir}: {', '.join(sorted(p.name for p in job.output_dir.iterdir() if p.name != LOCK))}",
+        flush=True,
+    )
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
@@ -231,6 +235,12 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         ranks.print_once(line)
     ranks.barrier()  # no rank writes into the output folder while another still checks that it is empty
     job.output_dir.mkdir(parents=True, exist_ok=True)
+    with only_job(job.output_dir, ranks), explained_disk_errors(job.output_dir):
+        return _run_alone(job, ranks)
+
+
+def _run_alone(job: Job, ranks: Ranks) -> int:
+    """Train and write the results into a folder that no other job writes to; return the exit status."""
     run_file = _start_run_file(job, ranks)
     mark_in(PhaseLog(job.output_dir / f"phases-{ranks.rank:03}.jsonl", ranks.rank))
     # One rank per node samples the memory of all its GPUs.

@@ -17,19 +17,18 @@ from transformers.trainer_utils import rotate_checkpoints
 from helpers.activations import CHECKPOINT_BYTES_IN_FLIGHT
 from helpers.activations.offload import OffloadedActivations
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
-from helpers.errors import UserError
-from helpers.finetune.checkpoints import Files, complete_checkpoints, describe_files, write_manifest
+from helpers.finetune.checkpoints import Files, describe_files, write_manifest
 from helpers.finetune.continued import ContinuedTrainer
 from helpers.finetune.evaluate import generate_answers
 from helpers.finetune.finite import FiniteCheck
 from helpers.finetune.loading import write_quantization_bit
 from helpers.finetune.metrics import mean_scores, score
+from helpers.finetune.output_disk import disk_error, is_disk_error
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter, gather_objects
 from helpers.finetune.speed import evaluation_mode
 from helpers.finetune.stop import ignore_signals_in_worker
 from helpers.memory.phases import phase
-from helpers.memory.units import MIB
 
 
 def _broadcast(value: Any) -> Any:
@@ -173,18 +172,10 @@ class LoraTrainer(ContinuedTrainer):
             with phase("save"):
                 self._save_whole_checkpoint(folder, model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
-            # On a full disk torch.save raises a RuntimeError.
-            if isinstance(error, RuntimeError) and not any(part in str(error) for part in ("write", "unexpected pos")):
+            if not is_disk_error(error, self._output_dir):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
-            free = shutil.disk_usage(self._output_dir).free / MIB
-            kept = complete_checkpoints(self._output_dir)
-            remedy = "free disk space and start again"
-            if kept:
-                remedy = f"{kept[-1].name} is complete: free disk space and continue with --resume"
-            raise UserError(
-                f"{folder} could not be written ({error}; {free:,.0f} MiB free on its disk); {remedy}"
-            ) from error
+            raise disk_error(error, self._output_dir, folder) from error
 
     def _save_whole_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
         """Save, declare the checkpoint complete when all ranks have, and only then remove older ones."""
