@@ -138,6 +138,13 @@ class Ranks:
         except dist.DistNetworkError as error:
             raise UserError("the host of rank 0 has left the job; its own output says why") from error
 
+    def reported_error(self) -> str | None:
+        """Return the error that a rank has met and reported; None if there is none, or nobody left to ask."""
+        with contextlib.suppress(dist.DistError):
+            if self.store is not None and self.store.check([FAILED]):
+                return self.store.get(FAILED).decode()
+        return None
+
     def print_once(self, text: str) -> None:
         """Print a line on rank 0 only."""
         if self.is_first:

@@ -30,6 +30,7 @@ from helpers.finetune.evaluate import evaluate
 from helpers.finetune.extensions import check_extensions
 from helpers.finetune.job import Job, prepare
 from helpers.finetune.launchers import add_local_rank
+from helpers.finetune.lost_rank import explained_lost_rank
 from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.out_of_memory import explained_out_of_memory
@@ -249,7 +250,10 @@ def _run_alone(job: Job, ranks: Ranks) -> int:
         if sampler is not None:
             _warn_of_busy_gpus(sampler.timeline())
         try:
-            with explained_out_of_memory(job, ranks.rank, ranks.world_size):
+            with (
+                explained_out_of_memory(job, ranks.rank, ranks.world_size),
+                explained_lost_rank(ranks, job.output_dir),
+            ):
                 evaluation = _train(job, ranks, run_file)
         except BaseException as error:
             # A data loader's worker that dies raises in its rank, at any moment; its siblings may not disturb this.
