@@ -1,5 +1,8 @@
 """The benchmark of the 6B fine-tune: what it plans, and that every planned configuration is one the job accepts."""
 
+import signal
+import subprocess
+
 import pytest
 from load_benchmark import load_benchmark
 
@@ -24,6 +27,14 @@ def test_every_way_runs_on_one_gpu_and_on_all(script, gpus):
     batches = list(script.batches(runs, gpus))
     assert [run for batch in batches for run in batch] == runs
     assert all(len(batch) <= gpus and (len(batch) == 1 or {run.ranks for run in batch} == {1}) for batch in batches)
+
+
+def test_an_interrupted_benchmark_leaves_no_job_behind(script):
+    job = subprocess.Popen(["sh", "-c", "sleep 600 & wait"], stdout=subprocess.PIPE, start_new_session=True)
+    script.RUNNING.append(job)
+    script.kill_all()
+    assert job.stdout.read() == b""  # the end of the file: nobody holds it any more
+    assert job.wait() == -signal.SIGKILL and not script.RUNNING
 
 
 def test_the_job_accepts_every_configuration(script, tmp_path):

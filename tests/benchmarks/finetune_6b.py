@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ LIMIT = 240  # seconds per run
 PLAIN = {"loss_chunk": 0, "padding_mask": True}
 ZERO_2, ZERO_3 = ROOT / "configs" / "ds_zero_2.json", ROOT / "configs" / "ds_zero_3.json"
 PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"
+RUNNING: list[subprocess.Popen[bytes]] = []
 RECORDED = "lora.yaml, evaluated and saved"
 
 
@@ -202,11 +203,20 @@ def execute(run: Run, gpu: int | None, data: Path, checkpoint: Path, output_dir:
     print(f"{run.name}{'' if gpu is None else f' on GPU {gpu}'}: {format_command(command)}", flush=True)
     with output_dir.with_suffix(".log").open("w", encoding="utf-8") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        RUNNING.append(job)
         try:
             return job.wait(LIMIT)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
             return job.wait()
+
+
+def kill_all() -> None:
+    """Kill what still runs, torchrun's ranks included: on a GPU they would be measured with the next run."""
+    for job in RUNNING:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    RUNNING.clear()
 
 
 def save_timeline(output_dir: Path, checkpoint: Path, path: Path) -> None:
@@ -228,6 +238,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     gpus = torch.cuda.device_count()
     if not gpus:
         raise UserError("no GPU here; this measures the 6B model on GPUs")
@@ -252,6 +263,12 @@ def main() -> None:
                     pool.submit(execute, run, place, folder, arguments.checkpoint, output)
                     for run, place, output in zip(batch, places, outputs, strict=True)
                 ]
+                try:
+                    wait(jobs)
+                except BaseException:  # Ctrl-C; the threads wait for their jobs
+                    kill_all()
+                    raise
+                RUNNING.clear()
             for run, job, output in zip(batch, jobs, outputs, strict=True):
                 label = label_of(run, gpus)
                 if job.result():
