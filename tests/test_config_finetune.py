@@ -195,3 +195,9 @@ def test_published_buckets_cost_what_the_warning_says():
     own = read_deepspeed_config(CONFIGS / "ds_zero_2.json")
     assert bucket_warning(own, trainable=3_784_704, element_bytes=2) is None
     assert bucket_warning({"zero_optimization": {"stage": 3}}, 1, 2) is None
+
+
+def test_a_token_is_in_no_setting_and_no_note():
+    training = {"hub_token": "hf_secret", "push_to_hub": False}
+    config = parse_finetune_config({**MINIMAL, "training_args": training}, "lora.yaml")
+    assert "hf_secret" not in repr(config) and any("hub_token is ignored" in note for note in config.notes)

@@ -184,6 +184,17 @@ def test_a_run_of_deepspeed_resumed_after_damage_ends_where_the_first_one_did(
     assert losses[0] == losses[1]
 
 
+def test_zero_2_of_two_ranks_goes_on_with_one(tmp_path, finished_zero_2, rank_server, data_dir, small_checkpoint):
+    output = shutil.copytree(finished_zero_2, tmp_path / "output")
+    shutil.rmtree(output / "checkpoint-4")
+    config = write_config(tmp_path, **merged(QUICK, {"training_args": {"per_device_train_batch_size": 8}}))
+    files = (data_dir, small_checkpoint, config, ZERO_2)
+    resumed = rank_server.run(TRAIN, *files, "--output-dir", output, "--resume", nprocs=1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "has 8 rows on each of 1 rank(s), and had 4 on 2" in resumed.stdout
+    assert largest_difference(adapter(output / "checkpoint-4"), adapter(finished_zero_2 / "checkpoint-4")) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
