@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_finetune import prepare, write_config
+from small_finetune import adapter, largest_difference, prepare, write_config
 from transformers import AutoModelForCausalLM
 
 from helpers.config.adapter_names import translate_adapter, translate_name
@@ -14,6 +15,7 @@ from helpers.config.compatibility import check_adapter_options
 from helpers.config.finetune import parse_finetune_config
 from helpers.config.options import base_changing_option
 from helpers.errors import UserError
+from helpers.finetune import train
 from helpers.finetune.adapter import check_adapter
 from helpers.finetune.export import export
 from helpers.finetune.loading import check_comparable, load_for_inference
@@ -228,3 +230,34 @@ def test_options_that_need_whole_weights_are_refused_where_there_are_none(lora, 
         return
     with pytest.raises(UserError, match=wanted):
         check_adapter_options(config, deepspeed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"query_key_value": 2},
+            "modules_to_save": ["output_layer"],
+        },
+        {"init_lora_weights": "mica", "trainable_token_indices": [3, 5]},
+        {"init_lora_weights": "orthogonal", "lora_bias": True, "target_parameters": ["mlp.dense_4h_to_h.weight"]},
+    ],
+)
+def test_a_variant_is_resumed_as_if_it_had_not_been_stopped(lora, tmp_path, data_dir, small_checkpoint, monkeypatch):
+    monkeypatch.setattr(train, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(train.StopOnSignal, "install", lambda self: None)
+    monkeypatch.setattr(train, "quiet_libraries", lambda: None)
+    training = {"use_cpu": True, "predict_with_generate": False, "eval_strategy": "no"}
+    config = write_config(tmp_path, training_args=training, peft_config=lora, data_config={"val_file": None})
+
+    def last(output, *options):
+        train.main([str(data_dir), str(small_checkpoint), str(config), "--output-dir", str(output), *options])
+        return adapter(output / "checkpoint-4")
+
+    whole = last(tmp_path / "whole")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", resumed / "checkpoint-2")
+    assert largest_difference(last(resumed, "--resume"), whole) == 0
