@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -345,19 +344,3 @@ def test_two_ranks_share_the_prompts(tokenizer, tmp_path, rank_server):
     assert sum(first["gradients"]) > 0
     assert first["gradients"] == second["gradients"]
     assert len((tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 7
-
-
-@pytest.mark.slow
-def test_the_command_on_two_ranks_says_what_one_process_says(tmp_path, rank_server, small_run, data_dir):
-    printed, answers = [], []
-    for nprocs in (None, 2):
-        folder = shutil.copytree(small_run / "checkpoint-2", tmp_path / str(nprocs))
-        arguments = [folder, data_dir / "dev.json", "--max-rows", 5, "--max-output-length", 6, "--batch-size", 2]
-        finished = rank_server.run(evaluate_module.__file__, *arguments, nprocs=nprocs)
-        assert finished.returncode == 0, finished.stderr
-        printed.append(finished.stdout.replace(str(folder), ""))
-        answers.append((folder / "predictions-dev.jsonl").read_text(encoding="utf-8"))
-    assert answers[0] == answers[1] and answers[0].count("\n") == 5
-    tables = [text[text.index("5 answers") :] for text in printed]
-    assert tables[0] == tables[1]
-    assert printed[1].count("5 answers   rouge-1") == 1  # rank 0 alone prints

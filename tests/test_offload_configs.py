@@ -78,10 +78,10 @@ def test_every_kind_of_offload_has_its_file():
 
 
 def test_zero_3_for_lora_holds_one_layer_of_the_6b_model():
-    """While a recomputed layer is complete, DeepSpeed must not gather the next: its weights stay until its backward."""
+    """Up to DeepSpeed's own limit of 1e9 it would keep five: 13.6 GiB instead of 12.4 on two H100s."""
     zero = json.loads((CONFIGS / "ds_zero_3.json").read_text())["zero_optimization"]
     shape = ModelShape()
     layer = sum(rows * columns for rows, columns in shape.linears.values())
-    assert 0.95 * layer < zero["stage3_max_live_parameters"] < layer
+    assert layer < zero["stage3_max_live_parameters"] < 1.05 * layer
     # On a stream of its own a gathered weight leaves memory behind that no other stream may use.
     assert zero["overlap_comm"] is False
