@@ -16,6 +16,12 @@ GONE = re.compile(
 )
 
 
+def how_to_continue(output_dir: Path) -> str:
+    """Return what to do when a rank is lost: resume from the newest complete checkpoint, or start again."""
+    kept = complete_checkpoints(output_dir)
+    return f"continue from {kept[-1].name} with --resume" if kept else "start again"
+
+
 @contextmanager
 def explained_lost_rank(ranks: Ranks, output_dir: Path) -> Iterator[None]:
     """Turn a broken connection inside the block into one line.
@@ -34,7 +40,5 @@ def explained_lost_rank(ranks: Ranks, output_dir: Path) -> Iterator[None]:
     except RuntimeError as error:
         if ranks.store is None or not GONE.search(str(error)):
             raise
-        kept = complete_checkpoints(output_dir)
-        remedy = f"continue from {kept[-1].name} with --resume" if kept else "start again"
         reason = ranks.reported_error() or "another rank has gone without a word (killed, or out of host memory)"
-        raise UserError(f"{reason}; {remedy}") from error
+        raise UserError(f"{reason}; {how_to_continue(output_dir)}") from error

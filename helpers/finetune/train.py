@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from helpers.config.finetune import names_deepspeed_file
 from helpers.errors import CLOSED_PIPE, UserError, allow_any_text, discard_output
@@ -45,6 +45,7 @@ from helpers.finetune.steps import check_completed, check_scored, finished_line
 from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals
 from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
+from helpers.finetune.watchdog import Watchdog
 from helpers.hardware import apply_nccl_environment
 from helpers.libraries.quiet import quiet_libraries
 from helpers.memory.phases import PhaseLog, mark_in, phase
@@ -55,6 +56,7 @@ from helpers.quantization.library import exclude_frozen_from_ddp, keep_layout, q
 
 # An idle GPU holds far less; a desktop session may hold this much.
 BUSY_BYTES = GIB
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 INTERRUPTED = 130  # what shells report for a job ended by Ctrl-C
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,9 +68,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("config", type=Path, help="configs/lora.yaml or one like it")
     parser.add_argument("deepspeed", type=Path, nargs="?", help="DeepSpeed JSON; without it, DistributedDataParallel")
     parser.add_argument("--output-dir", type=Path, help="instead of the configuration's output_dir")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint in the output folder"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue from the output folder's newest checkpoint")
     add_local_rank(parser)
     return parser.parse_args(argv)
 
@@ -104,7 +104,7 @@ def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
 
 
 def _build_trainer(
-    job: Job, ranks: Ranks, model: PeftModel, arguments: TrainingArguments, stop: StopOnSignal
+    job: Job, ranks: Ranks, model: PeftModel, arguments: TrainingArguments, guards: list[TrainerCallback]
 ) -> LoraTrainer:
     counter = WorkCounter()
     packing = job.config.speed.packing
@@ -123,11 +123,11 @@ def _build_trainer(
         max_new_tokens=job.config.max_new_tokens,
         quantization_bit=job.config.quantization_bit,
         facts=job.facts,
-        callbacks=[FirstStepMarker(), Recorder(job.output_dir / "metrics.jsonl", ranks, counter), stop],
+        callbacks=[FirstStepMarker(), Recorder(job.output_dir / "metrics.jsonl", ranks, counter), *guards],
     )
 
 
-def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
+def _train(job: Job, ranks: Ranks, run_file: RunFile, watchdog: Watchdog) -> Evaluation | None:
     """Load, train and evaluate; None without a dev file, on ranks other than 0, and after a signal."""
     notes = [*job.notes, *check_extensions(job.deepspeed)]
     arguments = training_arguments(job, ranks, notes)
@@ -145,7 +145,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile) -> Evaluation | None:
 
     stop = StopOnSignal(ranks)
     stop.install()
-    trainer = _build_trainer(job, ranks, model, arguments, stop)
+    trainer = _build_trainer(job, ranks, model, arguments, [stop, watchdog])
     with phase("train"):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
     end_at_signals(ranks)
@@ -173,7 +173,7 @@ def _start_run_file(job: Job, ranks: Ranks) -> RunFile:
     """Write ``run.json`` with what is known before training."""
     content = {
         "status": "running",
-        "started": _timestamp(),
+        "started": time.strftime(TIME),
         "command": shlex.join(["python", "-m", "helpers.finetune.train", *sys.argv[1:]]),
         "world_size": ranks.world_size,
         "precision": job.precision,
@@ -184,10 +184,6 @@ def _start_run_file(job: Job, ranks: Ranks) -> RunFile:
     run_file = RunFile(job.output_dir / "run.json", ranks, content)
     run_file.update()
     return run_file
-
-
-def _timestamp() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _warn_of_busy_gpus(timeline: Timeline) -> None:
@@ -205,7 +201,7 @@ def _finish(job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluat
         nvml_before_gib=[gpu.baseline / GIB for gpu in timeline.gpus],
         nvml_peak_gib=[gpu.peak / GIB for gpu in timeline.gpus],
         nvml_note=timeline.note,
-        ended=_timestamp(),
+        ended=time.strftime(TIME),
     )
     if evaluation:
         print(evaluation)
@@ -231,8 +227,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         check_scored(job.resume_from)
         ranks.print_once(finished)
         return 0
-    line = apply_nccl_environment()
-    if line:
+    if line := apply_nccl_environment():
         ranks.print_once(line)
     ranks.barrier()  # no rank writes into the output folder while another still checks that it is empty
     job.output_dir.mkdir(parents=True, exist_ok=True)
@@ -253,8 +248,9 @@ def _run_alone(job: Job, ranks: Ranks) -> int:
             with (
                 explained_out_of_memory(job, ranks.rank, ranks.world_size),
                 explained_lost_rank(ranks, job.output_dir),
+                Watchdog(ranks, job.config.training, run_file) as watchdog,
             ):
-                evaluation = _train(job, ranks, run_file)
+                evaluation = _train(job, ranks, run_file, watchdog)
         except BaseException as error:
             # A data loader's worker that dies raises in its rank, at any moment; its siblings may not disturb this.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -292,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        message = f"{error.filename or 'a file'} could not be written ({error.strerror}); free disk space"
-        ranks.exit_with_error(UserError(message))
+        name = error.filename or "a file"
+        ranks.exit_with_error(UserError(f"{name} could not be written ({error.strerror}); free disk space"))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:

@@ -10,6 +10,9 @@ from helpers.finetune.ranks import Ranks
 from helpers.libraries.deepspeed import forget_inputs_of_frozen_layers, share_world_group, skip_cpu_collectives
 from helpers.libraries.deepspeed_checkpoints import correct_checkpoint_loading
 
+# The watchdog names the rank that is missing. The libraries' own limits, which abort the process, come after it.
+WATCHDOG_SECONDS = 10
+
 
 def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArguments:
     """Create the ``TrainingArguments`` of a job.
@@ -54,6 +57,7 @@ def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArgu
                 "bf16": job.precision == "bf16",
                 "fp16": job.precision == "fp16",
                 "use_cpu": on_cpu,
+                "ddp_timeout": given.get("ddp_timeout", TrainingArguments.ddp_timeout) + WATCHDOG_SECONDS,
                 "ddp_backend": given.get("ddp_backend", "gloo" if on_cpu and ranks.store else None),
                 "ddp_find_unused_parameters": False,
                 # The only buffers are tables of rotary frequencies, the same on all ranks.
