@@ -243,10 +243,15 @@ def test_options_that_need_whole_weights_are_refused_where_there_are_none(lora, 
             "modules_to_save": ["output_layer"],
         },
         {"init_lora_weights": "mica", "trainable_token_indices": [3, 5]},
-        {"init_lora_weights": "orthogonal", "lora_bias": True, "target_parameters": ["mlp.dense_4h_to_h.weight"]},
+        {"lora_bias": True, "exclude_modules": ["layers.0.self_attention.v_proj"]},
+        {"target_parameters": ["mlp.dense_4h_to_h.weight"]},
     ],
 )
 def test_a_variant_is_resumed_as_if_it_had_not_been_stopped(lora, tmp_path, data_dir, small_checkpoint, monkeypatch):
+    def failed(_, error):
+        raise error  # instead of ending this process
+
+    monkeypatch.setattr(train.Ranks, "exit_with_error", failed)
     monkeypatch.setattr(train, "draw_figures", lambda *_: None)
     monkeypatch.setattr(train.StopOnSignal, "install", lambda self: None)
     monkeypatch.setattr(train, "quiet_libraries", lambda: None)
