@@ -33,6 +33,11 @@ def test_files_that_people_use_are_accepted(path):
         ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com is no key that DeepSpeed knows"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer must be a block of keys"),
         ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, "offload_optimizer.device is 'disk'"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param on nvme needs nvme_path",
+        ),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning is not supported"),
         ({"zero_optimisation": {"stage": 2}}, "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
         ({"bf16": {"enabled": "true"}}, "bf16.enabled must be true or false, not 'true'; remove the quotes"),
         ({"train_micro_batch_size_per_gpu": "4"}, 'must be a whole number of at least 1, not "4"'),
@@ -47,6 +52,13 @@ def test_a_wrong_value_is_one_line_with_its_place(content, wanted, tmp_path):
         check_deepspeed_values(read_deepspeed_config(path), path)
     message = str(caught.value)
     assert wanted in message and str(path) in message and "\n" not in message
+
+
+def test_a_key_that_occurs_twice_is_not_the_last_one(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 3}}')
+    with pytest.raises(UserError, match=r"ds.json is not JSON \(the key 'zero_optimization' occurs twice\)"):
+        read_deepspeed_config(path)
 
 
 def test_the_line_of_training_args_is_like_the_argument(tmp_path, monkeypatch):

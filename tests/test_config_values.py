@@ -32,6 +32,8 @@ def refused(text: str) -> str:
         ("max_steps: 2.0", "a whole number, not 2.0; write 2"),
         ("max_steps: -2", "at least -1, not -2"),
         ("max_steps: 0", "nothing would be trained"),
+        ("warmup_ratio: 1.0", "warmup_ratio must be at least 0 and below 1, not 1.0; or give warmup_steps"),
+        ("accelerator_config: {split_batches: true}", "split_batches would divide the batch of a rank"),
         ('per_device_train_batch_size: "4"', "a whole number, not '4'; write 4 without quotes"),
         ("per_device_train_batch_size: 4.0", "a whole number, not 4.0; write 4"),
         ("per_device_train_batch_size: 0", "at least 1, not 0"),

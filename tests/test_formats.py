@@ -362,6 +362,14 @@ REJECTED = {
         "content must be a text.*orient='records'",
     ),
     "no_comma.json": (b'[\n{"content": "a", "summary": "b"}\n{}\n]', r"no_comma\.json:3: not JSON \(Expecting ','"),
+    "twice.jsonl": (
+        b'{"content": "a", "summary": "b", "summary": "c"}\n',
+        r":1: not JSON \(the key 'summary' occurs twice\)",
+    ),
+    "twice.json": (
+        b'[{"content": "a", "summary": "b", "summary": "c"}]',
+        r"not JSON \(the key 'summary' occurs twice\)",
+    ),
     "python.jsonl": ((str(ADVERT) + "\n").encode() * 9, "all 9 for the same reason; line 1: not JSON"),
     "commas.jsonl": (
         lines(ADVERT, {**ADVERT, "content": "类型#上衣"}).replace(b"}\n", b"},\n"),

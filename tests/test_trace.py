@@ -71,3 +71,5 @@ def test_a_real_step_is_recorded_and_its_file_opens_elsewhere(tmp_path):
     assert "traceEvents" in json.loads((tmp_path / "t.json").read_text())
     figure = trace_lanes({"a": trace.lanes, "b": trace.lanes}, "two steps")
     assert len(figure.axes[0].get_yticklabels()) == 2 * len(trace.lanes)
+    again = record_step(lambda: weight @ weight, torch.device("cpu"))
+    assert again.computing > 0 and [path.name for path in tmp_path.iterdir()] == ["t.json"]

@@ -67,6 +67,11 @@ def training_block(block: dict[str, Any], source: str, notes: list[str], *, scor
             if not isinstance(value, bool):
                 raise UserError(f"{where}: {key} must be true or false, not {value!r}")
             value = "group_by_length" if value else "random"
+        elif key == "warmup_ratio" and isinstance(value, int | float) and not 0 <= value < 1:
+            # The option that took its place reads such a number as steps.
+            raise UserError(
+                f"{where}: warmup_ratio must be at least 0 and below 1, not {value!r}; or give warmup_steps"
+            )
         elif name.endswith("_strategy") and value is False:
             value = "no"  # YAML 1.1 reads no, without quotes, as false
         # YAML 1.1 reads 5e-5, which has no decimal point, as text.

@@ -29,6 +29,7 @@ BLOCKS: dict[str, str] = {
     **dict.fromkeys(("checkpoint", "data_efficiency", "curriculum_learning", "hybrid_engine", "pipeline"), ""),
     **dict.fromkeys(("compile", "timers", "elasticity", "compression_training", "weight_quantization"), ""),
 }
+REFUSED_BLOCKS = ("curriculum_learning", "data_efficiency", "compression_training", "elasticity", "hybrid_engine")
 # Single values: the smallest number (whole, unless it has a decimal point), bool, or None for anything.
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1),
@@ -69,6 +70,9 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     for key in ("offload_optimizer", "offload_param"):
         if not isinstance(zero.get(key, {}), dict | None):
             raise UserError(f"{path}: zero_optimization.{key} must be a block of keys, not {json.dumps(zero[key])}")
+        offload = zero.get(key) or {}
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            raise UserError(f"{path}: zero_optimization.{key} on nvme needs nvme_path, a folder on a fast disk")
     for key in ("optimizer", "scheduler"):
         if key in config and not isinstance(config[key].get("type"), str):
             raise UserError(f'{path}: {key} must name its "type"; "AdamW" and "WarmupLR" are such names')
@@ -82,6 +86,8 @@ def _check_setting(key: str, value: Any, path: Path) -> None:
         if not isinstance(value, dict):
             example = BLOCKS[key] or "{}"
             raise UserError(f"{path}: {key} must be a block of keys, such as {example}, not {json.dumps(value)}")
+        if key in REFUSED_BLOCKS and value.get("enabled", False):
+            raise UserError(f"{path}: {key} is not supported, because it changes what is trained; remove it")
         return
     least = SETTINGS[key]
     if least is None or value == AUTO:

@@ -217,7 +217,10 @@ def _check_texts(training: Mapping[str, Any], where: str) -> None:
     arguments = training.get("optim_args")
     if arguments and not all(part.count("=") == 1 for part in arguments.split(",")):
         raise UserError(f"{where}: optim_args must be key=value pairs with commas between them, not {arguments!r}")
-    if isinstance(training.get("accelerator_config"), str):
+    accelerator = training.get("accelerator_config")
+    if isinstance(accelerator, dict) and accelerator.get("split_batches"):
+        raise UserError(f"{where}: accelerator_config: split_batches would divide the batch of a rank; remove it")
+    if isinstance(accelerator, str):
         raise UserError(f"{where}: accelerator_config must be a block of keys, not {training['accelerator_config']!r}")
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpers.errors import UserError
-from helpers.files import check_not_lfs_pointer, decode_utf8
+from helpers.files import check_not_lfs_pointer, decode_utf8, unique_keys
 from helpers.finetune.messages import shown
 from helpers.finetune.shapes import KNOWN_KEYS
 
@@ -83,12 +83,12 @@ def read_file(path: Path) -> RawFile:
 def parse_line(raw: bytes) -> Any:
     """Parse one line of JSON. Raises UserError with the reason why it is none."""
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except ValueError as error:  # a number with too many digits
+    except ValueError as error:  # a number with too many digits, a key that occurs twice
         raise UserError(f"not JSON ({error})") from error
     except RecursionError as error:
         raise UserError("nested too deeply") from error
@@ -155,7 +155,7 @@ def _check_one_line_per_object(path: Path, start: bytes) -> None:
 
 def _array(path: Path, raw: bytes) -> list[Any]:
     try:
-        return json.loads(decode_utf8(path, raw))
+        return json.loads(decode_utf8(path, raw), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno}); "

@@ -109,7 +109,8 @@ class Watchdog(TrainerCallback):
         """Say the verdict in one line, here and in ``run.json``, and end this rank."""
         self._barked = True
         line = f"{verdict}; {how_to_continue(self.run_file.path.parent)}"
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may read any more
+            print(f"error: {line}", file=sys.stderr, flush=True)
         # In a thread: a dead disk or store must not keep this rank.
         threading.Thread(target=self._write, args=[line], daemon=True).start()
         time.sleep(END_SECONDS)

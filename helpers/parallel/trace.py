@@ -8,6 +8,7 @@ On a GPU a lane is a CUDA stream, on a CPU a thread. Open the file at https://ui
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class StepTrace:
         return max(0.0, hidden) / self.sending  # not -0.0 by rounding
 
 
-def record_step(step: Callable[[], object], device: torch.device, path: str | Path) -> StepTrace:
+def record_step(step: Callable[[], object], device: torch.device, path: str | Path | None = None) -> StepTrace:
     """Run a step three times, the last time under torch.profiler.
 
     All ranks must call this together if there are several. Recording slows the host down.
@@ -73,7 +74,7 @@ def record_step(step: Callable[[], object], device: torch.device, path: str | Pa
     Args:
         step: Runs one step.
         device: This rank's device.
-        path: Where to write the trace of this rank, as JSON.
+        path: Where to keep the trace of this rank, as JSON; None keeps no file.
 
     Returns:
         What this rank did.
@@ -90,8 +91,10 @@ def record_step(step: Callable[[], object], device: torch.device, path: str | Pa
             step()
             if on_gpu:
                 torch.cuda.synchronize(device)
-    profiler.export_chrome_trace(str(path))
-    return read_step(json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"])
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(path or Path(folder) / "trace.json")
+        profiler.export_chrome_trace(str(written))
+        return read_step(json.loads(written.read_text(encoding="utf-8"))["traceEvents"])
 
 
 def read_step(events: Iterable[Mapping[str, Any]]) -> StepTrace:
