@@ -234,6 +234,7 @@ def command_line(tokenizer, tmp_path, monkeypatch):
     def check_comparable(path):
         if path != tmp_path:
             raise UserError(f"{path.name} holds no adapter")
+        return path
 
     loading = SimpleNamespace(
         load_for_inference=lambda path, device: (model, tokenizer), check_comparable=check_comparable

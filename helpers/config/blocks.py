@@ -1,6 +1,7 @@
 """Read the blocks of ``lora.yaml`` that hold a library's options: the Trainer's and PEFT's."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -32,6 +33,19 @@ RENAMED = {
 DROPPED = ("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_sampler", "ddp_timeout_seconds")
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
 DEFAULT_SEED = 42
+
+
+def training_setting(training: Mapping[str, Any], name: str) -> Any:
+    """Look up an option of the Trainer.
+
+    Args:
+        training: Keyword arguments of ``TrainingArguments``.
+        name: Of the option.
+
+    Returns:
+        Its value, or the Trainer's default.
+    """
+    return training.get(name, getattr(TrainingArguments, name))
 
 
 def training_block(block: dict[str, Any], source: str, notes: list[str], *, scored: bool) -> dict[str, Any]:

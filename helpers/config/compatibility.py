@@ -1,13 +1,13 @@
 """Check ``lora.yaml``, the DeepSpeed JSON and this machine against each other."""
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import TrainingArguments
-
+from helpers.config.blocks import training_setting
 from helpers.config.deepspeed import AUTO, precision_switch, zero_stage
-from helpers.config.deepspeed_optimizer import optimizer_contradictions
+from helpers.config.deepspeed_optimizer import optimizer_pairs
 from helpers.config.finetune import FinetuneConfig
 from helpers.errors import UserError
 
@@ -24,9 +24,7 @@ def contradictions(deepspeed: Mapping[str, Any], training: Mapping[str, Any], wo
         One text per contradiction, naming both values.
     """
 
-    def setting(name: str) -> Any:
-        return training.get(name, getattr(TrainingArguments, name))
-
+    setting = partial(training_setting, training)
     micro_batch_size, accumulation = setting("per_device_train_batch_size"), setting("gradient_accumulation_steps")
     batch_size = micro_batch_size * accumulation * world_size
     pairs = [
@@ -34,13 +32,13 @@ def contradictions(deepspeed: Mapping[str, Any], training: Mapping[str, Any], wo
         ("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", accumulation),
         ("gradient_clipping", deepspeed, "max_grad_norm", setting("max_grad_norm")),
         ("train_batch_size", deepspeed, f"the batch of {world_size} ranks", batch_size),
+        *optimizer_pairs(deepspeed, training),
     ]
     found = [
         f"{key} is {block[key]} but {name} is {value}"
         for key, block, name, value in pairs
         if block.get(key, AUTO) not in (AUTO, value)
     ]
-    found += optimizer_contradictions(deepspeed, training)
     for precision in ("fp16", "bf16"):
         enabled = precision_switch(deepspeed, precision)
         if enabled is not None and precision in training and enabled != bool(training[precision]):

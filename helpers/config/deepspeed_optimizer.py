@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
+from helpers.config.blocks import training_setting
 from helpers.config.deepspeed import AUTO
 from helpers.errors import UserError
 
@@ -55,7 +56,7 @@ def _build_schedule(scheduler: Mapping[str, Any], training: Mapping[str, Any], p
     if kind not in lr_schedules.VALID_LR_SCHEDULES:
         known = ", ".join(lr_schedules.VALID_LR_SCHEDULES)
         raise UserError(f"{path}: scheduler.type {kind!r} is unknown; known are {known}")
-    rate = training.get("learning_rate", TrainingArguments.learning_rate)
+    rate = training_setting(training, "learning_rate")
     # The keys that the Trainer fills; of steps it knows the number only when the data are read.
     stand_ins = {"warmup_min_lr": 0.0, "warmup_max_lr": rate, "warmup_num_steps": 1, "total_num_steps": 2}
     unknown = [key for key, value in given.items() if value == AUTO and key not in stand_ins]
@@ -72,20 +73,19 @@ def _build_schedule(scheduler: Mapping[str, Any], training: Mapping[str, Any], p
         raise UserError(f"{path}: scheduler {kind} does not take its params {dict(given)}: {reason}") from error
 
 
-def optimizer_contradictions(deepspeed: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
-    """List where the file's optimizer and schedule disagree with ``training_args``; "auto" agrees with everything.
+def optimizer_pairs(
+    deepspeed: Mapping[str, Any], training: Mapping[str, Any]
+) -> list[tuple[str, Mapping[str, Any], str, Any]]:
+    """List which values of the file's optimizer and schedule must agree with ``training_args``.
 
     Args:
         deepspeed: Contents of the DeepSpeed file.
         training: Keyword arguments of ``TrainingArguments``; missing keys have its defaults.
 
     Returns:
-        One text per contradiction, naming both values.
+        For each: the key, the block that may have it, and the name and value that the configuration has.
     """
-
-    def setting(name: str) -> Any:
-        return training.get(name, getattr(TrainingArguments, name))
-
+    setting = partial(training_setting, training)
     optimizer, schedule = (deepspeed.get(key, {}).get("params", {}) for key in ("optimizer", "scheduler"))
     pairs = [
         ("lr", optimizer, "learning_rate", setting("learning_rate")),
@@ -101,8 +101,4 @@ def optimizer_contradictions(deepspeed: Mapping[str, Any], training: Mapping[str
         # As the Trainer counts them: below 1 it is a share, and DeepSpeed wants at least one step.
         steps = int(warmup) if warmup >= 1 else math.ceil(max_steps * warmup)
         pairs.append(("warmup_num_steps", schedule, "warmup_steps", max(1, steps)))
-    return [
-        f"{key} is {block[key]} but {name} is {value}"
-        for key, block, name, value in pairs
-        if block.get(key, AUTO) not in (AUTO, value)
-    ]
+    return pairs

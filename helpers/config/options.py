@@ -221,7 +221,7 @@ def _check_texts(training: Mapping[str, Any], where: str) -> None:
     if isinstance(accelerator, dict) and accelerator.get("split_batches"):
         raise UserError(f"{where}: accelerator_config: split_batches would divide the batch of a rank; remove it")
     if isinstance(accelerator, str):
-        raise UserError(f"{where}: accelerator_config must be a block of keys, not {training['accelerator_config']!r}")
+        raise UserError(f"{where}: accelerator_config must be a block of keys, not {accelerator!r}")
 
 
 def check_lora(lora: Mapping[str, Any], where: str) -> None:

@@ -272,8 +272,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from helpers.finetune.loading import check_comparable, load_for_inference
 
     data_file = find_split(arguments.data_file.parent, arguments.data_file.name)
-    check_comparable(arguments.checkpoint)
-    model, tokenizer = load_for_inference(arguments.checkpoint, device=ranks.join_group())
+    checkpoint = check_comparable(arguments.checkpoint)
+    model, tokenizer = load_for_inference(checkpoint, device=ranks.join_group())
     assert isinstance(model, PeftModel)
     limits = Limits(arguments.max_input_length, arguments.max_output_length)
     split = read_split(data_file, tokenizer, limits, training=False)

@@ -96,11 +96,14 @@ def find_base_model(checkpoint: Path, base: str | None = None) -> Path:
         ) from error
 
 
-def check_comparable(path: str | os.PathLike[str]) -> None:
+def check_comparable(path: str | os.PathLike[str]) -> Path:
     """Check that a checkpoint's base model can be compared with the tuned one, before either is loaded.
 
     Args:
         path: As for :func:`load_for_inference`.
+
+    Returns:
+        The checkpoint's folder: to find it in a run's folder, files are hashed, which is enough once.
 
     Raises:
         UserError: It holds no adapter, or one that changes the base, so that switching it off gives another model.
@@ -114,6 +117,7 @@ def check_comparable(path: str | os.PathLike[str]) -> None:
             f"the adapter in {checkpoint} changes its base model ({option}), so there is none to compare with; "
             "ask the base model's folder by itself"
         )
+    return checkpoint
 
 
 def read_tokenizer(folder: Path) -> ChatGLMTokenizer:

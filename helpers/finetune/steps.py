@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
+from helpers.config.blocks import training_setting
 from helpers.errors import UserError
 from helpers.files import read_json_object
 
@@ -22,10 +22,7 @@ def planned_steps(training: Mapping[str, Any], rows: int, world_size: int) -> in
     Returns:
         The steps; 0 if ``dataloader_drop_last`` drops everything.
     """
-
-    def setting(name: str) -> Any:
-        return training.get(name, getattr(TrainingArguments, name))
-
+    setting = partial(training_setting, training)
     # As accelerate divides batches among ranks: whole ones without the rest, or as many for each rank.
     whole = math.floor if setting("dataloader_drop_last") else math.ceil
     batches = whole(whole(rows / setting("per_device_train_batch_size")) / world_size)
@@ -39,7 +36,7 @@ def planned_steps(training: Mapping[str, Any], rows: int, world_size: int) -> in
 def check_rows_fill_a_batch(planned: int, training: Mapping[str, Any], rows: int, world_size: int) -> None:
     """Raise UserError if no step would be made, which the Trainer takes for a finished training."""
     if planned == 0:
-        batch = training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+        batch = training_setting(training, "per_device_train_batch_size")
         raise UserError(
             f"training_args: dataloader_drop_last drops everything: {rows} rows fill no batch of {batch} on "
             f"each of {world_size} rank(s); remove it, or lower per_device_train_batch_size"

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from helpers.config.blocks import training_setting
 from helpers.errors import UserError
 from helpers.finetune.beats import LONGEST_BEAT, Beat, Judge, where
 from helpers.finetune.lost_rank import how_to_continue
@@ -43,7 +44,7 @@ class Watchdog(TrainerCallback):
         self, ranks: Ranks, training: dict[str, Any], run_file: RunFile, end: Callable[[int], object] = os._exit
     ) -> None:
         self.ranks, self.run_file, self.end = ranks, run_file, end
-        limit = training.get("ddp_timeout", TrainingArguments.ddp_timeout)
+        limit = training_setting(training, "ddp_timeout")
         self.judge = Judge(ranks.rank, ranks.world_size, limit)
         self.step, self.number, self.host = 0, 0, socket.gethostname()
         self._finished, self._stop = False, threading.Event()
