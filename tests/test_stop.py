@@ -10,7 +10,14 @@ import pytest
 from small_finetune import ONE_RANK, write_config
 
 from helpers.finetune.run_folder import RunFile
-from helpers.finetune.stop import SIGNALS, StopOnSignal, StoppedBySignal, end_at_signals, ignore_signals_in_worker
+from helpers.finetune.stop import (
+    SIGNALS,
+    StopOnSignal,
+    StoppedBySignal,
+    end_at_signals,
+    ignore_signals_in_worker,
+    restored_signals,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +39,14 @@ def test_before_and_after_training_a_signal_ends_the_rank_at_once(number, tmp_pa
     assert stopped.value.status == 128 + number and str(stopped.value) == f"stopped by {number.name}"
     run_file.fail(stopped.value)
     assert json.loads((tmp_path / "run.json").read_text()) == {"status": "interrupted", "step": 4}
+
+
+def test_a_job_inside_of_another_program_leaves_its_handlers_as_they_were():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(StoppedBySignal), restored_signals():
+        end_at_signals(ONE_RANK)
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_while_training_a_signal_is_only_noted(capsys):

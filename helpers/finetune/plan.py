@@ -6,8 +6,12 @@ from transformers import TrainingArguments
 
 from helpers.config.deepspeed import bucket_warning
 from helpers.finetune.job import Job
+from helpers.memory.timeline import Timeline
+from helpers.memory.units import GIB
 from helpers.quantization.library import full_numel
 
+# An idle GPU holds far less; a desktop session may hold this much.
+BUSY_BYTES = GIB
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -48,3 +52,10 @@ def describe_plan(job: Job, arguments: TrainingArguments, world_size: int, train
         f"LoRA trains {trainable:,} parameters" + (f" on a base held in {bits} bits" if bits else ""),
         *([f"warning: {warning}"] if warning else []),
     ]
+
+
+def warn_of_busy_gpus(timeline: Timeline) -> None:
+    """Print a line for each GPU that another process uses before the job starts."""
+    for gpu in timeline.gpus:
+        if gpu.baseline > BUSY_BYTES:
+            print(f"warning: {gpu.baseline / GIB:.1f} GiB of GPU {gpu.index} are in use before this job starts")

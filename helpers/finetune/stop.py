@@ -1,7 +1,8 @@
 """What Ctrl-C, SIGTERM and SIGHUP do: save a checkpoint while training, and end at once before and after it."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,18 @@ class StoppedBySignal(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.status = 128 + number  # what shells report
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    """Put the signals' handlers back after the block, for whoever runs a job inside of a program of its own."""
+    kept = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if handler is not None:  # it was not set from Python, and cannot be
+                signal.signal(number, handler)
 
 
 def end_at_signals(ranks: Ranks) -> None:

@@ -36,13 +36,13 @@ from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.out_of_memory import explained_out_of_memory
 from helpers.finetune.output_disk import LOCK, explained_disk_errors, only_job
 from helpers.finetune.packing import PackCollator
-from helpers.finetune.plan import DTYPES, count_parameters, describe_plan
+from helpers.finetune.plan import DTYPES, count_parameters, describe_plan, warn_of_busy_gpus
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
 from helpers.finetune.run_folder import RunFile, draw_figures
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
 from helpers.finetune.steps import check_completed, check_scored, finished_line
-from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals
+from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals, restored_signals
 from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
 from helpers.finetune.watchdog import Watchdog
@@ -54,8 +54,6 @@ from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
 from helpers.quantization.library import exclude_frozen_from_ddp, keep_layout, quantization_config
 
-# An idle GPU holds far less; a desktop session may hold this much.
-BUSY_BYTES = GIB
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 INTERRUPTED = 130  # what shells report for a job ended by Ctrl-C
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -186,12 +184,6 @@ def _start_run_file(job: Job, ranks: Ranks) -> RunFile:
     return run_file
 
 
-def _warn_of_busy_gpus(timeline: Timeline) -> None:
-    for gpu in timeline.gpus:
-        if gpu.baseline > BUSY_BYTES:
-            print(f"warning: {gpu.baseline / GIB:.1f} GiB of GPU {gpu.index} are in use before this job starts")
-
-
 def _finish(job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluation | None) -> None:
     """Draw the figures, complete ``run.json`` and print where everything is; on rank 0."""
     draw_figures(job.output_dir, timeline)
@@ -243,7 +235,7 @@ def _run_alone(job: Job, ranks: Ranks) -> int:
     sampler = Sampler() if ranks.local_rank == 0 else None
     with sampler or nullcontext():
         if sampler is not None:
-            _warn_of_busy_gpus(sampler.timeline())
+            warn_of_busy_gpus(sampler.timeline())
         try:
             with (
                 explained_out_of_memory(job, ranks.rank, ranks.world_size),
@@ -262,6 +254,7 @@ def _run_alone(job: Job, ranks: Ranks) -> int:
     return INTERRUPTED if run_file.content["status"] == "interrupted" else 0
 
 
+@restored_signals()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; torchrun calls it once per rank."""
     allow_any_text()
