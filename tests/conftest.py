@@ -39,6 +39,8 @@ def pytest_configure() -> None:
     """Prepare this process, and what it starts, for tests that run beside others."""
     # Several tests send Ctrl-C. A shell lets what it runs in the background ignore it, children included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: what a test starts must get its default back
+        signal.signal(signal.SIGHUP, lambda *_: None)
     torch.set_num_threads(1)  # the launcher's tests change the variable
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # results of GPUs are compared in full fp32
 

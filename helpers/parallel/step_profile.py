@@ -70,8 +70,9 @@ def profile_step(step: Callable[[], object], device: torch.device) -> StepProfil
     """
     if device.type != "cuda":
         return None
+    activities = [torch.profiler.ProfilerActivity.CUDA]
     for _ in range(2):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns
             if dist.is_initialized():
                 dist.barrier()  # else NCCL's first kernel would wait for the rank whose tracer starts last
             for part in (lambda: None, step):

@@ -84,7 +84,7 @@ def record_step(step: Callable[[], object], device: torch.device, path: str | Pa
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
     for _ in range(2):
         step()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns
         if dist.is_initialized():
             dist.barrier()  # else the first collective would wait for the rank whose recording starts last
         with torch.profiler.record_function(STEP):
