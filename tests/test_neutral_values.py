@@ -119,6 +119,7 @@ NEUTRAL_SPEED = {
     "compile_layers": False,
     "offload_checkpoints": False,
     "expandable_segments": False,
+    "fp8": False,
 }
 
 

@@ -14,7 +14,7 @@ from helpers.config.finetune import parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
 from helpers.finetune.export import export
 from helpers.finetune.generate import answer
-from helpers.finetune.loading import QUANTIZATION_FILE, load_for_inference, read_quantization_bit
+from helpers.finetune.loading import QUANTIZATION_FILE, load_for_inference, read_base_format
 from helpers.memory.predict import ModelShape, predict
 from helpers.memory.predict.jobs import read_job
 
@@ -122,8 +122,8 @@ def test_zero_3_and_a_missing_library_are_told(monkeypatch):
 
 def test_a_damaged_note_of_a_checkpoint_is_told(tmp_path):
     (tmp_path / QUANTIZATION_FILE).write_text('{"quantization_bit": 3}')
-    with pytest.raises(UserError, match="is 3 and must be 8 or 4"):
-        read_quantization_bit(tmp_path)
+    with pytest.raises(UserError, match="is 3 and must be 8, 4 or 'fp8'"):
+        read_base_format(tmp_path)
 
 
 def test_qlora_yaml_leaves_no_decision_open_and_is_predicted_to_fit_a_card_of_8_gib():

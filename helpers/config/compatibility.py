@@ -8,7 +8,7 @@ from typing import Any
 from helpers.config.blocks import training_setting
 from helpers.config.deepspeed import AUTO, precision_switch, zero_stage
 from helpers.config.deepspeed_optimizer import optimizer_pairs
-from helpers.config.finetune import FinetuneConfig
+from helpers.config.finetune import FP8, FinetuneConfig
 from helpers.errors import UserError
 
 
@@ -92,8 +92,13 @@ def check_adapter_options(config: FinetuneConfig, deepspeed: dict[str, Any] | No
             raise UserError(
                 f"init_lora_weights mica freezes a part of the adapter, which ZeRO-3 does not save; {remedy}"
             )
-    if mica and config.quantization_bit:
-        raise UserError("init_lora_weights mica reads weights in 16 bit; remove it, or quantization_bit")
+    if config.base_format:
+        setting = FP8 if config.base_format == FP8 else "quantization_bit"
+        initial = config.lora.get("init_lora_weights")
+        if mica or initial == "orthogonal":
+            raise UserError(f"init_lora_weights {initial} reads weights in 16 bit; remove it, or {setting}")
+        if config.lora.get("use_dora") and setting == FP8:
+            raise UserError(f"use_dora reads weights in 16 bit; remove it, or {setting}")
 
 
 def choose_precision(training: dict[str, Any], deepspeed: dict[str, Any] | None, hardware: str) -> str:

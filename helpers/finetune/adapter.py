@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from helpers.chatglm3.checkpoint import read_config
 from helpers.chatglm3.config import ChatGLM3Config
@@ -15,7 +16,7 @@ from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.errors import UserError
 
 
-def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str) -> None:
+def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str, rounded: bool = False) -> None:
     """Put the adapter on a network without weights, and look at every name.
 
     PEFT itself is content if one of several names matches; the others would be left out without a word.
@@ -24,6 +25,7 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str) -> None
         lora: Keyword arguments of ``LoraConfig``.
         model_dir: The checkpoint's folder.
         source: The configuration's file, for messages.
+        rounded: Whether the layers' matrices are kept in fewer bits, in which they can only be frozen.
 
     Raises:
         UserError: A name is no module's, or PEFT cannot put the adapter there.
@@ -36,6 +38,8 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str) -> None
         _check_names(lora.get(key), names, f"{where}: {key}")
     parameters = [name for name, _ in model.named_parameters()]
     _check_names(lora.get("target_parameters"), parameters, f"{where}: target_parameters")
+    if rounded:
+        _check_frozen(lora, model, where)
     _check_layers(lora, len(model.model.layers), where)
     _check_tokens(lora.get("trainable_token_indices"), model.config.vocab_size, where)
     try:
@@ -55,14 +59,33 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str) -> None
                 raise UserError(f"{where}: {key} {pattern!r} matches no module with an adapter; {_known(names)}")
 
 
+def _check_frozen(lora: Mapping[str, Any], model: ChatGLM3ForCausalLM, where: str) -> None:
+    """Check that no matrix inside the layers would itself be trained."""
+    matrices = {name for name, module in model.named_modules() if type(module) is nn.Linear} - {"lm_head"}
+    names = [name for name, _ in model.named_modules()]
+    modules = [name for name in names if any(f"{matrix}.".startswith(f"{name}.") for matrix in matrices)]
+    weights = [f"{matrix}.weight" for matrix in matrices]
+    for key, rounded in (("modules_to_save", modules), ("target_parameters", weights)):
+        given = lora.get(key) or []
+        for item in [given] if isinstance(given, str) else given:
+            if any(re.fullmatch(_pattern(given, item), name) for name in rounded):
+                raise UserError(
+                    f"{where}: {key} {item!r} trains matrices that quantization_bit or fp8 rounds; name them in "
+                    f"target_modules, or remove {key}"
+                )
+
+
+def _pattern(given: Any, item: str) -> str:
+    """Return what a name matches, as PEFT reads it: a text is a pattern, an item of a list a whole name or its end."""
+    return item if isinstance(given, str) else rf"(?:.*\.)?{re.escape(item)}"
+
+
 def _check_names(given: Any, names: Iterable[str], where: str) -> None:
     if given is None or given == "all-linear":
         return
     try:
         for item in [given] if isinstance(given, str) else given:
-            # As PEFT does: a text is a pattern for whole names, an item of a list is a whole name or its end.
-            pattern = item if isinstance(given, str) else rf"(?:.*\.)?{re.escape(item)}"
-            if not any(re.fullmatch(pattern, name) for name in names):
+            if not any(re.fullmatch(_pattern(given, item), name) for name in names):
                 raise UserError(f"{where} {item!r} matches no module; {_known(names)}")
     except re.error as error:
         raise UserError(f"{where} {given!r} is no regular expression: {error}") from error

@@ -31,6 +31,7 @@ from helpers.finetune.dataset import (
     training_features,
     truncation_notes,
 )
+from helpers.finetune.fp8 import check_fp8
 from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.resume import agree_on_facts, resume_point
@@ -210,7 +211,8 @@ def prepare(
         warnings.simplefilter("always")
         check_checkpoint(model)
     notes += [f"warning: {warning.message}" for warning in warned]
-    check_adapter(config.lora, model, str(config_file))
+    notes += check_fp8(config, deepspeed, machine, read_shape(model))
+    check_adapter(config.lora, model, str(config_file), rounded=config.base_format is not None)
     facts = training_facts(
         config,
         deepspeed,

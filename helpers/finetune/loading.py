@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, GlmForCausalLM, PreTrainedModel
 from helpers.chatglm3.checkpoint import read_config, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import check_quantization
+from helpers.config.finetune import FP8, QUANTIZATION_BITS
 from helpers.config.options import base_changing_option
 from helpers.errors import UserError
 from helpers.files import read_json_object
 from helpers.finetune.checkpoints import ADAPTER_FILES, complete_checkpoints, newest_intact, numbered_checkpoints
+from helpers.finetune.fp8 import can_answer_in_fp8
 from helpers.quantization.library import keep_layout, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -54,21 +56,28 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     return checkpoint
 
 
-def write_quantization_bit(checkpoint: Path, bits: int | None) -> None:
-    """Record in ``checkpoint`` that its adapter was trained on a base in 8 or 4 bits; None writes nothing."""
-    if bits is not None:
-        (checkpoint / QUANTIZATION_FILE).write_text(json.dumps({"quantization_bit": bits}) + "\n", encoding="utf-8")
+def write_base_format(checkpoint: Path, base_format: int | str | None) -> None:
+    """Record in ``checkpoint`` that its adapter was trained on a base in 8 or 4 bits or in fp8; None writes nothing."""
+    if base_format is not None:
+        content = json.dumps({"quantization_bit": base_format}) + "\n"
+        (checkpoint / QUANTIZATION_FILE).write_text(content, encoding="utf-8")
 
 
-def read_quantization_bit(checkpoint: Path) -> int | None:
-    """Return the bits of the base that the adapter was trained on: 8, 4, or None. Raises UserError for others."""
+def read_base_format(checkpoint: Path) -> int | str | None:
+    """Return the format of the base that the adapter was trained on: 8, 4, "fp8", or None.
+
+    Raises UserError for others.
+    """
     path = checkpoint / QUANTIZATION_FILE
     if not path.is_file():
         return None
-    bits = read_json_object(path, f"no file {path}").get("quantization_bit")
-    if bits not in (8, 4):
-        raise UserError(f"{path}: quantization_bit is {bits!r} and must be 8 or 4; without the file the base is 16 bit")
-    return bits
+    base_format = read_json_object(path, f"no file {path}").get("quantization_bit")
+    if base_format not in (*QUANTIZATION_BITS, FP8):
+        raise UserError(
+            f"{path}: quantization_bit is {base_format!r} and must be 8, 4 or {FP8!r}; without the file the base is "
+            "16 bit"
+        )
+    return base_format
 
 
 def read_adapter_config(checkpoint: Path) -> dict[str, Any]:
@@ -144,7 +153,10 @@ def load_for_inference(
         device: Where to load. Default: the first GPU, or else the CPU.
         base: Where the base model is, if it is not where the adapter says.
         dequantize: An adapter that was trained on a base in 8 or 4 bits gets such a base again. With this option, it
-            gets the matrices that those codes stand for, in ``dtype``: the same function, into which you can merge.
+            gets the matrices that those codes stand for, in ``dtype``: the same function, into which you can merge. An
+            adapter that was trained on a base in fp8 then gets the original matrices: fp8 is a way to multiply faster,
+            whose errors differ from row to row of the activations, so there are no other matrices that it was trained
+            for. It gets them on a GPU that cannot multiply in fp8 as well.
 
     Returns:
         The model in evaluation mode (a ``PeftModel`` if ``path`` is an adapter), and its tokenizer.
@@ -163,16 +175,19 @@ def load_for_inference(
     settings: dict[str, Any] = {"dtype": dtype or _default_dtype(device)}
     if device.type != "cpu":
         settings["device_map"] = {"": device}
-    bits = read_quantization_bit(checkpoint)
-    if bits:
-        check_quantization(bits, deepspeed=None)
+    base_format = read_base_format(checkpoint)
+    if base_format == FP8 and (dequantize or not can_answer_in_fp8(device)):
+        base_format = None
+    if base_format:
+        if isinstance(base_format, int):
+            check_quantization(base_format, deepspeed=None)
         # bitsandbytes chooses a device by itself if it is not given one.
         settings["device_map"] = {"": str(device)}
-        settings["quantization_config"] = quantization_config(bits, settings["dtype"])
+        settings["quantization_config"] = quantization_config(base_format, settings["dtype"])
     load = AutoModelForCausalLM.from_pretrained if model_type == "chatglm" else _load_glm
     model: Model = load(folder, **settings)
     keep_layout(model)
-    if bits and dequantize:
+    if base_format and dequantize:
         model = model.dequantize(settings["dtype"])
     if is_adapter:
         model = _with_adapter(model, checkpoint)

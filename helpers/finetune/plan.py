@@ -5,6 +5,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from helpers.config.deepspeed import bucket_warning
+from helpers.config.finetune import FP8
 from helpers.finetune.job import Job
 from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
@@ -42,14 +43,15 @@ def describe_plan(job: Job, arguments: TrainingArguments, world_size: int, train
         amount, epochs = f"{arguments.num_train_epochs:g} epochs", arguments.num_train_epochs
     strategy = f"DeepSpeed ZeRO-{job.zero_stage}" if job.deepspeed else "DDP" if world_size > 1 else "one process"
     unit = "packs" if job.config.speed.packing else "rows"
-    bits = job.config.quantization_bit
+    base = job.config.base_format
+    held = base if base == FP8 else f"{base} bits"
     warning = bucket_warning(job.deepspeed, trainable, DTYPES[job.precision].itemsize) if job.deepspeed else None
     return [
         *(str(report) for report in job.data.reports),
         f"{amount} of {batch_size} {unit} ({micro_batch_size} {unit} x {accumulation} micro-batches x "
         f"{world_size} ranks): {epochs:,.2f} passes over {count:,} {unit}",
         f"{strategy} on {world_size} rank(s), {job.precision if job.precision != 'no' else 'fp32'}",
-        f"LoRA trains {trainable:,} parameters" + (f" on a base held in {bits} bits" if bits else ""),
+        f"LoRA trains {trainable:,} parameters" + (f" on a base held in {held}" if base else ""),
         *([f"warning: {warning}"] if warning else []),
     ]
 

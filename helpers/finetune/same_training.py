@@ -76,6 +76,7 @@ def training_facts(
             "max_input_length": config.max_input_length,
             "max_output_length": config.max_output_length,
             "packing": config.speed.packing,
+            "fp8": config.speed.fp8 or None,  # None, as in checkpoints of before
         },
         "training_args": training,
         "peft_config": config.lora,

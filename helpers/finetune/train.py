@@ -83,9 +83,9 @@ def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
     if arguments.device.type == "cuda" and not zero_3:
         # Straight to this rank's GPU; otherwise every rank would first hold the whole model in host memory.
         placement = {"device_map": {"": arguments.device}}
-    bits = job.config.quantization_bit
-    if bits:  # bitsandbytes picks a device of its own unless it gets one
-        quantization = quantization_config(bits, DTYPES[job.precision])
+    base_format = job.config.base_format
+    if base_format:  # bitsandbytes picks a device of its own unless it gets one
+        quantization = quantization_config(base_format, DTYPES[job.precision])
         placement = {"device_map": {"": str(arguments.device)}, "quantization_config": quantization}
     # `prepare` has resolved and checked the folder.
     model = TrainedChatGLM3ForCausalLM.from_checked_folder(job.model_dir, dtype=DTYPES[job.precision], **placement)
@@ -95,7 +95,7 @@ def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
         adapted = get_peft_model(model, LoraConfig(**job.config.lora))
     except ValueError as error:
         raise UserError(f"peft_config: {' '.join(str(error).split())}") from error
-    if bits:
+    if base_format:
         exclude_frozen_from_ddp(adapted)
     apply_speed_options(adapted, job.config.speed)
     return adapted
@@ -119,7 +119,7 @@ def _build_trainer(
         pack_collator=PackCollator.of(job.data.train, packing, job.tokenizer.pad_token_id) if packing else None,
         answer_features=job.data.answers if job.config.predict_with_generate else None,
         max_new_tokens=job.config.max_new_tokens,
-        quantization_bit=job.config.quantization_bit,
+        base_format=job.config.base_format,
         facts=job.facts,
         callbacks=[FirstStepMarker(), Recorder(job.output_dir / "metrics.jsonl", ranks, counter), *guards],
     )

@@ -21,7 +21,7 @@ from helpers.finetune.checkpoints import Files, describe_files, write_manifest
 from helpers.finetune.continued import ContinuedTrainer
 from helpers.finetune.evaluate import generate_answers
 from helpers.finetune.finite import FiniteCheck
-from helpers.finetune.loading import write_quantization_bit
+from helpers.finetune.loading import write_base_format
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.output_disk import disk_error, is_disk_error
 from helpers.finetune.packing import PackCollator
@@ -49,7 +49,7 @@ class LoraTrainer(ContinuedTrainer):
         pack_collator: Makes the training batches if the training features are packs; evaluation always pads.
         answer_features: Prompts (``evaluation_features``) that are answered greedily and scored at each evaluation.
         max_new_tokens: Longest answer to generate.
-        quantization_bit: Bits of the frozen base, recorded in every checkpoint; None if it is not quantised.
+        base_format: What the frozen base is rounded to, recorded in every checkpoint: 8, 4, "fp8", or None.
         facts: What decides the training, recorded in every checkpoint.
         **kwargs: Arguments of ``transformers.Trainer``.
     """
@@ -65,7 +65,7 @@ class LoraTrainer(ContinuedTrainer):
         pack_collator: PackCollator | None = None,
         answer_features: Dataset | None = None,
         max_new_tokens: int = 512,
-        quantization_bit: int | None = None,
+        base_format: int | str | None = None,
         facts: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -75,7 +75,7 @@ class LoraTrainer(ContinuedTrainer):
         self.pack_collator = pack_collator
         self.answer_features = answer_features
         self.max_new_tokens = max_new_tokens
-        self.quantization_bit = quantization_bit
+        self.base_format = base_format
         self.facts = facts or {}
         self.finite_check = FiniteCheck(self.processing_class)
         self.add_callback(self.finite_check)  # after the Recorder, which writes the step down
@@ -158,7 +158,7 @@ class LoraTrainer(ContinuedTrainer):
         folder = Path(output_dir) if output_dir else self._output_dir
         self._save(str(folder), state_dict=state)
         if self.args.should_save:
-            write_quantization_bit(folder, self.quantization_bit)
+            write_base_format(folder, self.base_format)
 
     @property
     def _output_dir(self) -> Path:

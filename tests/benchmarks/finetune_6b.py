@@ -74,9 +74,11 @@ WAYS = [
     Run("ZeRO-3", deepspeed=ZERO_3, speed=PLAIN),
     Run("lora_fast.yaml", "lora_fast.yaml"),
     Run("lora_fast.yaml, not compiled, ZeRO-3", "lora_fast.yaml", ZERO_3, {"compile_layers": False}),
+    Run("lora_fp8.yaml", "lora_fp8.yaml"),
     Run("lora_14gb.yaml", "lora_14gb.yaml"),
     Run("qlora.yaml", "qlora.yaml"),
     Run("lora_24gb.yaml", "lora_24gb.yaml"),
+    Run("lora_16gb.yaml", "lora_16gb.yaml"),
     Run("lora.yaml, checkpointing, ZeRO-3", deepspeed=ZERO_3, training={"gradient_checkpointing": True}),
 ]
 # Random weights never end an answer, so its length is limited.

@@ -36,7 +36,7 @@ from helpers.memory.predict import ModelShape
 STEPS, LOGGING_STEPS = 30, 5
 # The Trainer's defaults at the time of the published recipe.
 WAITING = {"accelerator_config": {"non_blocking": False}, "logging_nan_inf_filter": True}
-FAST = "lora_fast.yaml"
+FAST, FP8 = "lora_fast.yaml", "lora_fp8.yaml"
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,16 @@ RUNS = [
     Run("packing", speed={"packing": 4096}, training={"per_device_train_batch_size": 1}),
     Run("lora_fast.yaml: packing, compiled layers", FAST),
     Run("two packs at once", FAST, training={"per_device_train_batch_size": 2}),
+    Run("lora_fp8.yaml: frozen matrices in fp8", FP8),
+    Run("fp8, two packs at once", FP8, training={"per_device_train_batch_size": 2}),
     Run("compiled layers", speed={"compile_layers": True}),
     Run("grouped by length", training={"train_sampling_strategy": "group_by_length"}),
     Run("8 packs a step, one GPU", FAST, packs=8),
     Run("8 packs a step, every GPU", FAST, packs=8, ranks=None),
+    Run("fp8, 8 packs a step, one GPU", FP8, packs=8),
+    Run("fp8, 8 packs a step, every GPU", FP8, packs=8, ranks=None),
     Run("lora_24gb.yaml", "lora_24gb.yaml"),
+    Run("lora_16gb.yaml", "lora_16gb.yaml"),
     Run("lora_14gb.yaml", "lora_14gb.yaml"),
     Run("lora.yaml, checkpointing", training={"gradient_checkpointing": True}),
 ]

@@ -33,6 +33,7 @@ DECIDED_BY_FILES = (
     "padded",
     "checkpointing",
     "quantization_bits",
+    "fp8",
     "expandable_segments",
 )
 
@@ -70,6 +71,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--padded", action="store_true", default=None, help="sequences differ in length")
     parser.add_argument("--checkpointing", action="store_true", default=None, help="recompute activations in backward")
     parser.add_argument("--quantization-bits", type=int, choices=(8, 4), help="quantise the frozen matrices")
+    parser.add_argument("--fp8", action="store_true", default=None, help="or round them to fp8, in compiled layers")
     return parser.parse_args(argv)
 
 
@@ -93,7 +95,7 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
             sequence_length=arguments.sequence_length,
         )
     if arguments.full:
-        for name in ("r", "targets", "dropout", "quantization_bits"):
+        for name in ("r", "targets", "dropout", "quantization_bits", "fp8"):
             if getattr(arguments, name) is not None:
                 raise UserError(f"{_option(name)} belongs to LoRA, but --full trains without it; drop one of them")
     kind = arguments.strategy or ("single" if arguments.gpus == 1 else "ddp")
@@ -110,6 +112,7 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
         padded=bool(arguments.padded),
         checkpointing=bool(arguments.checkpointing),
         quantization_bits=arguments.quantization_bits or 16,
+        fp8=bool(arguments.fp8),
         expandable_segments=bool(arguments.expandable_segments),
     )
 

@@ -105,6 +105,9 @@ class Configuration:
             the right can do without).
         checkpointing: Whether backward recomputes every layer from its input.
         quantization_bits: 8 or 4 quantises the layers' matrices under LoRA; 16 leaves them as they are.
+        fp8: Whether they are rounded to fp8 and multiplied in it (helpers.quantization.fp8).
+        fused_rounding: With ``fp8``, whether activations and gradients are rounded by the operation that makes them, as
+            in compiled layers; otherwise fp32 copies exist.
         gradient_accumulation_steps: Micro-batches per optimizer step.
         expandable_segments: Whether torch's allocator runs with PYTORCH_ALLOC_CONF=expandable_segments:True
             (PYTORCH_CUDA_ALLOC_CONF before torch 2.9).
@@ -126,6 +129,8 @@ class Configuration:
     padding_mask: bool = True
     checkpointing: bool = False
     quantization_bits: int = 16
+    fp8: bool = False
+    fused_rounding: bool = True
     gradient_accumulation_steps: int = 1
     expandable_segments: bool = False
     loss_chunk: int | None = None
@@ -142,13 +147,21 @@ class Configuration:
             "gradient_accumulation_steps",
             *(["loss_chunk"] if self.loss_chunk is not None else []),
         )
-        if self.quantization_bits != 16 and (self.lora is None or self.strategy.zero_stage == 3):
+        if self.fp8 and self.quantization_bits != 16:
+            raise UserError(f"Configuration: quantization_bits is {self.quantization_bits} beside fp8; choose one")
+        if self.quantized and (self.lora is None or self.strategy.zero_stage == 3):
+            setting = "fp8 is True" if self.fp8 else f"quantization_bits is {self.quantization_bits}"
             raise UserError(
-                f"Configuration: quantization_bits is {self.quantization_bits}; such weights are frozen and not "
-                "partitioned: train LoRA, with another strategy than zero-3"
+                f"Configuration: {setting}; such weights are frozen and not partitioned: train LoRA, with another "
+                "strategy than zero-3"
             )
         if self.precision == "autocast" and self.strategy.zero_stage:
             raise UserError("Configuration: precision is autocast, which DeepSpeed does not use; choose bf16 or fp32")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layers' matrices are kept in fewer than 16 bits."""
+        return self.fp8 or self.quantization_bits != 16
 
     @property
     def tokens(self) -> int:

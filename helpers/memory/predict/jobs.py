@@ -76,6 +76,8 @@ def configuration_of(
         padding_mask=job.speed.padding_mask,
         checkpointing=job.checkpointing is True,
         quantization_bits=job.quantization_bit or 16,
+        fp8=job.speed.fp8,
+        fused_rounding=job.speed.compile_layers,
         gradient_accumulation_steps=training.get("gradient_accumulation_steps", 1),
         expandable_segments=job.speed.expandable_segments,
         loss_chunk=job.speed.loss_chunk,

@@ -154,7 +154,7 @@ def _variants(configuration: Configuration, world_size: int) -> Iterator[Configu
             precision = configuration.precision
             if precision != "fp32":
                 precision = "bf16" if strategy.zero_stage else "autocast"
-            if configuration.quantization_bits < 16 and strategy.zero_stage == 3:
+            if configuration.quantized and strategy.zero_stage == 3:
                 continue
             yield replace(configuration, strategy=strategy, precision=precision, checkpointing=checkpointing)
 

@@ -81,10 +81,10 @@ def published_states(parameters: int, zero_stage: int, world_size: int, *, tenso
 
 
 def matrix_bytes(rows: int, columns: int, bits: int) -> int:
-    """Compute the bytes of a matrix quantised by bitsandbytes to 8 or 4 ``bits``, with its scales and tables.
+    """Compute the bytes of a matrix quantised to 8 or 4 ``bits``, with its scales and tables.
 
-    8 bits: a byte per weight, an fp32 scale per row. 4 bits: half a byte per weight, and 8/64 + 32/(64 · 256) bits per
-    weight for the scales (QLoRA, Dettmers et al. 2023, section 3).
+    8 bits, bitsandbytes' or fp8: a byte per weight, an fp32 scale per row. 4 bits, bitsandbytes': half a byte per
+    weight, and 8/64 + 32/(64 · 256) bits per weight for the scales (QLoRA, Dettmers et al. 2023, section 3).
     """
     if bits == 8:
         return rows * columns + rows * FP32
@@ -105,9 +105,10 @@ def base_bytes(configuration: Configuration) -> int:
         Bytes of all frozen weights, before ZeRO-3 partitions them.
     """
     c = configuration
-    if c.quantization_bits == 16:
+    if not c.quantized:
         return c.frozen_parameters * c.residual_bytes
-    quantised = sum(matrix_bytes(rows, columns, c.quantization_bits) for rows, columns in c.shape.linears.values())
+    bits = 8 if c.fp8 else c.quantization_bits
+    quantised = sum(matrix_bytes(rows, columns, bits) for rows, columns in c.shape.linears.values())
     others = c.frozen_parameters - c.shape.layers * c.shape.layer_matrices
     return c.shape.layers * quantised + others * c.residual_bytes
 

@@ -225,8 +225,14 @@ class Step:
         saved_input = c.lora is None or c.strategy.zero_stage == 3
         mlp = (2 if saved_input and not c.lean else 3) * narrow
         norm = 5 * c.tokens * c.shape.hidden * FP32
+        weights = 2 * c.shape.hidden * c.shape.intermediate
         # bitsandbytes dequantises the matrix to 16 bit for the matmul.
-        dequantised = 2 * c.shape.hidden * c.shape.intermediate * c.compute_bytes if c.quantization_bits < 16 else 0
+        dequantised = weights * c.compute_bytes if c.quantization_bits < 16 else 0
+        if c.fp8:
+            # When gate_up_proj multiplies, its gradient in fp8 is where down_proj's was, and the matrix is transposed.
+            # Before that, the rounding may have had its input and the magnitudes in fp32.
+            in_fp32 = 2 * FP32 * 2 * c.tokens * c.shape.intermediate - narrow
+            mlp += weights if c.fused_rounding else max(weights, in_fp32)
         return max(mlp, norm) + c.tokens * c.shape.hidden * c.residual_bytes + dequantised
 
 

@@ -1,0 +1,153 @@
+"""Frozen matrices in fp8 (e4m3), multiplied in fp8 in both directions, from one copy.
+
+A number in e4m3 has a sign, 4 bits of exponent and 3 of mantissa (Micikevicius et al. 2022, "FP8 formats for deep
+learning"): it reaches from 2^-9 to 448. So each row gets a scale that maps its largest magnitude to 448: a row of the
+activations or the gradients when it is multiplied, a row of the weights (an output) once, while loading.
+
+Forward: y = x Wᵀ, with W = diag(s) Q. The scales of x's rows belong to rows of y, those of W's rows to columns of y, so
+the kernel multiplies them in after the sum. Backward: dx = dy W = (dy diag(s)) Q. Here s belongs to what is summed, so
+it is multiplied into dy before dy's rows are rounded. The kernel reads both operands along the sum: the bytes of Q are
+transposed for it each time, instead of keeping a second copy of them.
+
+On a GPU, ``torch._scaled_mm`` multiplies. Elsewhere the same codes and scales are multiplied in fp32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+# A row of zeros is not divided by 0, and no scale is a subnormal number, which GPUs may round to 0.
+SMALLEST = 2.0**-100
+
+
+def round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to e4m3, with a scale of its own.
+
+    A value is off by at most 1/16 of itself (half a step of a 3-bit mantissa), or by 2^-10 scales if it is smaller than
+    2^-6 scales (half a step of the subnormal numbers). A row with nan or infinity gets a scale that is not finite, so
+    all of its products are nan, and no other row's.
+
+    Args:
+        values: Any floating-point type [rows, columns].
+
+    Returns:
+        The codes in e4m3 [rows, columns], and the scales in fp32 [rows, 1]: a value is about its code times the scale.
+    """
+    values = values.float()
+    scales = values.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST
+    return (values / scales).to(E4M3), scales
+
+
+def multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply a bᵀ, both rounded by rows.
+
+    Args:
+        a: In e4m3 [rows, inner].
+        a_scales: In fp32 [rows, 1].
+        b: In e4m3 [columns, inner].
+        b_scales: In fp32 [columns, 1].
+        dtype: Of the result. A GPU's kernel always rounds to bf16 first.
+
+    Returns:
+        The product [rows, columns].
+    """
+    if a.is_cuda:
+        # Fast accumulation sums in the tensor core's own registers, of 22 bits, instead of adding to fp32 ones.
+        product = torch._scaled_mm(
+            a, b.t(), scale_a=a_scales, scale_b=b_scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return product.to(dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.float() @ b.float().t() * a_scales * b_scales.t()).to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ for a frozen W. Backward needs W and no activation, so nothing is saved that was not there before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        rows, row_scales = round_rows(x.flatten(0, -2))
+        return multiply(rows, row_scales, codes, scales, x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        codes, scales = ctx.saved_tensors
+        rows, row_scales = round_rows(gradient.flatten(0, -2) * scales.t())  # in fp32, as the scales are
+        ones = torch.ones(codes.shape[1], 1, device=scales.device)
+        product = multiply(rows, row_scales, codes.t().contiguous(), ones, gradient.dtype)
+        return product.view(*gradient.shape[:-1], codes.shape[1]), None, None
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen ``nn.Linear`` with its weight in e4m3 and a scale per output; the bias keeps its type.
+
+    PEFT takes it for the ``nn.Linear`` that it is, and puts LoRA on top. Codes and scales are parameters and buffers of
+    integer types, with the bytes of e4m3 and of fp32: libraries that cast a module to another type (DeepSpeed, the
+    ``half`` of PyTorch) leave integers as they are, and collectives of every backend can send them.
+
+    Args:
+        in_features: Columns of the weight; on a GPU, they and the rows must be multiples of 16.
+        out_features: Rows of the weight.
+        bias: Whether there is one.
+        device: Where to make it.
+        dtype: Of the bias.
+    """
+
+    scale_bits: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
+        codes = torch.zeros(out_features, in_features, device=device, dtype=torch.uint8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale_bits", torch.zeros(out_features, 1, device=device, dtype=torch.int32))
+
+    @classmethod
+    def rounded(cls, linear: nn.Linear) -> "Fp8Linear":
+        """Round the weight of ``linear``; the bias is shared."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
+        codes, layer.scale_bits = stored_rows(linear.weight.data)
+        layer.weight = nn.Parameter(codes, requires_grad=False)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+        return layer
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight before scaling, in e4m3 [outputs, inputs]."""
+        return self.weight.view(E4M3)
+
+    @property
+    def scales(self) -> Tensor:
+        """One per output, in fp32 [outputs, 1]."""
+        return self.scale_bits.view(torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the product in fp8, in the type of ``input`` [..., inputs]; the bias is added to it.
+
+        Args:
+            input: Activations in any floating-point type.
+
+        Returns:
+            The outputs [..., outputs].
+        """
+        output = _Product.apply(input, self.codes, self.scales)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+def stored_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round ``weight``, and return codes and scales as :class:`Fp8Linear` stores them: uint8 and int32."""
+    codes, scales = round_rows(weight)
+    return codes.view(torch.uint8), scales.view(torch.int32)

@@ -1,0 +1,120 @@
+"""Check the matmuls of ``speed: fp8`` on a GPU against their emulation on the CPU, and measure them beside bf16.
+
+    python tests/benchmarks/fp8_matmul.py
+
+Takes less than a minute. The layer is compiled, as in configs/lora_fp8.yaml: rounding the activations, transposing the
+weight's bytes and multiplying all count. Fails if a product is further from the emulation's than fast accumulation
+explains.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from helpers.errors import UserError, exit_with_one_line
+from helpers.finetune.fp8 import obstacle
+from helpers.quantization.fp8 import Fp8Linear
+
+ROWS = 4096
+# (inputs, outputs) of ChatGLM3-6B: q, k and v together, o_proj, gate_up_proj, down_proj.
+SHAPES = ((4096, 4608), (4096, 4096), (4096, 27392), (13696, 4096))
+# Row counts of a pack, of single tokens and of odd batches, and none.
+CHECKED_ROWS = (256, 1, 17, 255, 0)
+# The products differ by the order and the precision of sums, and by rounding to bf16, which is 2^-9 at most.
+MOST_DIFFERENCE = 2**-7
+REPEATS, TRIES = 20, 5
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the expected one's."""
+    expected = expected.float()
+    return ((found.cpu().float() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def check(inputs: int, outputs: int) -> float:
+    """Compare output and gradient with the emulation; return the largest relative difference."""
+    linear = nn.Linear(inputs, outputs, dtype=torch.bfloat16).requires_grad_(False)
+    emulated, layer = Fp8Linear.rounded(linear), Fp8Linear.rounded(linear).cuda()
+    largest = 0.0
+    for rows in CHECKED_ROWS:
+        x, gradient = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, outputs).bfloat16()
+        if rows > 16:
+            x[3] = 0
+            x[5, 7] = 1000
+            gradient[4] = 0
+        results = []
+        for module, device in ((emulated, "cpu"), (layer, "cuda")):
+            moved = x.to(device).requires_grad_()
+            output = module(moved)
+            output.backward(gradient.to(device))
+            assert moved.grad is not None
+            results.append((output.detach(), moved.grad))
+        for expected, found in zip(*results, strict=True):
+            assert expected.shape == found.shape
+            largest = max(largest, difference(found, expected))
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(32, inputs, device="cuda").bfloat16()
+        x[5, 7] = bad
+        wrong = layer(x).isnan().sum(dim=1).tolist()
+        assert wrong == [outputs if row == 5 else 0 for row in range(32)], f"a row with {bad}: nan per row {wrong}"
+    return largest
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Measure one call, on the GPU; the median of several tries."""
+    for _ in range(3):
+        run()
+    found = []
+    for _ in range(TRIES):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(REPEATS):
+            run()
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - begin) / REPEATS)
+    return sorted(found)[TRIES // 2]
+
+
+def measure(inputs: int, outputs: int) -> list[float]:
+    """Return TFLOP/s: bf16 forward and backward, fp8 forward and backward."""
+    linear = nn.Linear(inputs, outputs, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(ROWS, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(ROWS, outputs, device="cuda", dtype=torch.bfloat16)
+    rates = []
+    for layer in (linear, Fp8Linear.rounded(linear)):
+        compiled = torch.compile(layer, fullgraph=True)
+
+        def forward(compiled: Callable[[Tensor], Tensor] = compiled) -> Tensor:
+            return compiled(x)
+
+        def both(compiled: Callable[[Tensor], Tensor] = compiled) -> object:
+            return torch.autograd.grad(compiled(x), x, gradient)
+
+        one = seconds(forward)
+        operations = 2 * ROWS * inputs * outputs / 1e12
+        rates += [operations / one, operations / (seconds(both) - one)]
+    return rates
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise UserError("no GPU here; the CPU's emulation is tested by tests/test_fp8.py")
+    reason = obstacle(torch.cuda.get_device_capability(), torch.__version__, torch.version.cuda)
+    if reason:
+        raise UserError(f"no fp8 on {torch.cuda.get_device_name()}: {reason}")
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ROWS} rows")
+    largest = max(check(inputs, outputs) for inputs, outputs in ((4096, 256), (4096, 4608), (1024, 4096)))
+    print(f"GPU against emulation: relative difference {largest:.1e} at most")
+    if largest > MOST_DIFFERENCE:
+        raise UserError(f"products differ by {largest:.1e} from the emulation's, more than {MOST_DIFFERENCE:.1e}")
+    print("TFLOP/s         bf16 forward  bf16 backward   fp8 forward   fp8 backward")
+    for inputs, outputs in SHAPES:
+        rates = "".join(f"{rate:15,.0f}" for rate in measure(inputs, outputs))
+        print(f"{inputs:>5} -> {outputs:<5}{rates}", flush=True)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)
