@@ -3,6 +3,7 @@
 # make check        lint, types, and the tests that start no processes: about a minute
 # make campaign     long searches for faults; writes notebooks/results/campaign.json and faults.json
 # make benchmark    measures the fine-tune of the 6B model on this machine's GPUs; CHECKPOINT=folder for real weights
+# make practice     writes notebooks/practice: every chapter with its core functions for you to write
 # make notebooks    executes every notebook in place, outputs as they are committed
 # make lab          opens the course in JupyterLab
 VENV ?= .venv
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for name in python3.12 python3.13 python3.11 python3; do \
 JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test check lint campaign benchmark notebooks lab clean
+.PHONY: run test check lint campaign benchmark practice notebooks lab clean
 
 run: $(VENV)/installed
 	$(RUN) -m helpers.finetune.demo
@@ -40,6 +41,9 @@ campaign: $(VENV)/installed
 benchmark: $(VENV)/installed
 	$(RUN) tests/benchmarks/finetune_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
 	$(RUN) tests/benchmarks/speed_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
+
+practice: $(VENV)/installed
+	$(RUN) -m helpers.exercises.practice notebooks/practice
 
 notebooks: $(VENV)/installed
 	$(VENV)/bin/jupyter nbconvert --to notebook --inplace --execute --coalesce-streams \

@@ -17,7 +17,7 @@ memory
 activations hardware
 memory.predict chatglm3 launch
 quantization parallel plots
-finetune
+finetune exercises
 """
 LEVEL = {name: level for level, names in enumerate(LAYERS.split("\n")) for name in names.split()}
 

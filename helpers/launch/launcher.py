@@ -52,6 +52,7 @@ def run(
     nprocs: int = 2,
     *,
     timeout: float = 300.0,
+    on_cpu: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     **kwargs: Any,
 ) -> RunResult:
@@ -71,6 +72,7 @@ def run(
         fn: The function. It is sent by value, so it may be defined in a cell.
         nprocs: The number of ranks.
         timeout: Seconds after which ranks that hang are ended.
+        on_cpu: Use the CPU and gloo even if there are enough GPUs.
         on_progress: Called with what ranks report through ``report_progress``.
         kwargs: The function's keyword arguments.
 
@@ -85,9 +87,11 @@ def run(
     _check_working_directory()
     machine = describe_machine()
     backend = backend_for(nprocs, machine)
+    if on_cpu:
+        backend = "gloo"
     if timeout <= 0:
         raise UserError(f"timeout is {timeout}; give the seconds after which a hang is ended")
-    if backend == "gloo" and machine.gpus:
+    if backend == "gloo" and machine.gpus and not on_cpu:
         _print_once(f"{nprocs} ranks but {len(machine.gpus)} GPU(s): running on the CPU over gloo")
     payload = _pickle(fn, kwargs)
     start_server()

@@ -1,0 +1,146 @@
+"""Judge an answer on every rank, with inputs that its author has not seen, in one sentence.
+
+A judge is a function decorated with :func:`exercise`. It raises :class:`NotYet` with the sentence that the learner
+reads, and returns if the answer is right. It calls the answer through :func:`call`, or in ranks through
+:func:`on_ranks`. What the answer raises, and a rank that hangs, then becomes such a sentence as well: a learner never
+sees a traceback of this package.
+"""
+
+import functools
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from helpers.errors import UserError
+from helpers.launch import RankError, run
+
+WORLDS = (2, 3, 4)  # numbers of ranks: even, odd, and two pairs
+SECONDS = 20.0  # after which ranks that compute for milliseconds count as hung
+UNANSWERED = "NotImplementedError"
+# A frame of the learner's code in a rank's traceback: the line, and the function.
+FRAME = re.compile(r"(?:Cell In\[\d+\]|File \"<[^\"]*>\"), line (\d+), in (\w+)")
+
+
+class NotYet(Exception):
+    """The answer is not right yet; the message says in one sentence what differs, without giving the result away."""
+
+
+class NotAnswered(Exception):
+    """There is no answer: it is None, or its body still raises NotImplementedError."""
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """What a judge found.
+
+    Attributes:
+        right: Whether the answer is right.
+        text: What the learner reads: "right", "not answered yet", or "not yet" with one sentence.
+    """
+
+    right: bool
+    text: str
+
+    def __repr__(self) -> str:
+        """Return the text: a notebook shows it under a cell that ends with a judge."""
+        return self.text
+
+
+def exercise(judge: Callable[..., None]) -> Callable[..., Verdict]:
+    """Turn a judge into a function that returns a verdict.
+
+    Args:
+        judge: Takes the learner's answer or answers.
+
+    Returns:
+        The function to call in the notebook.
+    """
+
+    @functools.wraps(judge)
+    def verdict(*answers: Any, **named: Any) -> Verdict:
+        if any(answer is None for answer in (*answers, *named.values())):
+            return Verdict(False, "not answered yet")
+        try:
+            judge(*answers, **named)
+        except NotAnswered:
+            return Verdict(False, "not answered yet")
+        except NotYet as reason:
+            return Verdict(False, f"not yet: {reason}")
+        return Verdict(True, "right")
+
+    return verdict
+
+
+def call(answer: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call the answer in this process.
+
+    Args:
+        answer: What the learner wrote.
+        arguments: Its arguments.
+        named: Its keyword arguments.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        NotAnswered: It is still blank.
+        NotYet: It raised something.
+    """
+    try:
+        return answer(*arguments, **named)
+    except NotImplementedError:
+        raise NotAnswered from None
+    except Exception as error:
+        file = getattr(getattr(answer, "__code__", None), "co_filename", None)
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        place = (frames[-1].lineno, frames[-1].name) if frames else None
+        raise NotYet(f"it raised {_describe(type(error).__name__, str(error), place)}") from None
+
+
+def on_ranks(trial: Callable[..., Any], nprocs: int, **arguments: Any) -> list[Any]:
+    """Run a trial of the answer on ranks of this machine's CPU.
+
+    Args:
+        trial: Calls the answer, which is one of its arguments, and returns what is to be judged.
+        nprocs: The number of ranks.
+        arguments: The trial's keyword arguments.
+
+    Returns:
+        What the trial returned, by rank.
+
+    Raises:
+        NotAnswered: The answer is still blank.
+        NotYet: A rank raised, died or hung; or the answer cannot be sent to ranks.
+    """
+    try:
+        return run(trial, nprocs, timeout=SECONDS, on_cpu=True, **arguments).results
+    except RankError as error:
+        if error.type == UNANSWERED:
+            raise NotAnswered from None
+        raise NotYet(f"with {nprocs} ranks, {_explain(error)}") from None
+    except UserError as error:
+        raise NotYet(str(error)) from None
+
+
+def _explain(error: RankError) -> str:
+    """Return one clause for a failed run."""
+    headline, *details = str(error).split("\n")
+    if error.type is None:
+        if error.rank is not None:
+            return headline
+        waits = [line.split(": ")[0] for line in details if line.startswith("rank ")]
+        return f"it does not return: {', '.join(waits)}"
+    frames = FRAME.findall("\n".join(details))
+    message = next((line for line in details if line.startswith(error.type)), error.type)
+    return (
+        f"rank {error.rank} raised {_describe(error.type, message.partition(': ')[2], frames[-1] if frames else None)}"
+    )
+
+
+def _describe(kind: str, message: str, place: tuple[object, object] | None) -> str:
+    """Return the error with the line of the learner's code that it came from, if that is known."""
+    first = message.split("\n")[0]
+    text = f"{kind}: {first}" if first else kind
+    return f"{text} (line {place[0]} of {place[1]})" if place else text

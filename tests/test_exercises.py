@@ -1,0 +1,105 @@
+"""Every judge accepts the notebook's own solution and rejects typical wrong answers, with the sentence that helps."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+from exercise_answers import WRONG
+
+from helpers.exercises import answers, chapter_02
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+JUDGES = {"02": chapter_02}
+PREAMBLE = """
+import torch
+import torch.distributed as dist
+from helpers.launch import device
+"""
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def cells(chapter):
+    (path,) = NOTEBOOKS.glob(f"{chapter}_*.ipynb")
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def judged(source, module):
+    """Names of the judges that a cell calls."""
+    return re.findall(rf"^{module}\.(\w+)\(", source, re.MULTILINE)
+
+
+def solutions(chapter):
+    """The notebook's own answer to each judge: the cell itself, or the first block of the solution below it."""
+    found, module = {}, f"chapter_{chapter}"
+    all_cells = cells(chapter)
+    for number, cell in enumerate(all_cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        for name in judged(source, module):
+            if "practice" in cell["metadata"]:
+                found[name] = source
+            else:
+                text = "".join(all_cells[number + 1]["source"])
+                found[name] = BLOCK.search(text[text.index("<summary>Solution") :])[1]
+    return found
+
+
+def define(chapter, code):
+    """What a cell with ``code`` would define, after the chapter's functions that answers may call."""
+    namespace = {"__name__": "answer"}
+    for cell in cells(chapter):
+        if cell["cell_type"] == "code" and "def pass_on" in "".join(cell["source"]):
+            exec(compile("".join(cell["source"]), "<chapter>", "exec"), namespace)
+    tree = ast.parse(PREAMBLE + code)
+    kept = [node for node in tree.body if not isinstance(node, ast.Expr)]  # the call of the judge
+    exec(compile(ast.Module(kept, []), "<answer>", "exec"), namespace)
+    return namespace
+
+
+def arguments(chapter, name, namespace):
+    """What the notebook hands to the judge."""
+    for cell in cells(chapter):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and name in judged(source, f"chapter_{chapter}"):
+            call = ast.parse(source).body[-1].value
+            return [namespace[argument.id] for argument in call.args]
+    raise AssertionError(f"no cell of chapter {chapter} calls {name}")
+
+
+RIGHT = [(chapter, name) for chapter in JUDGES for name in solutions(chapter)]
+CASES = [(chapter, name, sentence) for (chapter, name), wrong in WRONG.items() for sentence in wrong]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter, name", RIGHT)
+def test_the_solution_is_right(chapter, name):
+    namespace = define(chapter, solutions(chapter)[name])
+    verdict = getattr(JUDGES[chapter], name)(*arguments(chapter, name, namespace))
+    assert repr(verdict) == "right" and verdict.right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter, name, sentence", CASES)
+def test_a_wrong_answer_is_explained(chapter, name, sentence, monkeypatch):
+    if "does not return" in sentence:
+        monkeypatch.setattr(answers, "SECONDS", 3.0)
+    namespace = define(chapter, WRONG[chapter, name][sentence])
+    verdict = getattr(JUDGES[chapter], name)(*arguments(chapter, name, namespace))
+    assert not verdict.right and verdict.text.startswith("not yet: ") and sentence in verdict.text
+
+
+@pytest.mark.parametrize("chapter, name", RIGHT)
+def test_every_exercise_has_two_wrong_answers(chapter, name):
+    assert len(WRONG[chapter, name]) >= 2
+
+
+def test_a_blank_is_no_wrong_answer():
+    assert repr(chapter_02.lora_traffic(None, 3.0)) == "not answered yet"
+    assert repr(answers.exercise(lambda answer: answers.call(answer))(blank)) == "not answered yet"
+
+
+def blank():
+    raise NotImplementedError("yours")
