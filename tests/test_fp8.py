@@ -362,12 +362,12 @@ def test_the_loss_is_nearly_that_without_fp8(run, trained):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_continues_bit_for_bit_and_a_change_is_told(
+def test_a_run_that_was_stopped_continues_bit_for_bit_also_if_it_recomputes_layers_and_a_change_is_told(
     run, trained, tmp_path, data_dir, small_checkpoint
 ):
     shutil.copytree(run, tmp_path / "output")
     shutil.rmtree(tmp_path / "output" / "checkpoint-4")
-    again = trained("--resume", folder=tmp_path)
+    again = trained("--resume", folder=tmp_path, gradient_checkpointing=True)
     assert largest_difference(adapter(run / "checkpoint-4"), adapter(again / "checkpoint-4")) == 0
     training = {"gradient_accumulation_steps": 2}
     same, other = (
@@ -378,12 +378,6 @@ def test_a_run_that_was_stopped_continues_bit_for_bit_and_a_change_is_told(
     )
     assert "fp8 is none, and was true: used from here on" in other
     assert not any("used from here on" in note for note in same)
-
-
-@pytest.mark.slow
-def test_recomputing_the_layers_trains_the_same(run, trained):
-    again = trained(gradient_checkpointing=True)
-    assert largest_difference(adapter(run / "checkpoint-4"), adapter(again / "checkpoint-4")) < 1e-6
 
 
 @pytest.mark.slow

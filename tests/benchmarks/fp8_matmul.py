@@ -33,10 +33,19 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found.cpu().float() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
+def products(layer: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output and the gradient of the input."""
+    x = x.clone().requires_grad_()
+    output = layer(x)
+    return output.detach(), torch.autograd.grad(output, x, gradient)[0]
+
+
 def check(inputs: int, outputs: int) -> float:
-    """Compare output and gradient with the emulation; return the largest relative difference."""
+    """Compare the layer, compiled and not, with its emulation; return the largest relative difference."""
     linear = nn.Linear(inputs, outputs, dtype=torch.bfloat16).requires_grad_(False)
     emulated, layer = Fp8Linear.rounded(linear), Fp8Linear.rounded(linear).cuda()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
     largest = 0.0
     for rows in CHECKED_ROWS:
         x, gradient = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, outputs).bfloat16()
@@ -44,21 +53,17 @@ def check(inputs: int, outputs: int) -> float:
             x[3] = 0
             x[5, 7] = 1000
             gradient[4] = 0
-        results = []
-        for module, device in ((emulated, "cpu"), (layer, "cuda")):
-            moved = x.to(device).requires_grad_()
-            output = module(moved)
-            output.backward(gradient.to(device))
-            assert moved.grad is not None
-            results.append((output.detach(), moved.grad))
-        for expected, found in zip(*results, strict=True):
-            assert expected.shape == found.shape
-            largest = max(largest, difference(found, expected))
+        expected = products(emulated, x, gradient)
+        for run in (layer, compiled):
+            for found, right in zip(products(run, x.cuda(), gradient.cuda()), expected, strict=True):
+                assert found.shape == right.shape
+                largest = max(largest, difference(found, right))
     for bad in (float("nan"), float("inf")):
         x = torch.randn(32, inputs, device="cuda").bfloat16()
         x[5, 7] = bad
-        wrong = layer(x).isnan().sum(dim=1).tolist()
-        assert wrong == [outputs if row == 5 else 0 for row in range(32)], f"a row with {bad}: nan per row {wrong}"
+        for run in (layer, compiled):
+            wrong = run(x).isnan().sum(dim=1).tolist()
+            assert wrong == [outputs if row == 5 else 0 for row in range(32)], f"a row with {bad}: nan per row {wrong}"
     return largest
 
 
@@ -77,25 +82,16 @@ def seconds(run: Callable[[], object]) -> float:
     return sorted(found)[TRIES // 2]
 
 
-def measure(inputs: int, outputs: int) -> list[float]:
-    """Return TFLOP/s: bf16 forward and backward, fp8 forward and backward."""
-    linear = nn.Linear(inputs, outputs, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+def rates(layer: nn.Module, inputs: int, outputs: int) -> tuple[float, float]:
+    """Return TFLOP/s of the layer, compiled: forward, and backward."""
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
     x = torch.randn(ROWS, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn(ROWS, outputs, device="cuda", dtype=torch.bfloat16)
-    rates = []
-    for layer in (linear, Fp8Linear.rounded(linear)):
-        compiled = torch.compile(layer, fullgraph=True)
-
-        def forward(compiled: Callable[[Tensor], Tensor] = compiled) -> Tensor:
-            return compiled(x)
-
-        def both(compiled: Callable[[Tensor], Tensor] = compiled) -> object:
-            return torch.autograd.grad(compiled(x), x, gradient)
-
-        one = seconds(forward)
-        operations = 2 * ROWS * inputs * outputs / 1e12
-        rates += [operations / one, operations / (seconds(both) - one)]
-    return rates
+    forward = seconds(lambda: compiled(x))
+    both = seconds(lambda: torch.autograd.grad(compiled(x), x, gradient))
+    operations = 2 * ROWS * inputs * outputs / 1e12
+    return operations / forward, operations / (both - forward)
 
 
 def main() -> None:
@@ -112,8 +108,9 @@ def main() -> None:
         raise UserError(f"products differ by {largest:.1e} from the emulation's, more than {MOST_DIFFERENCE:.1e}")
     print("TFLOP/s         bf16 forward  bf16 backward   fp8 forward   fp8 backward")
     for inputs, outputs in SHAPES:
-        rates = "".join(f"{rate:15,.0f}" for rate in measure(inputs, outputs))
-        print(f"{inputs:>5} -> {outputs:<5}{rates}", flush=True)
+        linear = nn.Linear(inputs, outputs, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+        found = [*rates(linear, inputs, outputs), *rates(Fp8Linear.rounded(linear), inputs, outputs)]
+        print(f"{inputs:>5} -> {outputs:<5}" + "".join(f"{rate:15,.0f}" for rate in found), flush=True)
 
 
 if __name__ == "__main__":
