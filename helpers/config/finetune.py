@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from helpers.config.blocks import CHECKPOINTING_KEYS, lora_block, training_block
+from helpers.config.blocks import CHECKPOINTING_KEYS, lora_block, training_block, training_setting
 from helpers.config.deepspeed import AUTO
 from helpers.config.values import Limits, annotations, check_keys, check_values
 from helpers.errors import UserError
@@ -267,9 +267,18 @@ def read_finetune_config(path: Path) -> FinetuneConfig:
     return parse_finetune_config(raw, str(path))
 
 
-def names_deepspeed_file(path: Path) -> bool:
-    """Tell whether a ``lora.yaml`` names a DeepSpeed file; False for a file that cannot be read."""
+def settings_for_the_start(path: Path) -> tuple[bool, float]:
+    """Read what a rank needs before it meets the others.
+
+    Args:
+        path: ``lora.yaml``.
+
+    Returns:
+        Whether it names a DeepSpeed file, and for how many seconds ranks wait for each other. False and the Trainer's
+        default for a file that cannot be read: the ranks say so together.
+    """
     try:
-        return read_finetune_config(path).deepspeed_file is not None
+        config = read_finetune_config(path)
     except UserError:
-        return False
+        return False, training_setting({}, "ddp_timeout")
+    return config.deepspeed_file is not None, training_setting(config.training, "ddp_timeout")

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from helpers.errors import UserError
 from helpers.finetune.launchers import NAMES, rank_variables
@@ -18,6 +19,22 @@ from helpers.finetune.launchers import NAMES, rank_variables
 REPORTED, STOP_AT, ARRIVED, ALL_ARRIVED = "error_reported", "stop_at_step", "arrived", "all_arrived"
 FAILED = "error_of_a_rank"
 POLL_SECONDS = 0.1
+
+
+def _rendezvous(timeout: float | None) -> tuple[dist.Store, int, int]:
+    """Meet the other ranks at a store. torchrun keeps it; under other launchers, rank 0 does and waits for all."""
+    limit = default_pg_timeout if timeout is None else timedelta(seconds=timeout)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        who = "not all ranks have" if os.environ["RANK"] == "0" else f"rank 0, at {address}, has not"
+        raise UserError(
+            f"{who} arrived within {limit.total_seconds():.0f} s; start all {os.environ['WORLD_SIZE']} ranks, and look "
+            "into the output of those that have ended"
+        ) from error
+    store.set_timeout(default_pg_timeout)
+    return store, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,9 @@ class Ranks:
     store: dist.Store | None
 
     @classmethod
-    def from_environment(cls, *, init_single_rank_group: bool, local_rank: int | None = None) -> "Ranks":
+    def from_environment(
+        cls, *, init_single_rank_group: bool, local_rank: int | None = None, timeout: float | None = None
+    ) -> "Ranks":
         """Read rank and world size from the launcher's environment; a process started without one is rank 0 of 1.
 
         Libraries read torchrun's names: they are set if the launcher has others.
@@ -49,12 +68,13 @@ class Ranks:
                 without DeepSpeed it would cost half a GiB of GPU memory for nothing, and libraries create one as soon
                 as they see these variables.
             local_rank: The value of ``--local_rank``; None without it.
+            timeout: Seconds to wait for the other ranks; None for torch's own limit.
 
         Returns:
             This process's place.
 
         Raises:
-            UserError: The launcher's variables are incomplete or contradict each other.
+            UserError: The launcher's variables are incomplete or contradict each other, or ranks do not arrive.
         """
         variables = rank_variables(os.environ, local_rank)
         if variables.get("WORLD_SIZE", "1") == "1" and not init_single_rank_group:
@@ -64,7 +84,7 @@ class Ranks:
         if not variables:
             return cls(0, 0, 1, 1, None)
         os.environ.update(variables)
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, rank, world_size = _rendezvous(timeout)
         local_rank, local_world_size = int(variables["LOCAL_RANK"]), int(variables["LOCAL_WORLD_SIZE"])
         return cls(rank, local_rank, world_size, local_world_size, dist.PrefixStore("finetune", store))
 

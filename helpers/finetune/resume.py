@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import UserError
-from helpers.files import check_writable_folder
 from helpers.finetune.checkpoints import MANIFEST, file_hash, newest_intact, numbered_checkpoints
+from helpers.finetune.output_disk import LOCK
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.same_training import FRESH
 
@@ -18,7 +18,7 @@ def resume_point(output_dir: Path, resume: bool, ranks: Ranks, notes: list[str])
     Rank 0 chooses, and every rank must see the same one.
 
     Args:
-        output_dir: The run's folder.
+        output_dir: The run's folder, which only this job writes to.
         resume: Whether ``--resume`` was given.
         ranks: This process's place.
         notes: Gets a line for the checkpoint, on rank 0, and for each damaged one that is left out.
@@ -27,12 +27,10 @@ def resume_point(output_dir: Path, resume: bool, ranks: Ranks, notes: list[str])
         Its folder; None to start fresh.
 
     Raises:
-        UserError: The folder cannot be written to, a fresh start would overwrite earlier results, there is nothing to
-            resume, or hosts do not share the folder.
+        UserError: A fresh start would overwrite earlier results, there is nothing to resume, or hosts do not share the
+            folder.
     """
-    if ranks.is_first:
-        check_writable_folder(output_dir, "name another folder with --output-dir")
-    if not resume and output_dir.is_dir() and any(output_dir.iterdir()):
+    if not resume and output_dir.is_dir() and any(path.name != LOCK for path in output_dir.iterdir()):
         raise UserError(f"output_dir {output_dir} is not empty; continue with --resume, or choose another --output-dir")
     own = ""
     if resume and ranks.is_first:

@@ -1,17 +1,26 @@
 """Write what a run leaves besides checkpoints and metrics: ``run.json`` and the figures."""
 
+import dataclasses
+import errno
 import json
+import os
+import shlex
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from helpers.files import atomic_write
+from helpers.finetune.job import Job
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.stop import StoppedBySignal
 from helpers.memory.phases import across_ranks, read_phases
 from helpers.memory.timeline import Timeline
 from helpers.plots import loss_and_memory, memory_timeline, save_figure
+
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class RunFile:
@@ -45,10 +54,37 @@ class RunFile:
         self._write()
 
     def _write(self) -> None:
+        if not self.path.parent.is_dir():  # it would be made again, without what was in it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         with atomic_write(self.path) as temporary:
             text = json.dumps(self.content, indent=2, ensure_ascii=False, default=str)
             # A path whose bytes are no UTF-8 holds half surrogates: written as such, not the end of the run.
             temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+
+
+def start_run_file(job: Job, ranks: Ranks) -> RunFile:
+    """Write ``run.json`` with what is known before training.
+
+    Args:
+        job: The checked job.
+        ranks: This process's place.
+
+    Returns:
+        The file, to be kept up to date.
+    """
+    content = {
+        "status": "running",
+        "started": time.strftime(TIME),
+        "command": shlex.join(["python", "-m", "helpers.finetune.train", *sys.argv[1:]]),
+        "world_size": ranks.world_size,
+        "precision": job.precision,
+        "machine": dataclasses.asdict(job.machine),
+        "config": dataclasses.asdict(job.config),
+        "deepspeed": job.deepspeed,
+    }
+    run_file = RunFile(job.output_dir / "run.json", ranks, content)
+    run_file.update()
+    return run_file
 
 
 def draw_figures(output_dir: Path, timeline: Timeline) -> None:

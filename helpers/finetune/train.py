@@ -9,9 +9,7 @@ of each rank, run.json, and predictions.jsonl with the scores of the base model 
 
 import argparse
 import dataclasses
-import errno
 import os
-import shlex
 import signal
 import sys
 import time
@@ -23,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from helpers.config.finetune import names_deepspeed_file
+from helpers.config.finetune import read_finetune_config, settings_for_the_start
 from helpers.errors import CLOSED_PIPE, UserError, allow_any_text, discard_output
 from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
@@ -34,12 +32,12 @@ from helpers.finetune.lost_rank import explained_lost_rank
 from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.out_of_memory import explained_out_of_memory
-from helpers.finetune.output_disk import LOCK, explained_disk_errors, only_job
+from helpers.finetune.output_disk import LOCK, explained_disk_errors, explained_read_errors, only_job, unwritten
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.plan import DTYPES, count_parameters, describe_plan, warn_of_busy_gpus
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
-from helpers.finetune.run_folder import RunFile, draw_figures
+from helpers.finetune.run_folder import TIME, RunFile, draw_figures, start_run_file
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
 from helpers.finetune.steps import check_completed, check_scored, finished_line
 from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals, restored_signals
@@ -54,9 +52,7 @@ from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
 from helpers.quantization.library import exclude_frozen_from_ddp, keep_layout, quantization_config
 
-TIME = "%Y-%m-%dT%H:%M:%S%z"
 INTERRUPTED = 130  # what shells report for a job ended by Ctrl-C
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -88,7 +84,8 @@ def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
         quantization = quantization_config(base_format, DTYPES[job.precision])
         placement = {"device_map": {"": str(arguments.device)}, "quantization_config": quantization}
     # `prepare` has resolved and checked the folder.
-    model = TrainedChatGLM3ForCausalLM.from_checked_folder(job.model_dir, dtype=DTYPES[job.precision], **placement)
+    with explained_read_errors(job.model_dir):
+        model = TrainedChatGLM3ForCausalLM.from_checked_folder(job.model_dir, dtype=DTYPES[job.precision], **placement)
     keep_layout(model)
     set_seed(arguments.seed)
     try:
@@ -167,23 +164,6 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, watchdog: Watchdog) -> Eva
         )
 
 
-def _start_run_file(job: Job, ranks: Ranks) -> RunFile:
-    """Write ``run.json`` with what is known before training."""
-    content = {
-        "status": "running",
-        "started": time.strftime(TIME),
-        "command": shlex.join(["python", "-m", "helpers.finetune.train", *sys.argv[1:]]),
-        "world_size": ranks.world_size,
-        "precision": job.precision,
-        "machine": dataclasses.asdict(job.machine),
-        "config": dataclasses.asdict(job.config),
-        "deepspeed": job.deepspeed,
-    }
-    run_file = RunFile(job.output_dir / "run.json", ranks, content)
-    run_file.update()
-    return run_file
-
-
 def _finish(job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluation | None) -> None:
     """Draw the figures, complete ``run.json`` and print where everything is; on rank 0."""
     draw_figures(job.output_dir, timeline)
@@ -205,15 +185,23 @@ def _finish(job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluat
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """Check the job, train, write the results; return the exit status."""
-    job = prepare(
-        arguments.data_dir,
-        arguments.model_dir,
-        arguments.config,
-        arguments.deepspeed,
-        output_dir=arguments.output_dir,
-        resume=arguments.resume,
-        ranks=ranks,
-    )
+    config = read_finetune_config(arguments.config)
+    output_dir = Path(arguments.output_dir or config.training["output_dir"])
+    with Watchdog(ranks, config.training, output_dir) as watchdog, only_job(output_dir, ranks):
+        job = prepare(
+            arguments.data_dir,
+            arguments.model_dir,
+            arguments.config,
+            arguments.deepspeed,
+            output_dir=output_dir,
+            resume=arguments.resume,
+            ranks=ranks,
+        )
+        return _run_prepared(job, ranks, watchdog)
+
+
+def _run_prepared(job: Job, ranks: Ranks, watchdog: Watchdog) -> int:
+    """Train unless there is nothing left to do; return the exit status."""
     finished = finished_line(job.resume_from, job.config.training, job.planned_steps)
     if finished and job.resume_from:
         check_scored(job.resume_from)
@@ -222,14 +210,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if line := apply_nccl_environment():
         ranks.print_once(line)
     ranks.barrier()  # no rank writes into the output folder while another still checks that it is empty
-    job.output_dir.mkdir(parents=True, exist_ok=True)
-    with only_job(job.output_dir, ranks), explained_disk_errors(job.output_dir):
-        return _run_alone(job, ranks)
+    job.output_dir.mkdir(parents=True, exist_ok=True)  # on a host of its own
+    with explained_disk_errors(job.output_dir):
+        return _train_and_write(job, ranks, watchdog)
 
 
-def _run_alone(job: Job, ranks: Ranks) -> int:
-    """Train and write the results into a folder that no other job writes to; return the exit status."""
-    run_file = _start_run_file(job, ranks)
+def _train_and_write(job: Job, ranks: Ranks, watchdog: Watchdog) -> int:
+    """Train and write the results; return the exit status."""
+    watchdog.run_file = run_file = start_run_file(job, ranks)
     mark_in(PhaseLog(job.output_dir / f"phases-{ranks.rank:03}.jsonl", ranks.rank))
     # One rank per node samples the memory of all its GPUs.
     sampler = Sampler() if ranks.local_rank == 0 else None
@@ -240,10 +228,10 @@ def _run_alone(job: Job, ranks: Ranks) -> int:
             with (
                 explained_out_of_memory(job, ranks.rank, ranks.world_size),
                 explained_lost_rank(ranks, job.output_dir),
-                Watchdog(ranks, job.config.training, run_file) as watchdog,
             ):
                 evaluation = _train(job, ranks, run_file, watchdog)
         except BaseException as error:
+            watchdog.wait_for_verdict()
             # A data loader's worker that dies raises in its rank, at any moment; its siblings may not disturb this.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             with suppress(OSError):  # a full disk may be the error
@@ -261,8 +249,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _arguments(argv)
     quiet_libraries()
     try:
-        with_deepspeed = arguments.deepspeed is not None or names_deepspeed_file(arguments.config)
-        ranks = Ranks.from_environment(init_single_rank_group=with_deepspeed, local_rank=arguments.local_rank)
+        with_deepspeed, timeout = settings_for_the_start(arguments.config)
+        ranks = Ranks.from_environment(
+            init_single_rank_group=arguments.deepspeed is not None or with_deepspeed,
+            local_rank=arguments.local_rank,
+            timeout=timeout,
+        )
     except UserError as error:  # every rank finds its own variables
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -279,10 +271,10 @@ def main(argv: list[str] | None = None) -> None:
         discard_output()
         os._exit(CLOSED_PIPE)  # not sys.exit: other ranks may be in a collective
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        line = unwritten(error)
+        if line is None:
             raise
-        name = error.filename or "a file"
-        ranks.exit_with_error(UserError(f"{name} could not be written ({error.strerror}); free disk space"))
+        ranks.exit_with_error(line)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:

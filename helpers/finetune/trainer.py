@@ -1,5 +1,7 @@
 """Extend transformers' Trainer for a LoRA adapter: small atomic checkpoints, offloading, scored answers."""
 
+import errno
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -174,11 +176,14 @@ class LoraTrainer(ContinuedTrainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             if not is_disk_error(error, self._output_dir):
                 raise
+            line = disk_error(error, self._output_dir, folder, saving=True)  # while the disk is as full as it was
             shutil.rmtree(folder, ignore_errors=True)
-            raise disk_error(error, self._output_dir, folder) from error
+            raise line from error
 
     def _save_whole_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
         """Save, declare the checkpoint complete when all ranks have, and only then remove older ones."""
+        if not self._output_dir.is_dir():  # it would be made again, without what was in it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._output_dir))
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # of an earlier try, perhaps on more ranks: no file of it may stay
         _broadcast(None)  # no rank writes before that
