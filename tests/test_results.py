@@ -144,6 +144,18 @@ def test_the_gpu_table_has_the_fastest_run_that_fits_each_size(one_and_two_gpus)
     assert lines[7].startswith("2 x GPU, random weights of the full size, examples of 133 tokens")
 
 
+def test_the_gpu_table_has_a_second_line_where_fp8_is_the_fastest(one_and_two_gpus):
+    rounded = {"fp8": measured("rounded", "lora_fp8.yaml", 1, [15.0], 8000, fp8=True)}
+    lines = gpu_table(one_and_two_gpus | {"runs": one_and_two_gpus["runs"] | rounded}).splitlines()[2:]
+    assert lines[2:6] == [
+        "| 16 GB | small | 7.00 | 100 (90 to 110) |",
+        "| 16 GB, compute capability 8.9 or later | rounded | 15.00 | 8,000 (7,990 to 8,010) |",
+        "| 24 GB | middle | 15.50 | 5,000 (4,990 to 5,010) |",
+        "| 24 GB, compute capability 8.9 or later | rounded | 15.00 | 8,000 (7,990 to 8,010) |",
+    ]
+    assert sum("8.9" in line for line in lines) == 2
+
+
 def test_the_offload_table_has_a_line_per_setting():
     run = {"setting": {"deepspeed": "ds.json"}, "tokens_per_gpu_and_step": 8192, "tokens_per_second_per_gpu": 489.1}
     run |= {"nvml_peak": [2 * GIB, 3.5 * GIB], "host_bytes": 148 * GIB}

@@ -149,7 +149,8 @@ def gpu_table(results: dict[str, Any]) -> str:
         results: Contents of ``finetune_6b.json``, measured on larger GPUs.
 
     Returns:
-        The table, and a paragraph on the machine. A size that no run fits has no line.
+        The table, and a paragraph on the machine. A size that no run fits has no line; a second line if a run in fp8
+        is the fastest, because not every GPU of that size can multiply in fp8.
     """
     lines = [
         "| your GPUs | the fastest measured run that fits | NVML peak, GiB | tokens/s per GPU (slowest to fastest) |",
@@ -158,10 +159,12 @@ def gpu_table(results: dict[str, Any]) -> str:
     for count, size in GPU_SIZES:
         runs = [run for run in results["runs"].values() if run["ranks"] == count]
         fitting = [run for run in runs if nvml_used(run) <= size * USABLE_SHARE]
-        if fitting:
-            best = max(fitting, key=lambda run: run["tokens_per_second_per_gpu"])
-            gpus = f"{size} GB" if count == 1 else f"{count} x {size} GB"
-            lines.append(f"| {gpus} | {best['name']} | {nvml_used(best):.2f} | {_rate(best)} |")
+        gpus = f"{size} GB" if count == 1 else f"{count} x {size} GB"
+        everywhere = [run for run in fitting if not run.get("fp8")]  # runs of before have no such key
+        for label, those in ((gpus, everywhere), (f"{gpus}, compute capability 8.9 or later", fitting)):
+            best = max(those, key=lambda run: run["tokens_per_second_per_gpu"], default=None)
+            if best and (those is everywhere or best.get("fp8")):
+                lines.append(f"| {label} | {best['name']} | {nvml_used(best):.2f} | {_rate(best)} |")
     return "\n".join([*lines, "", _measured_on(results)])
 
 

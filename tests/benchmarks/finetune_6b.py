@@ -131,6 +131,7 @@ def summary(output_dir: Path) -> dict[str, Any]:
     return {
         "ranks": run["world_size"],
         "zero_stage": zero_stage(deepspeed),
+        "fp8": run["config"]["speed"]["fp8"],
         "bucket_bytes": bucket_bytes(deepspeed, element_bytes=2) if deepspeed else 0,
         "trainable_parameters": run["trainable_parameters"],
         "frozen_parameters": run["frozen_parameters"],
