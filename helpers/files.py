@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -149,13 +150,38 @@ def read_json_object(path: Path, missing: str, remedy: str = "correct the file")
         raise UserError(missing) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    text = decode_utf8(path, raw)
     try:
-        content = json.loads(decode_utf8(path, raw), object_pairs_hook=unique_keys)
+        content = json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({_json_fault(text, error)}); {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object but a {type(content).__name__}; {remedy}")
     return content
+
+
+# What people write in JSON as in other languages, with what JSON wants.
+_NOT_JSON = (
+    (r"/\*.*?\*/|//.*|/\*.*|#.*", "has a comment, {found!r}, and JSON has none; remove it"),
+    (r"(?:True|False|None)\b", "has {found}, as in Python; write true, false or null"),
+    (r"'", "has a single quote; JSON wants double ones"),
+)
+
+
+def _json_fault(text: str, error: json.JSONDecodeError) -> str:
+    """Say what is wrong with a text that should be JSON, in the words of what was probably meant."""
+    rest = text[error.pos :].lstrip()
+    for pattern, fault in _NOT_JSON:
+        if found := re.match(pattern, rest):
+            number = text.count("\n", 0, len(text) - len(rest)) + 1
+            return f"line {number} {fault.format(found=found[0].strip()[:40])}"
+    if "trailing comma" in error.msg or (rest[:1] in ("}", "]") and text[: error.pos].rstrip().endswith(",")):
+        return f"line {error.lineno} has a comma too many before it; remove the comma"
+    if not text.strip():
+        return "it is empty"
+    return f"{error.msg} at line {error.lineno}, column {error.colno}"
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

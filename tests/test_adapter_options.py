@@ -77,8 +77,21 @@ def lora_of(**options):
         ({"target_modules": "FAKE"}, "target_modules 'FAKE' matches no module"),
         ({"target_modules": r".*\.nothing_.*"}, "target_modules .* matches no module"),
         ({"target_modules": r".*\.(q_proj"}, "is no regular expression"),
-        ({"target_modules": ["norm"]}, "is not supported"),
-        ({"target_modules": []}, "peft_config: "),
+        ({"target_modules": ["norm"]}, "target_modules 'norm' names model.norm, which is a norm layer and no matrix"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "a norm layer .* train it whole, under modules_to_save"),
+        ({"target_modules": ".*layernorm"}, "names model.layers.0.input_layernorm, which is a norm layer"),
+        ({"target_modules": ["mlp"]}, "no matrix; LoRA adapts matrices: name those inside it, gate_up_proj, down_proj"),
+        ({"target_modules": ".*"}, "names model, which is no matrix"),
+        ({"target_modules": ["rotary_emb"]}, "names model.rotary_emb, which has no weights to adapt"),
+        ({"target_modules": ["all-linear"]}, r"\['all-linear'\]: for every matrix write target_modules: all-linear"),
+        ({"target_modules": "all"}, "for every matrix write target_modules: all-linear"),
+        ({"target_modules": []}, "target_modules is empty, .* or leave it out for q_proj, k_proj, v_proj"),
+        ({"target_modules": ["embedding"], "lora_bias": True}, "lora_bias=True is not supported for Embedding"),
+        ({"modules_to_save": ["layers"]}, "modules_to_save or exclude_modules leaves out every module"),
+        ({"r": 1_000_000}, "r 1000000 is more than the matrices have: the smaller side of the largest has"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern q_proj must be a whole number above 0, not 0"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern q_proj must be a whole number above 0, not '4'"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern q_proj must be a number above 0, not -1"),
         ({"modules_to_save": ["lm_head", "score"]}, "modules_to_save 'score' matches no module"),
         ({"exclude_modules": ["FAKE"]}, "exclude_modules 'FAKE' matches no module"),
         ({"rank_pattern": {"o_proj": 2}}, "rank_pattern 'o_proj' matches no module with an adapter"),
@@ -108,6 +121,12 @@ def test_what_would_train_something_else_is_one_line(options, wanted, small_chec
     with pytest.raises(UserError, match=wanted) as caught:
         check_adapter(lora_of(**options), small_checkpoint, "my.yaml")
     assert str(caught.value).startswith("my.yaml, peft_config") and "\n" not in str(caught.value)
+
+
+def test_null_as_target_modules_is_the_stated_default(small_checkpoint):
+    notes = parse_finetune_config({"peft_config": {"r": 4, "target_modules": None}}, "my.yaml").notes
+    assert "no target_modules given: LoRA on q_proj, k_proj, v_proj" in notes
+    check_adapter(lora_of(target_modules=None), small_checkpoint, "my.yaml")
 
 
 def test_names_are_checked_before_weights_are_loaded(tmp_path, data_dir, small_checkpoint):

@@ -38,6 +38,22 @@ def test_files_that_people_use_are_accepted(path):
             "offload_param on nvme needs nvme_path",
         ),
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning is not supported"),
+        ({"elasticity": {"enabled": False}}, "elasticity is not supported, remove it; DeepSpeed no longer has it"),
+        ({"amp": {"enabled": True}}, "fp16 and bf16 took its place"),
+        (
+            {"tensor_parallel": {"autotp_size": 2}},
+            "tensor_parallel is not supported, remove it; the job is data parallel, and configs/ds_zero_3.json shards",
+        ),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size is not supported, remove it; the job is data parallel"),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            'older names: instead of cpu_offload write "offload_optimizer": {"device": "cpu"}',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "cpu_offload_params": True, "cpu_offload_use_pin_memory": True}},
+            'instead of cpu_offload_params write "offload_param": {"device": "cpu"}; instead of cpu_offload_use_pin',
+        ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": False}}, "older names: remove cpu_offload"),
         ({"zero_optimisation": {"stage": 2}}, "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
         ({"bf16": {"enabled": "true"}}, "bf16.enabled must be true or false, not 'true'; remove the quotes"),
         ({"train_micro_batch_size_per_gpu": "4"}, 'must be a whole number of at least 1, not "4"'),
@@ -59,6 +75,43 @@ def test_a_key_that_occurs_twice_is_not_the_last_one(tmp_path):
     path.write_text('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 3}}')
     with pytest.raises(UserError, match=r"ds.json is not JSON \(the key 'zero_optimization' occurs twice\)"):
         read_deepspeed_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('{\n  "train_batch_size": "auto", // all\n  "zero_optimization": {}\n}', "line 2 has a comment, '// all'"),
+        ('{\n  "train_batch_size": "auto"\n\n  // all\n}', "line 4 has a comment, '// all'"),
+        ('{\n  /* all */ "train_batch_size": "auto"\n}', "line 2 has a comment, '/* all */'"),
+        ('# DeepSpeed\n{"train_batch_size": "auto"}', "line 1 has a comment, '# DeepSpeed'"),
+        ('{"zero_optimization": {"stage": 2},\n}', "a comma too many before it"),
+        ("{\n'zero_optimization': {}}", "line 2 has a single quote"),
+        ('{"zero_optimization":\n {"overlap_comm": True}}', "line 2 has True, as in Python; write true, false or null"),
+        ("\n", "it is empty"),
+        ('{"train_batch_size" 8}', "at line 1, column 21"),
+    ],
+)
+def test_what_is_almost_json_is_named_by_line(text, wanted, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_deepspeed_config(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path} is not JSON (") and wanted in message and "\n" not in message
+
+
+def test_what_deepspeed_has_removed_is_refused(tmp_path):
+    from deepspeed.runtime import config
+
+    path = tmp_path / "ds.json"
+    for key in config._REMOVED_TOP_LEVEL_CONFIG_KEYS:  # DeepSpeed would refuse them after loading
+        path.write_text(json.dumps({key: {"enabled": False}}))
+        with pytest.raises(UserError, match=f"{key} is not supported, remove it"):
+            read_deepspeed_config(path)
+    for key in config._REMOVED_ZERO_CONFIG_KEYS:
+        path.write_text(json.dumps({"zero_optimization": {key: 1}}))
+        with pytest.raises(UserError, match=f"{key} is no key that DeepSpeed knows"):
+            check_deepspeed_values(read_deepspeed_config(path), path)
 
 
 def test_the_line_of_training_args_is_like_the_argument(tmp_path, monkeypatch):

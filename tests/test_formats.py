@@ -204,6 +204,7 @@ READ = {
         "JSON lines of messages",
         [system("导购"), *QA],
     ),
+    "a_pair_of_weight_1.jsonl": (lines({**PROMPT, "weight": 1, "loss": True}), "prompt/response", QA),
     "openai_weight.jsonl": (
         lines(messages(u("长"), a("坏", weight=0), u(), a(weight=1))),
         "messages",
@@ -417,7 +418,17 @@ REJECTED = {
         lines(messages(u(), a("坏", weight=0))),
         "every assistant turn has loss false or weight 0",
     ),
-    "loss_against_weight.jsonl": (lines(messages(u(), a(loss=True, weight=0))), "message 2 has loss true and weight 0"),
+    "a_pair_of_weight_0.jsonl": (lines({**ADVERT, "weight": 0}), "every assistant turn has loss false or weight 0"),
+    "a_pair_without_loss.jsonl": (lines({**ALPACA, "loss": False}), "every assistant turn has loss false or weight 0"),
+    "a_pair_of_weight_0.csv": (table({**ADVERT, "weight": 0}), "every assistant turn has loss false or weight 0"),
+    "a_pair_against_itself.jsonl": (
+        lines({**ADVERT, "loss": True, "weight": 0}),
+        "loss true and weight 0 of the row disagree",
+    ),
+    "loss_against_weight.jsonl": (
+        lines(messages(u(), a(loss=True, weight=0))),
+        "loss true and weight 0 of message 2 disagree",
+    ),
     "sharegpt_begins_with_gpt.json": (
         array({"conversations": [{"from": "gpt", "value": "瘦"}]}),
         "comes after nothing",
@@ -476,6 +487,12 @@ def test_there_are_more_than_sixty_files():
     [
         ({**PROMPT, "rejected_by": "x"}, "rejected_by is not used (in 1 of 2 rows)"),
         ({"title": "裙", **CHAT}, "title is not used"),
+        ({**CHAT, "weight": 0}, "weight is not used"),
+        ({**ADVERT, "weight": 0.5}, "weight is not used"),
+        ({**ADVERT, "loss": 1.25}, "loss is not used"),
+        ({**ADVERT, "role": "assistant"}, "role is not used"),
+        ({**ADVERT, "metadata": "price"}, "metadata is not used"),
+        ({**ADVERT, "tool_calls": [CALL]}, "tool_calls is not used"),
         (messages(u(name="Ann"), a()), "message: name is not used"),
         (messages(u(tool_calls=[CALL]), a()), "message: tool_calls is not used"),
         (messages(u(tools=TOOLS), a(reasoning_content="嗯")), "message: tools is not used"),

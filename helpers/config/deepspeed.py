@@ -26,10 +26,29 @@ BLOCKS: dict[str, str] = {
     "zero_optimization": '{"stage": 2}',
     **dict.fromkeys(("aio", "activation_checkpointing", "comms_logger", "flops_profiler", "autotuning"), ""),
     **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet", "torch_autocast", "data_types"), ""),
-    **dict.fromkeys(("checkpoint", "data_efficiency", "curriculum_learning", "hybrid_engine", "pipeline"), ""),
-    **dict.fromkeys(("compile", "timers", "elasticity", "compression_training", "weight_quantization"), ""),
+    **dict.fromkeys(("checkpoint", "data_efficiency", "hybrid_engine", "pipeline"), ""),
+    **dict.fromkeys(("compile", "timers", "weight_quantization"), ""),
 }
-REFUSED_BLOCKS = ("curriculum_learning", "data_efficiency", "compression_training", "elasticity", "hybrid_engine")
+# Keys of other jobs, and those that DeepSpeed no longer reads and refuses when it starts; with what to do instead.
+_DATA_PARALLEL = "the job is data parallel, and configs/ds_zero_3.json shards the weights"
+_REMOVED = "DeepSpeed no longer has it"
+FOREIGN = {
+    **dict.fromkeys(("tensor_parallel", "autotp_size", "tp_size", "pipeline_parallel"), _DATA_PARALLEL),
+    **dict.fromkeys(("sequence_parallel_size", "expert_parallel", "moe", "inference"), _DATA_PARALLEL),
+    **dict.fromkeys(("amp", "apex"), f"{_REMOVED}; fp16 and bf16 took its place"),
+    **dict.fromkeys(("nebula", "compression_training", "quantize_training", "sparse_gradients"), _REMOVED),
+    **dict.fromkeys(("eigenvalue", "sparse_attention", "elasticity", "graph_harvesting"), _REMOVED),
+    **dict.fromkeys(("curriculum_learning", "progressive_layer_drop"), _REMOVED),
+}
+# Older names inside zero_optimization, with what took their place.
+OLD_ZERO_KEYS = {
+    "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_params": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": '"pin_memory": true inside offload_optimizer or offload_param',
+    "stage3_gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save"',
+}
+REFUSED_BLOCKS = ("data_efficiency", "hybrid_engine")
 # Single values: the smallest number (whole, unless it has a decimal point), bool, or None for anything.
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1),
@@ -58,12 +77,15 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     """
     config = read_json_object(path, f"no DeepSpeed file {path}; configs/ds_zero_2.json is one")
     for key, value in config.items():
+        if key in FOREIGN:
+            raise UserError(f"{path}: {key} is not supported, remove it; {FOREIGN[key]}")
         if key not in BLOCKS and key not in SETTINGS:
             close = difflib.get_close_matches(key, [*BLOCKS, *SETTINGS], n=1)
             remedy = f"did you mean {close[0]!r}?" if close else "remove it"
             raise UserError(f"{path}: unknown key {key!r}; {remedy}")
         _check_setting(key, value, path)
     zero = config.get("zero_optimization", {})
+    _check_old_keys(zero, path)
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
@@ -79,6 +101,16 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         if not isinstance(config.get(key, {}).get("params", {}), dict):
             raise UserError(f"{path}: {key}.params must be a block of keys")
     return config
+
+
+def _check_old_keys(zero: Mapping[str, Any], path: Path) -> None:
+    """Refuse older names: DeepSpeed knows some of them, but the Trainer and the predictor look at the newer ones."""
+    old = [key for key in zero if key in OLD_ZERO_KEYS]
+    if old:
+        remedies = "; ".join(
+            f"remove {key}" if zero[key] is False else f"instead of {key} write {OLD_ZERO_KEYS[key]}" for key in old
+        )
+        raise UserError(f"{path}: zero_optimization has older names: {remedies}")
 
 
 def _check_setting(key: str, value: Any, path: Path) -> None:

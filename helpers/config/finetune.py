@@ -5,18 +5,16 @@ options that transformers has renamed since are translated; ``FinetuneConfig.not
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from helpers.config.blocks import CHECKPOINTING_KEYS, lora_block, training_block, training_setting
 from helpers.config.deepspeed import AUTO
+from helpers.config.options import MOST
 from helpers.config.values import Limits, annotations, check_keys, check_values
+from helpers.config.yaml_file import read_yaml
 from helpers.errors import UserError
-from helpers.files import read_utf8
 
 GENERATION_KEYS = ("predict_with_generate", "generation_config", "generation_max_length", "generation_num_beams")
 TOP_KEYS = (
@@ -25,7 +23,6 @@ TOP_KEYS = (
 )
 QUANTIZATION_BITS = (8, 4)
 FP8 = "fp8"
-MOST_VALUES = 10_000  # of a file with its aliases written out: nine levels of nine aliases are 387 million
 
 
 @dataclass(frozen=True)
@@ -130,6 +127,8 @@ def _positive_int(raw: dict[str, Any], key: str, default: int, source: str) -> i
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{source}: {key} must be a whole number above 0, not {value!r}")
+    if value >= MOST:
+        raise UserError(f"{source}: {key} must be below {MOST:,}, not {value}")
     return value
 
 
@@ -225,17 +224,6 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
     )
 
 
-def _written_out(value: Any, sizes: dict[int, float]) -> float:
-    """Count the values of a YAML document with each alias (``*name``) written out; infinity if one is inside itself."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in sizes:
-        sizes[id(value)] = math.inf  # until all of it is counted
-        inside = value.values() if isinstance(value, dict) else value
-        sizes[id(value)] = 1 + sum(_written_out(item, sizes) for item in inside)
-    return sizes[id(value)]
-
-
 def read_finetune_config(path: Path) -> FinetuneConfig:
     """Read a ``lora.yaml``.
 
@@ -246,24 +234,12 @@ def read_finetune_config(path: Path) -> FinetuneConfig:
         The configuration, every default filled in.
 
     Raises:
-        UserError: The file is missing, is not YAML, or has an unknown key or a value of the wrong type.
+        UserError: The file is missing, is not YAML, or has a key twice, an unknown one, or a value of the wrong type.
     """
     try:
-        raw = yaml.safe_load(read_utf8(path))
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"no configuration file {path}; configs/lora.yaml is one") from None
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); configs/lora.yaml is a configuration file"
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold keys and values, not {type(raw).__name__}")
-    if _written_out(raw, {}) > MOST_VALUES:
-        raise UserError(
-            f"{path} refers to itself, or to so much that it has over {MOST_VALUES:,} values; write them out"
-        )
     return parse_finetune_config(raw, str(path))
 
 

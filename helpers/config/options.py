@@ -14,10 +14,12 @@ from transformers import get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
+from helpers.config.optimizer import check_optimizer
 from helpers.config.values import Limits
 from helpers.errors import UserError
 
-_COUNT, _AMOUNT, _SHARE = Limits(at_least=1), Limits(at_least=0), Limits(at_least=0, below=1)
+MOST = 2**31  # of anything that is counted: what is larger overflows in one library or another
+_COUNT, _AMOUNT, _SHARE = Limits(at_least=1, below=MOST), Limits(at_least=0), Limits(at_least=0, below=1)
 TRAINING_LIMITS = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), _COUNT
@@ -25,11 +27,12 @@ TRAINING_LIMITS = {
     **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout"), _COUNT),
     **dict.fromkeys(("torch_empty_cache_steps", "eval_accumulation_steps"), _COUNT),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"), _AMOUNT),
-    **dict.fromkeys(("neftune_noise_alpha", "dataloader_num_workers", "adam_epsilon"), _AMOUNT),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _SHARE),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "num_train_epochs"), Limits(above=0)),
+    "neftune_noise_alpha": _AMOUNT,
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"), _SHARE),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "num_train_epochs"), Limits(above=0, below=MOST)),
     **dict.fromkeys(("seed", "data_seed"), Limits(at_least=0, below=2**32)),
-    "max_steps": Limits(at_least=-1),
+    "max_steps": Limits(at_least=-1, below=MOST),
+    "dataloader_num_workers": Limits(at_least=0, below=MOST),
 }
 LORA_LIMITS = {"r": _COUNT, "lora_alpha": Limits(above=0), "lora_dropout": _SHARE}
 
@@ -111,32 +114,13 @@ _NEEDS_STEPS = ("eva", "corda", "loftq", "lora_ga")
 # These change the frozen matrices: switching the adapter off no longer gives the base model, so its scores, --compare
 # and export would be of something else. Biases are trained in place as well, and layer_replication repeats layers.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# The packages of transformers' loggers and optimizers, under the names they are imported by.
+# The packages of transformers' loggers, under the names they are imported by.
 _LOGGERS = {
     **{name: (name,) for name in ("wandb", "mlflow", "comet_ml", "clearml", "codecarbon", "dagshub", "dvclive")},
     **{name: (name,) for name in ("neptune", "swanlab", "trackio")},
     "flyte": ("flytekit",),
     "azure_ml": ("azureml",),
     "tensorboard": ("tensorboard", "tensorboardX"),
-}
-_OPTIMIZERS = {  # by a part of the optimizer's name; the first that fits
-    "galore": "galore_torch",
-    "apollo": "apollo_torch",
-    "torch_4bit": "torchao",
-    "torch_8bit": "torchao",
-    "8bit": "bitsandbytes",
-    "bnb": "bitsandbytes",
-    "paged": "bitsandbytes",
-    "lion": "bitsandbytes",
-    "ademamix": "bitsandbytes",
-    "lomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free": "schedulefree",
-    "stable_adamw": "optimi",
-    "apex": "apex",
-    "npu": "torch_npu",
-    "xla": "torch_xla",
-    "anyprecision": "torchdistx",
 }
 _SCORES = ("rouge_1", "rouge_2", "rouge_l", "bleu_4")
 
@@ -184,7 +168,8 @@ def check_training(training: dict[str, Any], *, scored: bool, where: str) -> Non
     """
     if training.get("max_steps") == 0:
         raise UserError(f"{where}: max_steps is 0, so nothing would be trained; give a number of steps")
-    _check_packages(training, where)
+    _check_loggers(training, where)
+    check_optimizer(training, where)
     _check_schedule(training, where)
     _check_metric(training, scored, where)
     strategy = training.get("train_sampling_strategy", "random")
@@ -214,9 +199,6 @@ def _check_texts(training: Mapping[str, Any], where: str) -> None:
         if training.get(key, "passive") not in trainer_log_levels:
             known = ", ".join(trainer_log_levels)
             raise UserError(f"{where}: {key} {training[key]!r} is unknown; known are {known}")
-    arguments = training.get("optim_args")
-    if arguments and not all(part.count("=") == 1 for part in arguments.split(",")):
-        raise UserError(f"{where}: optim_args must be key=value pairs with commas between them, not {arguments!r}")
     accelerator = training.get("accelerator_config")
     if isinstance(accelerator, dict) and accelerator.get("split_batches"):
         raise UserError(f"{where}: accelerator_config: split_batches would divide the batch of a rank; remove it")
@@ -254,7 +236,7 @@ def base_changing_option(lora: Mapping[str, Any]) -> str | None:
     return "layer_replication" if lora.get("layer_replication") else None
 
 
-def _check_packages(training: Mapping[str, Any], where: str) -> None:
+def _check_loggers(training: Mapping[str, Any], where: str) -> None:
     loggers = training.get("report_to") or []
     for name in [loggers] if isinstance(loggers, str) else loggers:
         if name in ("none", "all"):
@@ -266,10 +248,6 @@ def _check_packages(training: Mapping[str, Any], where: str) -> None:
             raise UserError(
                 f"{where}: report_to {name} needs the package {_LOGGERS[name][0]}; install it, or write none"
             )
-    optimizer = training.get("optim", "")
-    package = next((package for part, package in _OPTIMIZERS.items() if part in optimizer), None)
-    if package and find_spec(package) is None:
-        raise UserError(f"{where}: optim {optimizer} needs the package {package}; install it, or remove the line")
 
 
 def _check_schedule(training: Mapping[str, Any], where: str) -> None:

@@ -38,15 +38,19 @@ class Limits:
 
     def violated(self, value: float) -> str | None:
         """Describe the bound that ``value`` violates; None if it violates none."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):  # a whole number may be too large for this question
             return "finite"
         if self.at_least is not None and value < self.at_least:
-            return f"at least {self.at_least:g}"
+            return f"at least {_shown(self.at_least)}"
         if self.above is not None and value <= self.above:
-            return f"above {self.above:g}"
+            return f"above {_shown(self.above)}"
         if self.below is not None and value >= self.below:
-            return f"below {self.below:g}"
+            return f"below {_shown(self.below)}"
         return None
+
+
+def _shown(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 @cache
@@ -151,7 +155,7 @@ def _unquoted(value: Any) -> str:
 
 def suggest(key: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown key: the most similar known one, or all known ones."""
-    close = difflib.get_close_matches(key, list(known), n=1)
+    close = difflib.get_close_matches(str(key), list(known), n=1)  # YAML has keys that are no text
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))[:200]}"
 
 

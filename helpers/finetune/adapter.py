@@ -13,6 +13,7 @@ from torch import nn
 from helpers.chatglm3.checkpoint import read_config
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
+from helpers.config.adapter_names import SPLIT
 from helpers.errors import UserError
 
 
@@ -34,6 +35,7 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str, rounded
     with torch.device("meta"):
         model = ChatGLM3ForCausalLM(ChatGLM3Config.from_dict(read_config(model_dir)))
     names = [name for name, _ in model.named_modules() if name]
+    _check_targets(lora, model, f"{where}: target_modules")
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         _check_names(lora.get(key), names, f"{where}: {key}")
     parameters = [name for name, _ in model.named_parameters()]
@@ -41,6 +43,7 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str, rounded
     if rounded:
         _check_frozen(lora, model, where)
     _check_layers(lora, len(model.model.layers), where)
+    _check_pattern_values(lora, where)
     _check_tokens(lora.get("trainable_token_indices"), model.config.vocab_size, where)
     try:
         with warnings.catch_warnings():
@@ -49,6 +52,11 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str, rounded
             initial = {"init_lora_weights": True} if _is_mica(lora) else {}
             adapted: Any = get_peft_model(model, LoraConfig(**{**lora, **initial}))
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
+        if "No modules were targeted" in str(error):
+            raise UserError(
+                f"{where}: modules_to_save or exclude_modules leaves out every module of target_modules; remove it, or "
+                "name other modules"
+            ) from error
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
     _check_effect(lora, adapted.base_model, where)
     layers = [name for name, _ in adapted.named_modules() if name.endswith(".lora_A")]
@@ -91,6 +99,49 @@ def _check_names(given: Any, names: Iterable[str], where: str) -> None:
         raise UserError(f"{where} {given!r} is no regular expression: {error}") from error
 
 
+def _check_targets(lora: Mapping[str, Any], model: torch.nn.Module, where: str) -> None:
+    """Check that what ``target_modules`` names are matrices, and of the kind that LoRA can adapt."""
+    targets = lora.get("target_modules")
+    if targets == [] and not lora.get("target_parameters"):
+        raise UserError(
+            f"{where} is empty, so nothing would be trained; name matrices, or leave it out for {', '.join(SPLIT)}"
+        )
+    for item in targets if isinstance(targets, list) else [targets or ""]:
+        if item in ("all", "all-linear") and targets != "all-linear":
+            raise UserError(f"{where} {targets!r}: for every matrix write target_modules: all-linear")
+        pattern = item if isinstance(targets, str) else rf"(?:.*\.)?{re.escape(item)}"
+        for name, module in model.named_modules():
+            if targets == "all-linear" or not name or isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                continue
+            if _matches(pattern, name):
+                raise UserError(f"{where} {item!r} names {name}, {_why_not(module)}")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False  # reported with the names
+
+
+def _why_not(module: torch.nn.Module) -> str:
+    inside = [name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
+    if inside:
+        ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in inside))
+        return f"which is no matrix; LoRA adapts matrices: name those inside it, {ends}"
+    if any(True for _ in module.parameters()):
+        return "which is a norm layer and no matrix; LoRA cannot adapt it: train it whole, under modules_to_save"
+    return "which has no weights to adapt; remove it"
+
+
+def _check_pattern_values(lora: Mapping[str, Any], where: str) -> None:
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", int | float)):
+        for name, value in (lora.get(key) or {}).items():
+            if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+                wanted = "a whole number" if kind is int else "a number"
+                raise UserError(f"{where}: {key} {name} must be {wanted} above 0, not {value!r}")
+
+
 def _check_effect(lora: Mapping[str, Any], tuner: Any, where: str) -> None:
     """Check that each target has an adapter, which can be merged in the end."""
     adapted = tuner.targeted_module_names
@@ -101,10 +152,16 @@ def _check_effect(lora: Mapping[str, Any], tuner: Any, where: str) -> None:
                 f"{where}: target_modules {item!r} has no effect, because modules_to_save or another key leaves out "
                 "all its modules; remove one of them"
             )
+    sides = {name: min(tuner.model.get_submodule(name).weight.shape) for name in adapted}
     if _is_mica(lora):
-        smallest = min(min(tuner.model.get_submodule(name).weight.shape) for name in adapted)
+        smallest = min(sides.values())
         if max(tuner.model.get_submodule(name).r["default"] for name in adapted) > smallest:
             raise UserError(f"{where}: init_lora_weights mica takes an r up to {smallest}, the smallest matrix's size")
+    if sides and min(tuner.model.get_submodule(name).r["default"] for name in sides) > max(sides.values()):
+        raise UserError(
+            f"{where}: r {lora.get('r')} is more than the matrices have: the smaller side of the largest has "
+            f"{max(sides.values())}; lower r"
+        )
     if lora.get("lora_bias"):
         without = [name for name in adapted if getattr(tuner.model.get_submodule(name), "bias", None) is None]
         if without:

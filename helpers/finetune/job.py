@@ -21,6 +21,7 @@ from helpers.config.deepspeed import AUTO, choose_deepspeed_file, read_deepspeed
 from helpers.config.deepspeed_optimizer import check_deepspeed_optimizer
 from helpers.config.deepspeed_schema import check_deepspeed_values
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
+from helpers.config.overruled import overruled_options, rate_notes
 from helpers.errors import UserError
 from helpers.finetune.adapter import check_adapter
 from helpers.finetune.dataset import (
@@ -228,6 +229,9 @@ def prepare(
     data = _read_data(data_dir, config, tokenizer, notes)
     planned = planned_steps(config.training, len(data.train), ranks.world_size)
     check_rows_fill_a_batch(planned, config.training, len(data.train), ranks.world_size)
+    notes += overruled_options(config.training)
+    if not (deepspeed or {}).get("scheduler"):  # otherwise it replaces the Trainer's
+        notes += rate_notes(config.training, planned)
     if config.checkpointing == AUTO:
         limits = Limits(config.max_input_length, config.max_output_length)
         longest = min(data.reports[0].tokens.max, limits.max_length)

@@ -95,7 +95,7 @@ def _translated(message: dict[str, Any], role: str, number: int, unused: set[str
     unused |= {f"message: {key}" for key in ignored}
     if not isinstance(message.get("metadata", ""), str):
         raise UserError(f"metadata of message {number} must be a string, not {shown(message['metadata'])}")
-    common = {"role": role} | _loss(message, number)
+    common = {"role": role} | loss_option(message, f"of message {number}")
     if role == "tool":
         if "observation" not in message:
             raise UserError(f"message {number} of role tool has no observation")
@@ -116,15 +116,26 @@ def _translated(message: dict[str, Any], role: str, number: int, unused: set[str
     return [*thought, _call(call, {key: value for key, value in common.items() if key != "content"}, number)]
 
 
-def _loss(message: dict[str, Any], number: int) -> dict[str, bool]:
-    """Return ``{"loss": …}`` if the message says whether it is trained."""
+def loss_option(message: dict[str, Any], where: str) -> dict[str, bool]:
+    """Translate ``loss`` and OpenAI's ``weight``.
+
+    Args:
+        message: May have either of them.
+        where: What it is, for messages of errors: "of message 2".
+
+    Returns:
+        ``{"loss": …}`` if the message says whether it is trained, otherwise nothing.
+
+    Raises:
+        UserError: A value is of another kind, or the two disagree.
+    """
     loss, weight = message.get("loss"), message.get("weight")
     if loss is not None and not isinstance(loss, bool):
-        raise UserError(f"loss of message {number} must be true or false, not {shown(loss)}")
+        raise UserError(f"loss {where} must be true or false, not {shown(loss)}")
     if weight is not None and weight not in (0, 1):
-        raise UserError(f"weight of message {number} must be 0 or 1, not {shown(weight)}")
+        raise UserError(f"weight {where} must be 0 or 1, not {shown(weight)}")
     if loss is not None and weight is not None and loss != bool(weight):
-        raise UserError(f"message {number} has loss {str(loss).lower()} and weight {weight}; keep one of them")
+        raise UserError(f"loss {str(loss).lower()} and weight {weight} {where} disagree; keep one of them")
     if loss is None and weight is None:
         return {}
     return {"loss": loss if loss is not None else bool(weight)}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from helpers.chatglm3.chat import Message
 from helpers.errors import UserError
-from helpers.finetune.messages import normalised_messages, parsed, shown, without_nulls
+from helpers.finetune.messages import loss_option, normalised_messages, parsed, shown, without_nulls
 
 LISTS = ("conversations", "messages")
 PAIRS = (
@@ -26,6 +26,8 @@ PAIRS = (
 # What an instruction is applied to: a second part of the question.
 INPUTS = ("input", "context")
 SYSTEM = ("system", "system_prompt")
+SAID = ("loss", "weight")  # whether the answer is trained
+MESSAGE_KEYS = ("metadata", "tool_call_id")
 KNOWN_KEYS = frozenset([*LISTS, *INPUTS, *SYSTEM, "history", "tools", *(key for pair in PAIRS for key in pair)])
 NEEDED = "a row needs content and summary, instruction and output, prompt and response, conversations, or messages"
 
@@ -85,12 +87,14 @@ def recognise(row: dict[str, Any]) -> Conversation:
         if "history" in present:
             raise UserError(f"both history and {shape[0]}; put the history into {shape[0]}")
     else:
-        used = {*shape, "history", *(key for key in INPUTS if shape[0] == "instruction")}
+        used = {*shape, *SAID, "history", *(key for key in INPUTS if shape[0] == "instruction")}
         messages = [*_history(present.get("history"), unused), *_question_and_answer(row, present, shape, unused)]
         name = "/".join(shape) + (" (Alpaca)" if shape == ("instruction", "output") else "")
     messages = [*_system(present, messages), *messages]
     used |= {*SYSTEM, "tools"}
     unused |= {key for key in present if key not in used and not _is_bookkeeping(key)}
+    # Those of a message, beside a pair: its author may expect them to count.
+    unused |= {key for key in MESSAGE_KEYS if len(shape) > 1 and isinstance(present.get(key), str)}
     return Conversation(messages, _tools(present.get("tools")), name, tuple(sorted(unused)))
 
 
@@ -133,6 +137,7 @@ def _question_and_answer(
 ) -> list[Message]:
     question, answer = (row[key] for key in shape)
     if isinstance(question, list) and isinstance(answer, list):
+        unused |= {key for key in SAID if key in present}
         # TRL's conversational form: what comes before the completion is not trained.
         before, _ = normalised_messages(question, shape[0], unused)
         after, _ = normalised_messages(answer, shape[1], unused)
@@ -146,7 +151,12 @@ def _question_and_answer(
             raise UserError(f"{key} must be a text, not {shown(value)}{hint}")
     answered = texts.pop(shape[1])
     asked = "\n".join(text for text in texts.values() if text.strip())
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    # Beside a pair they speak of the answer, the only part that is trained.
+    said = {key: parsed(present[key]) for key in SAID if key in present}
+    switches = {key: value for key, value in said.items() if value in ((True, False) if key == "loss" else (0, 1))}
+    unused |= said.keys() - switches.keys()  # a number of another meaning, as a row's weight in sampling
+    trained = loss_option(switches, "of the row")
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered} | trained]
 
 
 def _history(value: Any, unused: set[str]) -> list[Message]:
