@@ -5,10 +5,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 from one_process import FOUR_LAYERS, LENGTH, ROWS, STEPS, device_of, make_optimizer, train_alone
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compilers import nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.autograd.graph import save_on_cpu
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.activations import compiled
 from helpers.activations.checkpointing import ATTENTION, MATMULS, checkpoint_layers
 from helpers.activations.flops import count_flops
 from helpers.activations.offload import OffloadedActivations
@@ -82,6 +88,37 @@ def kept(model):
         loss.backward()
     model.zero_grad()
     return bytes_now, memory.peak
+
+
+@pytest.mark.slow
+def test_compiled_layers_that_recompute_adapters_inputs_keep_masks_instead_and_train_the_same(monkeypatch):
+    # torch's partition of forward and backward, without generating code, which takes long.
+    partition = {"partition_fn": min_cut_rematerialization_partition, "decompositions": select_decomp_table()}
+    plain = aot_autograd(fw_compiler=nop, bw_compiler=nop, **partition)
+    monkeypatch.setattr(compiled, "compile_fx", plain)
+    width, rows = 64, 128
+    found = []
+    for backend in (plain, compiled.recompute_inputs):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        linear = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, width))
+        lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=["1"], init_lora_weights=False)
+        model = get_peft_model(linear, lora)
+        x = torch.randn(rows, width, requires_grad=True)
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved=saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = torch.compile(model, backend=backend)(x)
+        output.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"x": x.grad}
+        found.append((sum(saved.values()), gradients))
+    (most, right), (least, ours) = found
+    assert most - least == rows * width * x.itemsize
+    assert largest_difference(right, ours) == 0
 
 
 def test_each_checkpointed_layer_keeps_its_input_only():

@@ -93,6 +93,8 @@ def test_of_speed_only_what_changes_no_result_is_on_where_nothing_is_said():
         ({"offload_checkpoints": True}, {"gradient_checkpointing": True}, 0, None),
         ({"offload_checkpoints": True}, {"gradient_checkpointing": "auto"}, 3, None),
         ({"compile_layers": True}, {}, 2, None),
+        ({"compile_layers": True, "recompute_inputs": True}, {}, 0, None),
+        ({"recompute_inputs": True}, {}, 0, ["recompute_inputs", "compile_layers: true"]),
     ],
 )
 def test_what_does_not_go_together_is_named(speed, training, stage, named):

@@ -117,6 +117,7 @@ NEUTRAL_SPEED = {
     "loss_chunk": 7,
     "padding_mask": True,
     "compile_layers": False,
+    "recompute_inputs": False,
     "offload_checkpoints": False,
     "expandable_segments": False,
     "fp8": False,

@@ -74,6 +74,8 @@ def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> Non
             "speed: compile_layers does not work with ZeRO-3, which gathers a layer's weights when the layer is "
             "called; remove it, or use configs/ds_zero_2.json or no DeepSpeed file"
         )
+    if config.speed.recompute_inputs and not config.speed.compile_layers:
+        raise UserError("speed: recompute_inputs is for compiled layers; set compile_layers: true, or remove it")
     if config.speed.offload_checkpoints and not config.checkpointing:
         raise UserError(
             "speed: offload_checkpoints moves the inputs that gradient checkpointing saves, which is off: set "

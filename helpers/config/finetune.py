@@ -43,6 +43,8 @@ class SpeedOptions:
         packing: Tokens per pack, a sequence of several examples (``helpers.finetune.packing``). None pads instead.
             With packing, ``per_device_train_batch_size`` counts packs.
         compile_layers: Compile each layer with ``torch.compile``.
+        recompute_inputs: Let the backward of compiled layers recompute the adapters' inputs
+            (``helpers.activations.compiled``): a fifth of the activations less, for a little time.
         loss_chunk: Tokens whose logits exist at the same time (``helpers.activations.chunked_loss``); None is all.
         padding_mask: Pass attention a padding mask even if FlashAttention could do without. It can: padding is on the
             right, and causal attention never looks there.
@@ -55,6 +57,7 @@ class SpeedOptions:
 
     packing: int | None = None
     compile_layers: bool = False
+    recompute_inputs: bool = False
     loss_chunk: int | None = 1024
     padding_mask: bool = False
     offload_checkpoints: bool = False

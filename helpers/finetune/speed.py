@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from helpers.activations.compiled import recompute_inputs
 from helpers.activations.swiglu import RecomputingMLP
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
@@ -41,8 +42,9 @@ def apply_speed_options(model: PeftModel, speed: SpeedOptions) -> None:
             base.set_attn_implementation(RIGHT_PADDED)
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
+        backend = recompute_inputs if speed.recompute_inputs else "inductor"
         for layer in base.model.layers:
-            layer.compile()
+            layer.compile(backend=backend)
     else:  # the compiler decides by itself what backward recomputes
         for layer in base.model.layers:
             layer.mlp.__class__ = RecomputingMLP

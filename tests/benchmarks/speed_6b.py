@@ -71,6 +71,7 @@ RUNS = [
     Run("lora_fast.yaml: packing, compiled layers", FAST),
     Run("two packs at once", FAST, training={"per_device_train_batch_size": 2}),
     Run("lora_fp8.yaml: frozen matrices in fp8", FP8),
+    Run("fp8, adapters' inputs recomputed", FP8, speed={"recompute_inputs": True}),
     Run("fp8, two packs at once", FP8, training={"per_device_train_batch_size": 2}),
     Run("compiled layers", speed={"compile_layers": True}),
     Run("grouped by length", training={"train_sampling_strategy": "group_by_length"}),

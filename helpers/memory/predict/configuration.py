@@ -117,6 +117,7 @@ class Configuration:
         lean: Whether the layers save as little as the job's: SiLU of the gate is recomputed
             (helpers.activations.swiglu), and under ZeRO-3 no frozen matrix keeps its input
             (helpers.libraries.deepspeed).
+        recomputed_inputs: Whether backward recomputes the adapters' inputs (helpers.activations.compiled).
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -136,6 +137,7 @@ class Configuration:
     loss_chunk: int | None = None
     offloaded_checkpoints: bool = False
     lean: bool = False
+    recomputed_inputs: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, "precision", PRECISIONS)

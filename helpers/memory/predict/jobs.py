@@ -83,6 +83,7 @@ def configuration_of(
         loss_chunk=job.speed.loss_chunk,
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
         lean=True,
+        recomputed_inputs=job.speed.recompute_inputs,
     )
 
 

@@ -93,7 +93,7 @@ def _adapter(configuration: Configuration, target: str) -> Iterator[SavedTensor]
     if c.lora.dropout:
         yield SavedTensor("LoRA dropout mask", c.tokens * columns)
     shared = not c.lora.dropout and not cast and _saves_inputs(c)
-    if not shared:
+    if not shared and not c.recomputed_inputs:
         yield SavedTensor("LoRA input", c.tokens * columns * size)
     yield SavedTensor("LoRA output of A", c.tokens * c.lora.r * size)
     if size != c.trainable_bytes:
