@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime import lr_schedules
+from torch.optim.lr_scheduler import LambdaLR
 
-from helpers.libraries.deepspeed_checkpoints import correct_checkpoint_loading, regroup, use_options
+from helpers.libraries.deepspeed_checkpoints import (
+    base_rates,
+    correct_checkpoint_loading,
+    regroup,
+    use_options,
+    use_schedule,
+)
 
 
 def saved(vector: torch.Tensor, ranks: int) -> list[dict]:
@@ -38,6 +46,62 @@ def test_options_are_those_of_the_job_and_the_rate_is_the_schedule_s():
     groups = [{"params": ["loaded"], "lr": 0.5, "step": 3, "weight_decay": 0.0}]
     use_options(groups, [{"params": ["fresh"], "lr": 1.0, "step": 0, "weight_decay": 0.1, "initial_lr": 1.0}])
     assert groups == [{"params": ["loaded"], "lr": 0.5, "step": 3, "weight_decay": 0.1, "initial_lr": 1.0}]
+
+
+def lambda_lr(optimizer, rate):
+    return LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def one_cycle(optimizer, rate):
+    return lr_schedules.OneCycle(optimizer, cycle_min_lr=rate / 10, cycle_max_lr=rate, cycle_first_step_size=9)
+
+
+def warmup(optimizer, rate):
+    return lr_schedules.WarmupLR(optimizer, warmup_max_lr=rate, warmup_num_steps=7)
+
+
+def warmup_cosine(optimizer, rate):
+    return lr_schedules.WarmupCosineLR(optimizer, total_num_steps=20, warmup_num_steps=2)
+
+
+def range_test(optimizer, rate):
+    return lr_schedules.LRRangeTest(optimizer, lr_range_test_min_lr=rate, lr_range_test_step_size=3)
+
+
+@pytest.mark.parametrize("make", [lambda_lr, one_cycle, warmup, warmup_cosine, range_test])
+def test_a_resumed_schedule_gives_the_rate_of_this_job_from_the_first_step_on(make):
+    def trained(rate, steps):
+        optimizer = torch.optim.AdamW([torch.zeros(1)], lr=rate)
+        schedule = make(optimizer, rate)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        return optimizer, schedule
+
+    def options(optimizer):
+        return [(group["lr"], group["betas"]) for group in optimizer.param_groups]
+
+    for rate in (0.1, 0.01):  # as before, and changed
+        before, schedule_before = trained(0.1, 5)
+        optimizer, schedule = trained(rate, 0)
+        fresh, rates = [dict(group) for group in optimizer.param_groups], base_rates(schedule)
+        optimizer.load_state_dict(before.state_dict())
+        schedule.load_state_dict(schedule_before.state_dict())
+        use_options(optimizer.param_groups, fresh)
+        use_schedule(schedule, rates)
+        reference, schedule_reference = trained(rate, 5)
+        for _ in range(3):
+            assert options(optimizer) == options(reference)
+            assert schedule.get_last_lr() == schedule_reference.get_last_lr()
+            for one in (schedule, schedule_reference):
+                one.step()
+
+
+def test_a_schedule_that_follows_the_loss_is_left_as_it_was_loaded():
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.1)
+    for schedule in (None, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)):
+        use_schedule(schedule, base_rates(schedule))
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 class RunsCode:

@@ -20,6 +20,7 @@ from small_finetune import (
     write_config,
     write_rows,
 )
+from transformers import TrainingArguments
 
 from helpers.errors import UserError
 from helpers.finetune import train
@@ -28,7 +29,7 @@ from helpers.finetune.loading import find_checkpoint
 from helpers.finetune.ranks import ALL_ARRIVED, FAILED, Ranks
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.resume import agree_on_facts, resume_point
-from helpers.finetune.same_training import weights_sample
+from helpers.finetune.same_training import _FREE, _changed, weights_sample
 from helpers.memory.phases import PhaseLog, read_phases
 
 ZERO_2, ZERO_3 = (ROOT / "configs" / f"ds_zero_{stage}.json" for stage in (2, 3))
@@ -245,6 +246,24 @@ OTHER_SETTINGS = {
     "batch": ({"training_args": {"per_device_train_batch_size": 2}}, "8 rows instead of 16, so some rows are trained"),
     "length": ({"max_input_length": 80}, "max_input_length is 80, and was 96: used from here on"),
     "packing": ({"speed": {"packing": 256}}, "packing is 256, and was none: used from here on"),
+    **{
+        name: ({"training_args": {name: value}}, f"{name} is {shown}, and was {before}: used from here on")
+        for name, value, shown, before in (
+            ("tf32", False, "false", "none"),
+            ("full_determinism", True, "true", "false"),
+            ("ddp_bucket_cap_mb", 1, "1", "none"),
+            ("ddp_backend", "gloo", "gloo", "none"),
+            ("gradient_checkpointing_kwargs", {"preserve_rng_state": False}, '{"preserve_rng_state": false}', "none"),
+        )
+    },
+    **{
+        name: ({"speed": {name: value}}, f"{name} is {shown}, and was {before}: used from here on")
+        for name, value, shown, before in (
+            ("loss_chunk", 64, "64", "1024"),
+            ("padding_mask", True, "true", "false"),
+            ("compile_layers", True, "true", "false"),
+        )
+    },
     "skip": ({"training_args": {"ignore_data_skip": True}}, "rows come from the beginning of the epoch's order again"),
 }
 
@@ -257,6 +276,67 @@ def test_other_settings_are_one_line_each(name, finished, resume):
     assert len([note for note in job.notes if said in note]) == 1
 
 
+DEEPSPEED_FILES = {
+    "communication_data_type": ("fp32", "communication_data_type is fp32, and was none: used from here on"),
+    "prescale_gradients": (True, "prescale_gradients is true, and was none: used from here on"),
+    "data_types": ({"grad_accum_dtype": "fp32"}, 'data_types is {"grad_accum_dtype": "fp32"}, and was none: used from'),
+    "fp16": (
+        {"enabled": "auto", "hysteresis": 3},
+        'fp16 of the DeepSpeed file is {"hysteresis": 3}, and was {"',
+    ),
+    "scheduler": ({"type": "WarmupLR", "params": {}}, r"with scheduler none, but .* has {.*WarmupLR.*}; resume with"),
+}
+
+
+@pytest.mark.parametrize("key", DEEPSPEED_FILES)
+def test_what_a_deepspeed_file_changes_in_numbers_is_said(key, tmp_path, finished_zero_2, resume):
+    value, said = DEEPSPEED_FILES[key]
+    (tmp_path / "ds.json").write_text(json.dumps(json.loads(ZERO_2.read_text()) | {key: value}))
+    if key == "scheduler":
+        with pytest.raises(UserError, match=said):
+            resume(finished_zero_2, deepspeed=tmp_path / "ds.json", ranks=TWO_RANKS)
+    else:
+        job = resume(finished_zero_2, deepspeed=tmp_path / "ds.json", ranks=TWO_RANKS)
+        assert len([note for note in job.notes if said in note]) == 1
+
+
+def test_a_schedule_that_follows_the_evaluation_makes_its_options_part_of_the_training():
+    base = {
+        **{key: {} for key in ("settings", "deepspeed", "peft_config")},
+        **{"world_size": 1, "micro_batch_size": 1, "rows_per_step": 1, "zero_stage": None, "precision": "fp32"},
+    }
+    changed = {"eval_steps": 3, "metric_for_best_model": "rouge_l"}
+    for name, wanted in (("linear", []), ("reduce_lr_on_plateau", ["eval_steps", "metric_for_best_model"])):
+        facts = [base | {"training_args": {"lr_scheduler_type": name} | more} for more in ({}, changed)]
+        assert [key for key, _, _ in _changed(*facts)] == wanted
+
+
+def test_every_option_that_may_change_without_a_word_is_one_of_the_trainer():
+    assert not _FREE - {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"eval_strategy": "steps", "eval_steps": 1, "predict_with_generate": True},
+        {"dataloader_num_workers": 1},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": False},
+    ],
+)
+def test_evaluations_and_workers_leave_the_numbers_of_dropout_alone(training, tmp_path, train_here, with_dropout):
+    changes = {"training_args": training | {"max_steps": 12}, "peft_config": {"lora_dropout": 0.3}}
+    output = train_here(write_config(tmp_path, **merged(QUICK, changes)))
+    losses = [[r["loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r] for run in (output, with_dropout)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12  # two epochs
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tmp_path_factory, train_here) -> Path:
+    """Output folder of a run that drops values."""
+    changes = {"training_args": {"max_steps": 12}, "peft_config": {"lora_dropout": 0.3}}
+    return train_here(write_config(tmp_path_factory.mktemp("with_dropout"), **merged(QUICK, changes)))
+
+
 def test_a_changed_learning_rate_is_used(tmp_path, finished, train_here):
     output = shutil.copytree(finished, tmp_path / "output")
     shutil.rmtree(output / "checkpoint-4")
@@ -265,6 +345,23 @@ def test_a_changed_learning_rate_is_used(tmp_path, finished, train_here):
     before = {record["step"]: record["learning_rate"] for record in read_metrics(finished / "metrics.jsonl")}
     assert rates[2] == before[2]
     assert [rates[step] for step in (3, 4)] == pytest.approx([before[step] / 10 for step in (3, 4)])
+
+
+def test_a_changed_learning_rate_is_used_with_deepspeed_s_optimizer(tmp_path, rank_server, data_dir, small_checkpoint):
+    content = json.loads(ZERO_2.read_text()) | {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    rates = {}
+    for rate, flags in ((1e-2, []), (1e-3, ["--resume"])):
+        config = write_config(tmp_path, **merged(QUICK, {"training_args": {"learning_rate": rate}}))
+        files = (data_dir, small_checkpoint, config, tmp_path / "ds.json", "--output-dir", tmp_path / "output")
+        done = rank_server.run(TRAIN, *files, *flags, nprocs=1)
+        assert done.returncode == 0, done.stderr
+        rates[rate] = {r["step"]: r["learning_rate"] for r in read_metrics(tmp_path / "output" / "metrics.jsonl")}
+        shutil.rmtree(tmp_path / "output" / "checkpoint-4")
+    assert "learning_rate is 0.001, and was 0.01: used from here on" in done.stdout
+    assert [rates[1e-3][step] for step in (3, 4)] == pytest.approx([rates[1e-2][step] / 10 for step in (3, 4)])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from torch.optim.lr_scheduler import LambdaLR
+from accelerate.utils import DeepSpeedSchedulerWrapper
 from transformers import Trainer, set_seed
 
 from helpers.finetune.checkpoints import read_manifest
-from helpers.libraries.deepspeed_checkpoints import use_options
+from helpers.libraries.deepspeed_checkpoints import base_rates, use_options, use_schedule
 
 
 class ContinuedTrainer(Trainer):
@@ -21,18 +21,12 @@ class ContinuedTrainer(Trainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         assert self.optimizer is not None  # created before its state is loaded
         options = [dict(group) for group in self.optimizer.param_groups]
-        schedule = self.lr_scheduler
-        base_rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else []
+        rates = base_rates(self.lr_scheduler)
         super()._load_optimizer_and_scheduler(checkpoint)
+        if isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            return None  # all was loaded with the engine, and its options are used
         use_options(self.optimizer.param_groups, options)
-        if isinstance(schedule, LambdaLR):
-            # The same product as in its step: unless an option has changed, the learning rate is what was loaded.
-            schedule.base_lrs = base_rates
-            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-            rates = [base * factor for base, factor in zip(base_rates, factors, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            schedule._last_lr = rates
+        use_schedule(self.lr_scheduler, rates)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.accelerator.scaler is not None:  # a checkpoint of fp16 has a state for it

@@ -17,13 +17,13 @@ from helpers.finetune.checkpoints import file_hash, read_manifest
 
 FRESH = "start fresh with another --output-dir"
 # Options that change what a run says, keeps or takes, but not what it trains.
-_FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "ddp_", "trackio_", "torch_empty_cache_")
+_FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "trackio_", "torch_empty_cache_")
 _FREE = {
     *("output_dir", "report_to", "run_name", "project", "debug", "skip_memory_metrics", "per_device_eval_batch_size"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "include_num_input_tokens_seen"),
+    *("ddp_find_unused_parameters", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_timeout"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
-    *("dataloader_multiprocessing_context", "activation_checkpointing", "activation_checkpointing_kwargs"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "tf32", "full_determinism", "disable_tqdm"),
+    *("dataloader_multiprocessing_context", "activation_checkpointing", "gradient_checkpointing", "disable_tqdm"),
     "restore_callback_states_from_checkpoint",
     *("bf16", "fp16", "use_cpu"),  # compared as the precision that follows from them
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # compared as rows in a step
@@ -34,6 +34,13 @@ _FIXED = {"optim", "optim_args", "optim_target_modules", "quantization_bit"}
 _FIXED_ZERO = ("offload_optimizer", "round_robin_gradients", "parameter_alignment", "elastic_checkpoint")
 _FREE_LORA = {"lora_dropout"}
 _STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they follow the loss, all others only the step
+_WHAT_THEY_FOLLOW = ("eval_steps", "eval_strategy", "eval_delay", "metric_for_best_model", "greater_is_better")
+# What a DeepSpeed file changes in numbers, besides what other blocks of the facts have.
+_DEEPSPEED = (
+    *("scheduler", "gradient_clipping", "communication_data_type", "prescale_gradients", "torch_autocast"),
+    *("gradient_predivide_factor", "gradient_allreduce_op", "data_types"),
+)
+_ZERO = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -76,6 +83,9 @@ def training_facts(
             "max_input_length": config.max_input_length,
             "max_output_length": config.max_output_length,
             "packing": config.speed.packing,
+            "compile_layers": config.speed.compile_layers,
+            "loss_chunk": config.speed.loss_chunk,
+            "padding_mask": config.speed.padding_mask,
             "fp8": config.speed.fp8 or None,  # None, as in checkpoints of before
         },
         "training_args": training,
@@ -89,8 +99,12 @@ def _deepspeed_facts(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type of the optimizer": optimizer.get("type"),
         "params of the optimizer": optimizer.get("params"),
-        **{key: deepspeed.get(key) for key in ("scheduler", "gradient_clipping")},
-        **{key: zero.get(key) for key in _FIXED_ZERO},
+        **{key: deepspeed.get(key) for key in _DEEPSPEED},
+        **{key: zero.get(key) for key in (*_FIXED_ZERO, *_ZERO)},
+        **{
+            f"{kind} of the DeepSpeed file": {k: v for k, v in (deepspeed.get(kind) or {}).items() if k != "enabled"}
+            for kind in ("fp16", "bf16")
+        },
         "offload_optimizer": (zero.get("offload_optimizer") or {}).get("device"),
     }
 
@@ -191,17 +205,26 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, A
         ("peft_config", _defaults(LoraConfig)),
     ):
         for key in sorted(then[block].keys() | now[block].keys()):
-            if block == "training_args" and (key in _FREE or key.startswith(_FREE_PREFIXES)):
+            if block == "training_args" and _is_free(key, now):
                 continue
             old, new = (facts[block].get(key, defaults.get(key)) for facts in (then, now))
             if _ordered(old) != _ordered(new):
                 yield key, old, new
 
 
+def _is_free(name: str, facts: dict[str, Any]) -> bool:
+    """Whether an option of the Trainer may change without a word."""
+    if name in _WHAT_THEY_FOLLOW and facts["training_args"].get("lr_scheduler_type") in _STATEFUL_SCHEDULES:
+        return False
+    return name in _FREE or name.startswith(_FREE_PREFIXES)
+
+
 def _is_fixed(name: str, old: Any, new: Any) -> bool:
     """Whether training cannot go on with another value."""
     if name == "lr_scheduler_type":
         return old in _STATEFUL_SCHEDULES or new in _STATEFUL_SCHEDULES
+    if name == "scheduler":  # DeepSpeed's and the Trainer's have other states
+        return (old is None) != (new is None)
     lora = name in _defaults(LoraConfig) and name not in _FREE_LORA
     return lora or name in _FIXED or name in _FIXED_ZERO or name == "type of the optimizer"
 

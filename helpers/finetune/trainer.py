@@ -95,6 +95,8 @@ class LoraTrainer(ContinuedTrainer):
             self.data_collator = padding
         inner: Any = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts this one's workers
         inner.worker_init_fn = partial(ignore_signals_in_worker, inner.worker_init_fn)
+        # It draws its workers' seeds here, once an epoch or once at all, and not from the numbers of dropout.
+        inner.generator = torch.Generator()
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +129,8 @@ class LoraTrainer(ContinuedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        with phase("evaluate"), evaluation_mode(self.model):
+        # Its data loader draws a seed: training goes on as if there had been no evaluation.
+        with phase("evaluate"), evaluation_mode(self.model), torch.random.fork_rng(devices=[]):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return metrics | self._score_answers(metric_key_prefix)
 

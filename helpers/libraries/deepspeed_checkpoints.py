@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 
 from helpers.errors import UserError
 
@@ -42,6 +43,7 @@ def correct_checkpoint_loading() -> None:
 
     def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
         options = [dict(group) for group in engine.optimizer.param_groups]
+        rates = base_rates(engine.lr_scheduler)
         try:
             with torch.serialization.safe_globals(_plain_classes()):
                 loaded = load_checkpoint(engine, *args, **kwargs)
@@ -51,6 +53,7 @@ def correct_checkpoint_loading() -> None:
                 f"({' '.join(str(error).split())[:120]}); resume from a checkpoint that this job wrote"
             ) from error
         use_options(engine.optimizer.param_groups, options)
+        use_schedule(engine.lr_scheduler, rates)
         if hasattr(engine.optimizer, "clip_grad"):
             engine.optimizer.clip_grad = engine.gradient_clipping()
         replay_cpu_adam(getattr(engine.optimizer, "optimizer", None))
@@ -79,6 +82,36 @@ def use_options(groups: list[dict[str, Any]], options: list[dict[str, Any]]) -> 
     """
     for group, before in zip(groups, options, strict=True):
         group |= {key: value for key, value in before.items() if key not in _NOT_OPTIONS}
+
+
+def base_rates(schedule: Any) -> list[Any]:
+    """Return the learning rates that a schedule of torch multiplies; others keep theirs when a state is loaded."""
+    return list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else []
+
+
+def use_schedule(schedule: Any, rates: list[Any]) -> None:
+    """Set the learning rate that this job's schedule has at the step that was loaded.
+
+    Args:
+        schedule: torch's or DeepSpeed's, after loading; others, which follow the loss, are left as they are.
+        rates: :func:`base_rates` from before.
+    """
+    groups: list[dict[str, Any]] = schedule.optimizer.param_groups if schedule is not None else []
+    if isinstance(schedule, LambdaLR):
+        # The same product as in its step: unless an option has changed, the learning rate is what was loaded.
+        schedule.base_lrs = rates
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        rates = [base * factor for base, factor in zip(rates, factors, strict=True)]
+    elif getattr(schedule, "last_batch_iteration", -1) >= 0:  # DeepSpeed's
+        rates = schedule.get_lr()
+        if getattr(schedule, "cycle_momentum", False):
+            for group, betas in zip(groups, schedule.get_mom(), strict=True):
+                group["betas"] = betas
+    else:
+        return
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def regroup(states: list[dict[str, Any]], rank: int, sizes: list[int]) -> dict[str, Any]:
