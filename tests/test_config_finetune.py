@@ -181,8 +181,10 @@ def test_a_precision_that_cannot_work_is_refused():
     assert choose_precision({}, {"bf16": {"enabled": True}}, "bf16") == "bf16"
     with pytest.raises(UserError, match="fp16"):
         choose_precision({"bf16": True}, None, "fp16")
-    with pytest.raises(UserError, match="no GPU"):
+    with pytest.raises(UserError, match="no GPU here; remove the line to train in fp32"):
         choose_precision({"fp16": True}, None, "no")
+    with pytest.raises(UserError, match="does not support bf16; remove the line to train in fp32"):
+        choose_precision({"bf16": True}, None, "no")
     with pytest.raises(UserError, match="keep one"):
         choose_precision({"fp16": True}, {"bf16": {"enabled": True}}, "bf16")
     # Never unscaled fp16.

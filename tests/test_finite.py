@@ -3,14 +3,18 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
 from rank_server import RankServer
+from small_chatglm import random_lora
 from small_finetune import ROOT, TRAIN, write_config
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from helpers.assets import TINY_MODEL
 from helpers.errors import UserError
+from helpers.finetune import generate, train
 from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.finite import MOST_BATCHES, FiniteCheck
 from helpers.finetune.loading import load_for_inference
@@ -74,6 +78,38 @@ def test_the_first_of_very_many_batches_is_named(tokenizer, arguments):
         check.add(step, torch.tensor(math.nan if step >= 7 else 2.0), ids)
     with pytest.raises(UserError, match="the loss is nan at step 7 on rank 0"):
         log(check, arguments, loss=math.nan, grad_norm=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_the_cpu", "progress_bars_afterwards")
+def test_a_rate_of_a_million_ends_the_job_with_one_line_and_no_checkpoint_of_it(tmp_path, data_dir, monkeypatch):
+    def failed(_, error):
+        raise error  # instead of ending this process
+
+    monkeypatch.setattr(train.Ranks, "exit_with_error", failed)
+    monkeypatch.setattr(train, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(train, "quiet_libraries", lambda: None)
+    training = {"learning_rate": 1.0e6, "adam_epsilon": 1e-8, "max_steps": 5, "save_steps": 2, "eval_strategy": "no"}
+    config = write_config(tmp_path, training_args=training, data_config={"val_file": None})
+    with pytest.raises(
+        UserError, match=r"(is nan|is inf|no longer finite).*; .*try a learning_rate below 1e\+06"
+    ) as caught:
+        train.main([str(data_dir), str(TINY_MODEL), str(config), "--output-dir", str(tmp_path / "output")])
+    assert "\n" not in str(caught.value)
+    run = json.loads((tmp_path / "output" / "run.json").read_text())
+    assert run["status"] == "failed" and str(caught.value) in run["error"]
+    for checkpoint in complete_checkpoints(tmp_path / "output"):
+        load_for_inference(checkpoint)
+
+
+def test_nothing_answers_with_an_adapter_that_holds_nan(tmp_path, small_checkpoint, monkeypatch):
+    adapted = random_lora(small_checkpoint, seed=0)
+    next(p for name, p in adapted.named_parameters() if "lora_B" in name).data.fill_(math.nan)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for option in ([], ["--sample"]):
+        monkeypatch.setattr(sys, "argv", ["generate", str(tmp_path / "adapter"), "--prompt", "鱼尾裙", *option])
+        with pytest.raises(UserError, match="holds nan or infinite numbers; use an earlier checkpoint"):
+            generate.main()
 
 
 @pytest.mark.slow

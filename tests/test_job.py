@@ -1,6 +1,7 @@
 """The fine-tune before it starts: what is decided, what is refused, all before a weight is loaded."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,23 @@ def test_a_6b_vocabulary_with_another_tokenizer_is_a_warning_in_one_line(tmp_pat
     prepared = prepare(data_dir, folder, write_config(tmp_path))
     (note,) = [note for note in prepared.notes if note.startswith("warning:")]
     assert "tokenizer.model is not the tokenizer published with ChatGLM3-6B" in note and "\n" not in note
+
+
+def test_the_deepspeed_file_that_training_args_names_is_used(tmp_path, data_dir, small_checkpoint):
+    shutil.copy(ROOT / "configs" / "ds_zero_2.json", tmp_path / "ds.json")
+    prepared = prepare(data_dir, small_checkpoint, write_config(tmp_path, training_args={"deepspeed": "ds.json"}))
+    assert prepared.zero_stage == 2
+    with pytest.raises(UserError, match=r"deepspeed 'none\.json' does not exist"):
+        prepare(data_dir, small_checkpoint, write_config(tmp_path, training_args={"deepspeed": "none.json"}))
+
+
+def test_what_is_overruled_and_a_rate_that_is_too_high_are_notes(tmp_path, data_dir, small_checkpoint):
+    training = {"learning_rate": 1.0e6, "num_train_epochs": 1, "warmup_steps": 9}
+    config = write_config(tmp_path, training_args=training, data_config={"val_file": None})
+    said = "\n".join(prepare(data_dir, small_checkpoint, config).notes)
+    assert "num_train_epochs is ignored: max_steps 4 decides" in said
+    assert "warning: learning_rate 1e+06 is very high" in said and "warning: warmup_steps 9 does not end" in said
+    assert "no val_file given: evaluation is skipped" in said
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])

@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from tqdm import tqdm
 
 from helpers.launch import output
 from helpers.launch.output import RankOutput
@@ -55,6 +56,20 @@ def test_a_bar_moves_and_is_not_repeated_for_each_update(bar, rank, stream):
     assert stream.getvalue() == "[rank 0] 0%\n"
     write(rank, bar.format(100).encode() + b"\n")
     assert stream.getvalue() == "[rank 0] 0%\n[rank 0] 100%\n"
+
+
+def test_a_bar_of_tqdm_moves(rank, stream, monkeypatch):
+    monkeypatch.setattr(output, "UPDATE_SECONDS", 0)
+    with open(rank.write_end.fileno(), "w", closefd=False) as file:
+        for _ in tqdm(range(20), file=file, mininterval=0):
+            file.flush()
+            rank.show()
+            rank.show_incomplete()
+    moved = stream.getvalue().splitlines()
+    assert "| 0/20 [" in moved[0] and "| 19/20 [" in moved[-1]
+    assert len(moved) == 20 and all(line.startswith("[rank 0] ") for line in moved)
+    rank.show()
+    assert "| 20/20 [" in stream.getvalue().splitlines()[-1]
 
 
 def test_a_windows_line_end_is_one(rank, stream):

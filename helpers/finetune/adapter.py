@@ -43,7 +43,7 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str, rounded
     if rounded:
         _check_frozen(lora, model, where)
     _check_layers(lora, len(model.model.layers), where)
-    _check_pattern_values(lora, where)
+    _check_ranks(lora, model, where)
     _check_tokens(lora.get("trainable_token_indices"), model.config.vocab_size, where)
     try:
         with warnings.catch_warnings():
@@ -134,12 +134,22 @@ def _why_not(module: torch.nn.Module) -> str:
     return "which has no weights to adapt; remove it"
 
 
-def _check_pattern_values(lora: Mapping[str, Any], where: str) -> None:
+def _check_ranks(lora: Mapping[str, Any], model: torch.nn.Module, where: str) -> None:
+    """Check the values of the patterns, and that no rank is larger than the matrices: PEFT would allocate it."""
+    largest = max(min(part.weight.shape) for part in model.modules() if isinstance(part, torch.nn.Linear))
+    ranks = {"r": lora.get("r", LoraConfig.r)}
     for key, kind in (("rank_pattern", int), ("alpha_pattern", int | float)):
         for name, value in (lora.get(key) or {}).items():
             if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
                 wanted = "a whole number" if kind is int else "a number"
                 raise UserError(f"{where}: {key} {name} must be {wanted} above 0, not {value!r}")
+            if kind is int:
+                ranks[f"{key} {name}"] = value
+    for key, rank in ranks.items():
+        if rank > largest:
+            raise UserError(
+                f"{where}: {key} {rank} is more than any matrix has, whose smaller side is {largest}; lower it"
+            )
 
 
 def _check_effect(lora: Mapping[str, Any], tuner: Any, where: str) -> None:
@@ -152,16 +162,10 @@ def _check_effect(lora: Mapping[str, Any], tuner: Any, where: str) -> None:
                 f"{where}: target_modules {item!r} has no effect, because modules_to_save or another key leaves out "
                 "all its modules; remove one of them"
             )
-    sides = {name: min(tuner.model.get_submodule(name).weight.shape) for name in adapted}
     if _is_mica(lora):
-        smallest = min(sides.values())
+        smallest = min(min(tuner.model.get_submodule(name).weight.shape) for name in adapted)
         if max(tuner.model.get_submodule(name).r["default"] for name in adapted) > smallest:
             raise UserError(f"{where}: init_lora_weights mica takes an r up to {smallest}, the smallest matrix's size")
-    if sides and min(tuner.model.get_submodule(name).r["default"] for name in sides) > max(sides.values()):
-        raise UserError(
-            f"{where}: r {lora.get('r')} is more than the matrices have: the smaller side of the largest has "
-            f"{max(sides.values())}; lower r"
-        )
     if lora.get("lora_bias"):
         without = [name for name in adapted if getattr(tuner.model.get_submodule(name), "bias", None) is None]
         if without:
