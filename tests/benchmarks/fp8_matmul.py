@@ -20,7 +20,7 @@ from helpers.quantization.fp8 import Fp8Linear
 ROWS = 4096
 # (inputs, outputs) of ChatGLM3-6B: q, k and v together, o_proj, gate_up_proj, down_proj.
 SHAPES = ((4096, 4608), (4096, 4096), (4096, 27392), (13696, 4096))
-# Row counts of a pack, of single tokens and of odd batches, and none.
+# Row counts of a pack, of single tokens and of odd batches, and none. Compiling takes seconds: for the first only.
 CHECKED_ROWS = (256, 1, 17, 255, 0)
 # The products differ by the order and the precision of sums, and by rounding to bf16, which is 2^-9 at most.
 MOST_DIFFERENCE = 2**-7
@@ -54,16 +54,17 @@ def check(inputs: int, outputs: int) -> float:
             x[5, 7] = 1000
             gradient[4] = 0
         expected = products(emulated, x, gradient)
-        for run in (layer, compiled):
+        for run in (layer, compiled) if rows == CHECKED_ROWS[0] else (layer,):
             for found, right in zip(products(run, x.cuda(), gradient.cuda()), expected, strict=True):
                 assert found.shape == right.shape
                 largest = max(largest, difference(found, right))
     for bad in (float("nan"), float("inf")):
-        x = torch.randn(32, inputs, device="cuda").bfloat16()
-        x[5, 7] = bad
+        x, gradient = (torch.randn(CHECKED_ROWS[0], width, device="cuda").bfloat16() for width in (inputs, outputs))
+        x[5, 7] = gradient[6, 7] = bad
         for run in (layer, compiled):
-            wrong = run(x).isnan().sum(dim=1).tolist()
-            assert wrong == [outputs if row == 5 else 0 for row in range(32)], f"a row with {bad}: nan per row {wrong}"
+            for row, found in zip((5, 6), products(run, x, gradient), strict=True):
+                wrong = found.isnan()
+                assert wrong[row].all() and wrong.sum() == wrong[row].numel(), f"{bad}: {wrong.sum(dim=1).tolist()}"
     return largest
 
 
@@ -102,7 +103,7 @@ def main() -> None:
         raise UserError(f"no fp8 on {torch.cuda.get_device_name()}: {reason}")
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ROWS} rows")
-    largest = max(check(inputs, outputs) for inputs, outputs in ((4096, 256), (4096, 4608), (1024, 4096)))
+    largest = max(check(inputs, outputs) for inputs, outputs in ((4096, 256), (4096, 4608)))
     print(f"GPU against emulation: relative difference {largest:.1e} at most")
     if largest > MOST_DIFFERENCE:
         raise UserError(f"products differ by {largest:.1e} from the emulation's, more than {MOST_DIFFERENCE:.1e}")
