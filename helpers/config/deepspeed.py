@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers.config.secrets import find_secret
 from helpers.errors import UserError
 from helpers.files import read_json_object
 
@@ -76,6 +77,9 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         UserError: The file is missing, or is not a JSON object.
     """
     config = read_json_object(path, f"no DeepSpeed file {path}; configs/ds_zero_2.json is one")
+    if place := find_secret(config):
+        name = "COMET_API_KEY" if place == "comet.api_key" else "it"
+        raise UserError(f"{path}: {place} would be saved with each checkpoint; remove it, and set {name} as a variable")
     for key, value in config.items():
         if key in FOREIGN:
             raise UserError(f"{path}: {key} is not supported, remove it; {FOREIGN[key]}")

@@ -12,6 +12,7 @@ from typing import Any
 from helpers.config.blocks import CHECKPOINTING_KEYS, lora_block, training_block, training_setting
 from helpers.config.deepspeed import AUTO
 from helpers.config.options import MOST
+from helpers.config.secrets import without_secrets
 from helpers.config.values import Limits, annotations, check_keys, check_values
 from helpers.config.yaml_file import read_yaml
 from helpers.errors import UserError
@@ -113,7 +114,7 @@ class FinetuneConfig:
 def _section(raw: dict[str, Any], key: str, source: str) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
-        raise UserError(f"{source}: {key} must be a block of keys, not {value!r}")
+        raise UserError(f"{source}: {key} must be a block of keys, not {without_secrets(value, key)!r}")
     return dict(value)
 
 
@@ -207,7 +208,7 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
     max_output_length = _positive_int(raw, "max_output_length", 512, source)
     deepspeed_file = training.pop("deepspeed", None)
     if not isinstance(deepspeed_file, str | None):
-        raise UserError(f"{source}, training_args: deepspeed must name a file, not {deepspeed_file!r}")
+        raise UserError(f"{source}, training_args: deepspeed must name a file, not {without_secrets(deepspeed_file)!r}")
     settled = training_block(training, source, notes, scored=scored)
     speed_block = _section(raw, "speed", source)
     speed = _smoothed(_speed(dict(speed_block), source), speed_block, settled, source, notes)

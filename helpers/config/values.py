@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from helpers.config.secrets import without_secrets
 from helpers.errors import UserError
 
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a block of keys"}
@@ -82,9 +83,9 @@ def check_values(block: Mapping[str, Any], options: type, limits: Mapping[str, L
     for key, value in block.items():
         if not _fits(value, hints[key]):
             default = f"; leave the line out for {defaults[key]}" if value is None and key in defaults else ""
-            raise UserError(
-                f"{where}: {key} must be {describe(hints[key])}, not {value!r}{default or _unquoted(value)}"
-            )
+            shown = without_secrets(value, key)
+            unquoted = _unquoted(value) if shown == value else ""
+            raise UserError(f"{where}: {key} must be {describe(hints[key])}, not {shown!r}{default or unquoted}")
         if isinstance(value, int | float) and not isinstance(value, bool) and key in limits:
             bound = limits[key].violated(value)
             if bound:

@@ -43,6 +43,15 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
+def _problem(error: Exception) -> str:
+    """Say what is wrong and where, without the line itself: it may hold a token."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    context = f"{error.context}, " if error.context else ""
+    return f"{context}{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds keys and values.
 
@@ -67,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error.strerror}); configs/lora.yaml is a configuration file"
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not YAML: {_problem(error)}") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply") from error
     if not isinstance(raw, dict):

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from helpers.config.secrets import without_secrets
 from helpers.files import atomic_write
 from helpers.finetune.job import Job
 from helpers.finetune.ranks import Ranks
@@ -57,7 +58,7 @@ class RunFile:
         if not self.path.parent.is_dir():  # it would be made again, without what was in it
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         with atomic_write(self.path) as temporary:
-            text = json.dumps(self.content, indent=2, ensure_ascii=False, default=str)
+            text = json.dumps(without_secrets(self.content), indent=2, ensure_ascii=False, default=str)
             # A path whose bytes are no UTF-8 holds half surrogates: written as such, not the end of the run.
             temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
