@@ -49,7 +49,7 @@ def _problem(error: Exception) -> str:
         return " ".join(str(error).split())
     mark = error.problem_mark
     context = f"{error.context}, " if error.context else ""
-    return f"{context}{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return f"{context}{error.problem}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
