@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# From the bottom up. Packages of one line do not import each other.
+# From the bottom up. Packages of one line do not import each other. A command that reads a job's data is above the job,
+# although its name is that of the package below.
 LAYERS = """
 errors
 files
@@ -18,6 +19,7 @@ activations hardware
 memory.predict chatglm3 launch
 quantization parallel plots
 finetune exercises
+memory.predict.__main__
 """
 LEVEL = {name: level for level, names in enumerate(LAYERS.split("\n")) for name in names.split()}
 

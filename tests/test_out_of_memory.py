@@ -8,7 +8,7 @@ import torch
 from small_finetune import prepare, write_config
 
 from helpers.errors import UserError
-from helpers.finetune import out_of_memory
+from helpers.finetune import forecast
 from helpers.finetune.out_of_memory import advice, explained_out_of_memory
 from helpers.hardware import Gpu
 from helpers.memory.predict import ModelShape
@@ -18,7 +18,7 @@ from helpers.memory.units import GIB
 @pytest.fixture
 def job_on(tmp_path, data_dir, small_checkpoint, monkeypatch):
     """A job with the 6B model's sizes on GPUs of so many GiB; None for no GPU."""
-    monkeypatch.setattr(out_of_memory, "read_shape", lambda _: ModelShape())
+    monkeypatch.setattr(forecast, "read_shape", lambda _: ModelShape())
 
     def make(gib, **changes):
         prepared = prepare(data_dir, small_checkpoint, write_config(tmp_path, **changes))
@@ -30,6 +30,7 @@ def job_on(tmp_path, data_dir, small_checkpoint, monkeypatch):
 
 LARGE = {"training_args": {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}}
 NUMBER = r"\d+\.\d GiB"
+ITEMS = r"\([^()]*parameters \d+\.\d, [^()]*\)"
 
 
 @pytest.mark.parametrize(
@@ -38,17 +39,21 @@ NUMBER = r"\d+\.\d GiB"
         (
             24,
             LARGE,
-            rf"{NUMBER} are predicted for this job, 22.8 usable; what would fit: gradient_checkpointing: true "
+            rf"{NUMBER} are predicted for this job {ITEMS}, 22.8 usable; what would fit: gradient_checkpointing: true "
             rf"\({NUMBER}\), or per_device_train_batch_size: \d+ with gradient_accumulation_steps: \d+ \({NUMBER}\)",
         ),
         (
             8,
             {},
-            rf"{NUMBER} are predicted for this job, 7.6 usable; what would fit: ZeRO-3 \+ optimizer in host memory "
-            rf"\+ parameters in host memory.* \({NUMBER}\)",
+            rf"{NUMBER} are predicted for this job {ITEMS}, 7.6 usable; what would fit: ZeRO-3 \+ optimizer in host "
+            rf"memory \+ parameters in host memory.* \({NUMBER}\)",
         ),
-        (1, {}, rf"{NUMBER} are predicted for this job, 0.\d usable; nothing would fit here"),
-        (80, {}, rf"{NUMBER} are predicted for this job, 76.0 usable: it should fit, so look with nvidia-smi .*"),
+        (1, {}, rf"{NUMBER} are predicted for this job {ITEMS}, 0.\d usable; nothing would fit here"),
+        (
+            80,
+            {},
+            rf"{NUMBER} are predicted for this job {ITEMS}, 76.0 usable: it should fit, so look with nvidia-smi .*",
+        ),
         (None, {}, "lower per_device_train_batch_size, or set gradient_checkpointing: true"),
         (
             24,

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from live_tensors import glm, live_peaks, saved_bytes
 from load_benchmark import load_benchmark
 
 from helpers.activations.chunked_loss import chunked_cross_entropy
+from helpers.assets import TINY_DATA
 from helpers.chatglm3 import ChatGLM3Config
 from helpers.errors import UserError
 from helpers.finetune.results import SPEED_RESULTS, by_way, nvml_used, read_results
@@ -680,9 +682,29 @@ def test_a_jobs_files_on_the_command_line(capsys):
     assert "ZeRO-2, bf16, 4 sequences x 183 tokens, 2 GPU(s)" in capsys.readouterr().out
 
 
+def test_the_jobs_data_decide_the_worst_and_the_typical_step(capsys):
+    main([str(ROOT / "configs/lora.yaml"), "--data", str(TINY_DATA), "--gpu-memory", "24"])
+    out = capsys.readouterr().out
+    typical, worst = map(int, re.search(r"typical micro-batch is (\d+) tokens long, the worst (\d+)", out).groups())
+    assert f"4 sequences x {worst} tokens" in out
+    totals = [f"{predict(read(length)).total / GIB:.2f}" for length in (worst, typical)]
+    assert re.search(r"  total +" + " +".join(totals), out)
+    assert "longest that" not in out and "a GPU of 24 GiB: fits" in out
+
+
+def read(length):
+    return read_job(ROOT / "configs/lora.yaml", None, shape=ModelShape(), world_size=1, sequence_length=length)
+
+
+def test_packs_are_all_alike(capsys):
+    main([str(ROOT / "configs/lora_fast.yaml"), "--data", "nowhere"])
+    assert "every step has 4096 tokens per pack" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", "folder"], "--data belongs to a job's own files"),
         (["--plan"], "--gpu-memory 24"),
         (["--full", "--r", "8"], "--r belongs to LoRA"),
         ([str(ROOT / "configs/lora.yaml"), "--micro-batch-size", "2"], "--micro-batch-size contradicts"),

@@ -139,6 +139,7 @@ def test_a_run_leaves_what_it_promises(single):
     run = json.loads((single / "run.json").read_text())
     assert run["status"] == "finished" and run["world_size"] == 1 and run["machine"]["versions"]["torch"]
     assert "helpers.finetune.train" in run["command"] and run["config"]["max_input_length"] == 96
+    assert run["predicted"]["total_gib"] == pytest.approx(sum(run["predicted"]["items_gib"].values()))
     predictions = [json.loads(line) for line in (single / "predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == run["scores"]["rows"] == 4
     assert {"prompt", "reference", "base", "tuned"} <= predictions[0].keys()

@@ -26,6 +26,7 @@ from helpers.errors import CLOSED_PIPE, UserError, allow_any_text, discard_outpu
 from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
 from helpers.finetune.extensions import check_extensions
+from helpers.finetune.forecast import Forecast, forecast_or_reason
 from helpers.finetune.job import Job, prepare
 from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.lost_rank import explained_lost_rank
@@ -63,6 +64,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("deepspeed", type=Path, nargs="?", help="DeepSpeed JSON; without it, DistributedDataParallel")
     parser.add_argument("--output-dir", type=Path, help="instead of the configuration's output_dir")
     parser.add_argument("--resume", action="store_true", help="continue from the output folder's newest checkpoint")
+    parser.add_argument("--force", action="store_true", help="train although the predicted memory cannot fit the GPU")
     add_local_rank(parser)
     return parser.parse_args(argv)
 
@@ -164,7 +166,9 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, watchdog: Watchdog) -> Eva
         )
 
 
-def _finish(job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluation | None) -> None:
+def _finish(
+    job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluation | None, predicted: Forecast | None
+) -> None:
     """Draw the figures, complete ``run.json`` and print where everything is; on rank 0."""
     draw_figures(job.output_dir, timeline)
     if run_file.content["status"] != "interrupted":
@@ -177,6 +181,8 @@ def _finish(job: Job, run_file: RunFile, timeline: Timeline, evaluation: Evaluat
     )
     if evaluation:
         print(evaluation)
+    if predicted and timeline.gpus:
+        print(predicted.compared_with([(gpu.peak - gpu.baseline) / GIB for gpu in timeline.gpus]))
     print(
         f"written to {job.output_dir}: {', '.join(sorted(p.name for p in job.output_dir.iterdir() if p.name != LOCK))}",
         flush=True,
@@ -197,27 +203,29 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
             resume=arguments.resume,
             ranks=ranks,
         )
-        return _run_prepared(job, ranks, watchdog)
+        return _run_prepared(job, ranks, watchdog, arguments.force)
 
 
-def _run_prepared(job: Job, ranks: Ranks, watchdog: Watchdog) -> int:
+def _run_prepared(job: Job, ranks: Ranks, watchdog: Watchdog, force: bool) -> int:
     """Train unless there is nothing left to do; return the exit status."""
     finished = finished_line(job.resume_from, job.config.training, job.planned_steps)
     if finished and job.resume_from:
         check_scored(job.resume_from)
         ranks.print_once(finished)
         return 0
-    if line := apply_nccl_environment():
+    predicted, lines = forecast_or_reason(job, ranks.world_size, force=force)
+    for line in [*filter(None, [apply_nccl_environment()]), *lines]:
         ranks.print_once(line)
     ranks.barrier()  # no rank writes into the output folder while another still checks that it is empty
     job.output_dir.mkdir(parents=True, exist_ok=True)  # on a host of its own
     with explained_disk_errors(job.output_dir):
-        return _train_and_write(job, ranks, watchdog)
+        return _train_and_write(job, ranks, watchdog, predicted)
 
 
-def _train_and_write(job: Job, ranks: Ranks, watchdog: Watchdog) -> int:
+def _train_and_write(job: Job, ranks: Ranks, watchdog: Watchdog, predicted: Forecast | None) -> int:
     """Train and write the results; return the exit status."""
     watchdog.run_file = run_file = start_run_file(job, ranks)
+    run_file.update(predicted=predicted and predicted.content())
     mark_in(PhaseLog(job.output_dir / f"phases-{ranks.rank:03}.jsonl", ranks.rank))
     # One rank per node samples the memory of all its GPUs.
     sampler = Sampler() if ranks.local_rank == 0 else None
@@ -238,7 +246,7 @@ def _train_and_write(job: Job, ranks: Ranks, watchdog: Watchdog) -> int:
                 run_file.fail(error)
             raise
     if ranks.is_first and sampler is not None:
-        _finish(job, run_file, sampler.timeline(), evaluation)
+        _finish(job, run_file, sampler.timeline(), evaluation, predicted)
     return INTERRUPTED if run_file.content["status"] == "interrupted" else 0
 
 

@@ -1,11 +1,12 @@
 """Predict what a training job needs of each GPU, before anything is loaded.
 
 python -m helpers.memory.predict --micro-batch-size 4 --sequence-length 768 --checkpointing
-python -m helpers.memory.predict configs/lora.yaml configs/ds_zero_2.json --gpus 2 --gpu-memory 24
+python -m helpers.memory.predict configs/lora.yaml configs/ds_zero_2.json --gpus 2 --gpu-memory 24 --data DATA
 python -m helpers.memory.predict --full --gpus 2 --gpu-memory 24 --plan
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from helpers.errors import UserError, exit_with_one_line, positive_int
@@ -16,6 +17,8 @@ from helpers.memory.predict.configuration import (
     Lora,
     Strategy,
 )
+from helpers.memory.predict.error_bar import error_bar
+from helpers.memory.predict.lengths import StepLengths, step_lengths
 from helpers.memory.predict.model_shape import ModelShape, read_shape
 from helpers.memory.predict.planner import Candidate, fits, label, sort_strategies
 from helpers.memory.predict.prediction import Prediction, predict
@@ -50,9 +53,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("deepspeed", type=Path, nargs="?", help="and its DeepSpeed JSON")
     parser.add_argument("--model", type=Path, help="config.json or its folder; without it, ChatGLM3-6B")
     parser.add_argument("--gpus", type=positive_int, default=1, help="number of GPUs")
-    parser.add_argument(
-        "--sequence-length", type=positive_int, help="tokens per sequence (768; with files, the longest they allow)"
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--length",
+        "--sequence-length",
+        dest="sequence_length",
+        type=positive_int,
+        help="tokens per sequence (768; with files, the longest they allow)",
     )
+    length.add_argument("--data", type=Path, help="with files: the job's folder of data, to know its lengths")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory per GPU: print whether the job fits")
     parser.add_argument("--plan", action="store_true", help="with --gpu-memory: sort the strategies for this job")
     parser.add_argument(
@@ -73,6 +82,27 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantization-bits", type=int, choices=(8, 4), help="quantise the frozen matrices")
     parser.add_argument("--fp8", action="store_true", default=None, help="or round them to fp8, in compiled layers")
     return parser.parse_args(argv)
+
+
+def _lengths(arguments: argparse.Namespace, configuration: Configuration) -> StepLengths | None:
+    """Read how long the rows of a typical and of the worst step are; None if they are always of one length."""
+    if arguments.data is None:
+        return None
+    if arguments.config is None:
+        raise UserError("--data belongs to a job's own files; name its lora.yaml as well, or give --length")
+    if not configuration.padded:
+        print(f"{arguments.config} packs its rows: every step has {configuration.sequence_length} tokens per pack")
+        return None
+    # A command is above all layers (tests/test_layers.py): the tokenizer and the data belong to the job.
+    from helpers.finetune.row_lengths import read_row_lengths
+
+    folder = arguments.model if arguments.model and arguments.model.is_dir() else None
+    lengths, note = read_row_lengths(arguments.data, arguments.config, folder)
+    found = step_lengths(lengths, configuration.micro_batch_size)
+    print(f"{len(lengths):,} rows: a typical micro-batch is {found.typical} tokens long, the worst {found.worst}")
+    if note:
+        print(note)
+    return found
 
 
 def _option(name: str) -> str:
@@ -117,18 +147,36 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
     )
 
 
-def prediction_table(configuration: Configuration, prediction: Prediction) -> str:
-    """Lay out the items at the peak, and the total of each phase, in GiB."""
+def prediction_table(configuration: Configuration, prediction: Prediction, typical: Prediction | None = None) -> str:
+    """Lay out the items at the peak, and the total of each phase, in GiB.
+
+    Args:
+        configuration: The job in its worst step.
+        prediction: Its memory.
+        typical: The memory of a typical step, for a second column; None if all steps are alike.
+
+    Returns:
+        The table.
+    """
     c = configuration
     trains = "all parameters" if c.lora is None else f"LoRA, r = {c.lora.r} on {', '.join(c.lora.targets)}"
+    columns = [prediction] if typical is None else [prediction, typical]
+
+    def row(name: str, width: int, sizes: list[int]) -> str:
+        return f"  {name:<{width}}" + "".join(f"{size / GIB:>{8 if i == 0 else 14}.2f}" for i, size in enumerate(sizes))
+
+    bar = error_bar(c)
     lines = [
         f"{trains} ({c.trainable_parameters:,} of {c.shape.parameters:,}), {label(c)}, {c.precision}, "
         f"{c.micro_batch_size} sequences x {c.sequence_length} tokens, {c.strategy.world_size} GPU(s)",
-        f"peak: {prediction.peak_phase}, GiB per GPU",
+        f"peak: {prediction.peak_phase}, GiB per GPU" + ("" if typical is None else ": worst step, typical step"),
+        *(row(name, 24, [column.items[name] for column in columns]) for name in prediction.items),
+        row("total", 24, [column.total for column in columns]),
+        f"  by the errors of measured runs, {bar.least(prediction.total) / GIB:.2f} to "
+        f"{bar.most(prediction.total) / GIB:.2f}",
+        "moments, GiB per GPU",
+        *(row(name, 32, [column.phases.get(name, 0) for column in columns]) for name in prediction.phases),
     ]
-    lines += [f"  {name:<24}{size / GIB:>8.2f}" for name, size in prediction.items.items()]
-    lines += [f"  {'total':<24}{prediction.total / GIB:>8.2f}", "moments, GiB per GPU"]
-    lines += [f"  {name:<32}{size / GIB:>8.2f}" for name, size in prediction.phases.items()]
     return "\n".join(lines)
 
 
@@ -143,21 +191,23 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     arguments = _arguments(argv)
     configuration = _configuration(arguments)
+    lengths = _lengths(arguments, configuration)
+    typical = None
+    if lengths is not None:
+        typical = predict(replace(configuration, sequence_length=lengths.typical))
+        configuration = replace(configuration, sequence_length=lengths.worst)
     if arguments.plan:
         if arguments.gpu_memory is None:
             raise UserError("--plan needs the memory per GPU; add --gpu-memory 24 for GPUs of 24 GiB")
         print(strategy_list(sort_strategies(configuration, arguments.gpus, int(arguments.gpu_memory * GIB))))
         return
-    if arguments.gpu_memory is None:
-        print(prediction_table(configuration, predict(configuration)))
-        return
-    fit = fits(configuration, int(arguments.gpu_memory * GIB))
-    print(prediction_table(configuration, fit.prediction))
-    print(f"a GPU of {arguments.gpu_memory:g} GiB: {fit}")
-    if arguments.config and not arguments.sequence_length and configuration.padded:
+    print(prediction_table(configuration, predict(configuration), typical))
+    if arguments.gpu_memory is not None:
+        print(f"a GPU of {arguments.gpu_memory:g} GiB: {fits(configuration, int(arguments.gpu_memory * GIB))}")
+    if arguments.config and lengths is None and not arguments.sequence_length and configuration.padded:
         print(
             f"{configuration.sequence_length} tokens are the longest that {arguments.config} allows; if your sequences "
-            "are shorter, name your longest with --sequence-length"
+            "are shorter, name your data with --data or your longest sequence with --length"
         )
 
 

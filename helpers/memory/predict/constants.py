@@ -27,3 +27,8 @@ FRAGMENTED_SHARE_OF_ACTIVATIONS = 0.40
 
 # A choice, not a measurement: the share that a job that "fits" leaves free, because predictions are good to 5 %.
 SAFETY_MARGIN_SHARE = 0.05
+
+# The largest errors of the committed runs, as shares of the prediction: how much more a run needed, and how much less.
+# tests/test_predict.py computes them again.
+ERRORS_EXPANDABLE = (0.045, 0.075)
+ERRORS_DEFAULT_ALLOCATOR = (0.12, 0.05)
