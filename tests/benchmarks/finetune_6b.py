@@ -41,6 +41,7 @@ LIMIT = 240  # seconds per run
 # transformers' defaults at the time of the published recipe: the logits of all tokens at once, and a padding mask.
 PLAIN = {"loss_chunk": 0, "padding_mask": True}
 ZERO_2, ZERO_3 = ROOT / "configs" / "ds_zero_2.json", ROOT / "configs" / "ds_zero_3.json"
+LOW_MEMORY_ZERO_3 = ROOT / "configs" / "ds_zero_3_low_memory.json"
 PUBLISHED_ZERO_2 = ROOT / "tests" / "data" / "published_ds_zero_2.json"
 RUNNING: list[subprocess.Popen[bytes]] = []
 RECORDED = "lora.yaml, evaluated and saved"
@@ -80,6 +81,12 @@ WAYS = [
     Run("lora_24gb.yaml", "lora_24gb.yaml"),
     Run("lora_16gb.yaml", "lora_16gb.yaml"),
     Run("lora.yaml, checkpointing, ZeRO-3", deepspeed=ZERO_3, training={"gradient_checkpointing": True}),
+    Run(
+        "lora.yaml, checkpointing, ds_zero_3_low_memory.json",
+        deepspeed=LOW_MEMORY_ZERO_3,
+        speed={"loss_chunk": 128},
+        training={"gradient_checkpointing": True},
+    ),
 ]
 # Random weights never end an answer, so its length is limited.
 EVALUATION = {"eval_strategy": "steps", "eval_steps": STEPS // 2, "save_steps": STEPS // 2}
