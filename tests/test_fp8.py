@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import needs_gpu
 from peft import LoraConfig, get_peft_model
 from small_finetune import ROOT, adapter, largest_difference, prepare, write_config
 from torch import nn
@@ -15,7 +16,7 @@ from helpers.config.finetune import parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
 from helpers.finetune import loading, train
 from helpers.finetune.export import export
-from helpers.finetune.fp8 import check_fp8, obstacle
+from helpers.finetune.fp8 import can_answer_in_fp8, check_fp8, obstacle
 from helpers.finetune.loading import load_for_inference
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.recorder import read_metrics
@@ -173,6 +174,28 @@ def test_a_layer_with_its_adapter_is_one_graph_for_the_compiler():
         model.zero_grad()
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 3
     assert largest_difference(*gradients) < 1e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [0, 1, 17, 256])
+def test_a_gpu_multiplies_what_the_emulation_does(rows):
+    if not can_answer_in_fp8(torch.device("cuda")):
+        pytest.skip("this GPU cannot multiply in fp8")
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 512, dtype=torch.bfloat16)
+    emulated, layer = Fp8Linear.rounded(linear), Fp8Linear.rounded(linear).cuda()
+    x, gradient = torch.randn(rows, 256).bfloat16(), torch.randn(rows, 512).bfloat16()
+    if rows > 16:
+        x[3], gradient[4], x[5, 7], gradient[6, 7] = 0, 0, float("nan"), float("inf")
+    results = []
+    for module, device in ((emulated, "cpu"), (layer, "cuda")):
+        moved = x.to(device).requires_grad_()
+        output = module(moved)
+        output.backward(gradient.to(device))
+        results.append((output.detach().cpu().float(), moved.grad.cpu().float()))
+    for right, found in zip(*results, strict=True):
+        assert torch.equal(right.isnan(), found.isnan())
+        assert (found - right).nan_to_num().norm() <= 2**-7 * right.nan_to_num().norm()
 
 
 @pytest.fixture(scope="module")
