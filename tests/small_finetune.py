@@ -47,10 +47,11 @@ def merged(base: dict, changes: dict) -> dict:
 
 
 def write_config(folder: Path, **changes) -> Path:
-    """Write ``CONFIG`` with ``changes`` to ``folder``, which is made if it does not exist."""
+    """Write ``CONFIG`` with ``changes`` to ``folder``, which is made if it does not exist; None removes a block."""
     folder.mkdir(exist_ok=True)
     path = folder / "lora.yaml"
-    path.write_text(yaml.safe_dump(merged(CONFIG, changes)), encoding="utf-8")
+    content = {key: value for key, value in merged(CONFIG, changes).items() if value is not None}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
 
 

@@ -231,14 +231,12 @@ def command_line(tokenizer, tmp_path, monkeypatch):
     """Run ``evaluate`` on a model that says 柔软 when tuned; the loader of checkpoints has tests of its own."""
     model = says_soft_when_tuned(tokenizer)
 
-    def check_comparable(path):
+    def find_scored(path):
         if path != tmp_path:
-            raise UserError(f"{path.name} holds no adapter")
+            raise UserError(f"{path.name} holds no model")
         return path
 
-    loading = SimpleNamespace(
-        load_for_inference=lambda path, device: (model, tokenizer), check_comparable=check_comparable
-    )
+    loading = SimpleNamespace(load_for_inference=lambda path, device: (model, tokenizer), find_scored=find_scored)
     monkeypatch.setitem(sys.modules, "helpers.finetune.loading", loading)
 
     def run(*arguments):
@@ -263,7 +261,7 @@ def test_the_command_refuses_what_it_cannot_score(command_line, tmp_path, capsys
     with pytest.raises(UserError, match=r"test\.json does not exist; in that folder: no file"):
         command_line(tmp_path, data_file)
     data_file.write_text(json.dumps(ROWS))
-    with pytest.raises(UserError, match="merged holds no adapter"):
+    with pytest.raises(UserError, match="merged holds no model"):
         command_line(tmp_path / "merged", data_file)
     with pytest.raises(SystemExit):
         command_line(tmp_path, data_file, "--max-rows", 0)

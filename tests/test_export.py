@@ -19,6 +19,7 @@ from helpers.chatglm3 import ChatGLM3ForCausalLM, ChatGLMTokenizer
 from helpers.chatglm3.checkpoint import check_checkpoint
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune import export as export_module
+from helpers.finetune import whole_model
 from helpers.finetune.export import export
 from helpers.finetune.generate import answer
 from helpers.finetune.loading import load_for_inference
@@ -234,7 +235,7 @@ def test_the_dtype_is_the_base_models_or_the_one_asked_for(tmp_path, adapter, sm
 
 
 def test_a_large_model_is_written_in_shards(tmp_path, adapter, monkeypatch):
-    monkeypatch.setattr(export_module, "SHARD_SIZE", "150KB")
+    monkeypatch.setattr(whole_model, "SHARD_SIZE", "150KB")
     export(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     check_checkpoint(tmp_path / "out")
@@ -290,8 +291,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, adapter, monkeypatch, failu
 
 
 def test_what_cannot_be_merged_is_named(tmp_path, adapter, small_checkpoint, small_run):
-    with pytest.raises(UserError, match=r"holds no adapter; there is nothing to merge"):
-        export(small_checkpoint, tmp_path / "out")
+    with pytest.raises(UserError, match=r"is a whole model and not an adapter of .*; remove --model"):
+        export(small_checkpoint, tmp_path / "out", base=str(small_checkpoint))
     export(adapter, tmp_path / "glm", layout="glm")
     with pytest.raises(UserError, match=r"glm is not in the published layout; name one that is with --model"):
         export(adapter, tmp_path / "out", base=str(tmp_path / "glm"))

@@ -128,7 +128,8 @@ def test_a_rate_that_is_too_high_ends_the_job_and_keeps_what_was_good(
     lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in finished.stderr
     assert re.match(
-        r"error: (the loss is (nan|inf) at step \d on rank [01], whose|the adapter is no longer finite after)", lines[0]
+        r"error: (the loss is (nan|inf) at step \d on rank [01], whose|what is trained is no longer finite after)",
+        lines[0],
     )
     run = json.loads((output / "run.json").read_text())
     assert run["status"] == "failed" and run["error"].endswith(lines[0].removeprefix("error: "))

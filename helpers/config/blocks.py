@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig
 from transformers import TrainingArguments
 
 from helpers.config.adapter_names import SPLIT, translate_adapter
@@ -20,6 +20,7 @@ from helpers.config.options import (
     check_training,
     settle,
 )
+from helpers.config.prefix_options import IGNORED_PREFIX, PREFIX_LIMITS, REFUSED_PREFIX
 from helpers.config.values import annotations, check_keys, check_values, suggest, wants_number
 from helpers.errors import UserError
 
@@ -96,7 +97,7 @@ def training_block(block: dict[str, Any], source: str, notes: list[str], *, scor
     check_training(training, scored=scored, where=where)
     training["output_dir"] = training.get("output_dir") or "./output"
     if training.get("save_strategy") == "no":
-        notes.append("save_strategy no: the adapter is not kept")
+        notes.append("save_strategy no: what is trained is not kept")
     if "seed" not in training:
         training["seed"] = DEFAULT_SEED
         notes.append(f"no seed given: seed {DEFAULT_SEED}")
@@ -112,24 +113,43 @@ def _number(value: Any, where: str) -> Any:
         raise UserError(f"{where} must be a number, not {value!r}") from None
 
 
-def lora_block(block: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
+def adapter_block(block: dict[str, Any], source: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Check ``peft_config``.
 
     Args:
-        block: The block's keys and values.
+        block: The block's keys and values; none if all parameters are trained.
         source: The file's name, for messages.
         notes: Gets a line for each decision, and for each key without an effect.
 
     Returns:
-        Keyword arguments of ``LoraConfig``.
+        Keyword arguments of ``LoraConfig`` and of ``PrefixTuningConfig``; those of the other one are empty.
 
     Raises:
         UserError: A key is unknown or cannot be used here, or a value is wrong.
     """
+    if not block:
+        return {}, {}
     where = f"{source}, peft_config"
+    if block.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UserError(f"{where}: task_type {block['task_type']!r} is not supported; use CAUSAL_LM")
     kind = block.pop("peft_type", "LORA")
+    if kind == "PREFIX_TUNING":
+        return {}, _prefix(block, where, notes)
     if kind != "LORA":
-        raise UserError(f"{where}: peft_type {kind!r} is not supported; use LORA")
+        raise UserError(f"{where}: peft_type {kind!r} is not supported; use LORA or PREFIX_TUNING")
+    return _lora(block, where, notes), {}
+
+
+def _prefix(block: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    check_keys(block, annotations(PrefixTuningConfig), where)
+    check_values(block, PrefixTuningConfig, PREFIX_LIMITS, where)
+    block = settle(block, IGNORED_PREFIX, REFUSED_PREFIX, where, notes)
+    if block.get("num_virtual_tokens") is None:
+        raise UserError(f"{where}: PREFIX_TUNING needs num_virtual_tokens; the published file has 128")
+    return {"task_type": "CAUSAL_LM", **block}
+
+
+def _lora(block: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
     check_keys(block, annotations(LoraConfig), where)
     check_lora(block, where)
     check_values(block, LoraConfig, LORA_LIMITS, where)

@@ -83,6 +83,24 @@ def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> Non
         )
 
 
+def check_method(config: FinetuneConfig) -> None:
+    """Raise UserError if what is trained does not go with other options."""
+    if config.trains_all and config.quantization_bit:
+        raise UserError(
+            f"quantization_bit {config.quantization_bit} makes codes of the weights, which cannot be trained; remove "
+            "it, or add a peft_config"
+        )
+    if config.prefix:
+        reasons = {
+            "speed: packing": (config.speed.packing, "whose rows would not see the prefix"),
+            "speed: compile_layers": (config.speed.compile_layers, "which does not cover keys from outside the layer"),
+            "gradient_checkpointing": (config.checkpointing is True, "which drops keys from outside the layer"),
+        }
+        for name, (is_on, reason) in reasons.items():
+            if is_on:
+                raise UserError(f"PREFIX_TUNING does not go with {name}, {reason}; remove it, or train LoRA")
+
+
 def check_adapter_options(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
     """Raise UserError if an option of ``peft_config`` needs whole, unquantised weights and the job has none."""
     mica = str(config.lora.get("init_lora_weights")).lower() == "mica"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers.config.blocks import CHECKPOINTING_KEYS, lora_block, training_block, training_setting
+from helpers.config.blocks import CHECKPOINTING_KEYS, adapter_block, training_block, training_setting
 from helpers.config.deepspeed import AUTO
 from helpers.config.options import MOST
 from helpers.config.secrets import without_secrets
@@ -24,6 +24,7 @@ TOP_KEYS = (
 )
 QUANTIZATION_BITS = (8, 4)
 FP8 = "fp8"
+ALL_PARAMETERS = "all parameters"  # the method of a file without peft_config
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class FinetuneConfig:
     Attributes:
         data: Where the examples are.
         training: Keyword arguments of ``transformers.TrainingArguments``.
-        lora: Keyword arguments of ``peft.LoraConfig``.
+        lora: Keyword arguments of ``peft.LoraConfig``; empty if no LoRA adapter is trained.
+        prefix: Keyword arguments of ``peft.PrefixTuningConfig``; empty if no prefix is trained.
         max_input_length: Tokens of the prompt.
         max_output_length: Tokens of the answer.
         max_eval_samples: Dev examples that are answered and scored at each evaluation.
@@ -89,6 +91,7 @@ class FinetuneConfig:
     data: DataConfig
     training: dict[str, Any]
     lora: dict[str, Any]
+    prefix: dict[str, Any]
     max_input_length: int = 256
     max_output_length: int = 512
     max_eval_samples: int = 50
@@ -98,6 +101,16 @@ class FinetuneConfig:
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     deepspeed_file: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        """What is trained: "LoRA", "prefix tuning" or "all parameters"."""
+        return "LoRA" if self.lora else "prefix tuning" if self.prefix else ALL_PARAMETERS
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all parameters are trained, and not an adapter."""
+        return self.method == ALL_PARAMETERS
 
     @property
     def checkpointing(self) -> bool | str:
@@ -202,9 +215,12 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
         notes.append("generation_max_length is ignored: give max_new_tokens under generation_config")
     if generation.get("generation_num_beams") not in (None, 1):
         notes.append("generation_num_beams is ignored: answers are generated greedily")
-    lora = _section(raw, "peft_config", source)
-    if not lora:
-        raise UserError(f"{source}: no peft_config; add one with r and lora_alpha, this job trains a LoRA adapter")
+    adapter = _section(raw, "peft_config", source)
+    if "peft_config" in raw and not adapter:
+        raise UserError(
+            f"{source}: peft_config is empty; add r and lora_alpha for a LoRA adapter, or remove the key to train all "
+            "parameters"
+        )
     max_output_length = _positive_int(raw, "max_output_length", 512, source)
     deepspeed_file = training.pop("deepspeed", None)
     if not isinstance(deepspeed_file, str | None):
@@ -212,10 +228,12 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
     settled = training_block(training, source, notes, scored=scored)
     speed_block = _section(raw, "speed", source)
     speed = _smoothed(_speed(dict(speed_block), source), speed_block, settled, source, notes)
+    lora, prefix = adapter_block(adapter, source, notes)
     return FinetuneConfig(
         data=_data(data, source, notes),
         training=settled,
-        lora=lora_block(lora, source, notes),
+        lora=lora,
+        prefix=prefix,
         max_input_length=_positive_int(raw, "max_input_length", 256, source),
         max_output_length=max_output_length,
         max_eval_samples=_positive_int(raw, "max_eval_samples", 50, source),

@@ -207,10 +207,7 @@ def _check_texts(training: Mapping[str, Any], where: str) -> None:
 
 
 def check_lora(lora: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a task or an initialisation that this job cannot train."""
-    task = lora.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise UserError(f"{where}: task_type {task!r} is not supported; use CAUSAL_LM")
+    """Raise UserError for an initialisation that this job cannot train."""
     initial = str(lora.get("init_lora_weights"))
     if initial in _NEEDS_STEPS:
         raise UserError(f"{where}: init_lora_weights {initial!r} needs steps before training; remove it")

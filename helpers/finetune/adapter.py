@@ -14,6 +14,7 @@ from helpers.chatglm3.checkpoint import read_config
 from helpers.chatglm3.config import ChatGLM3Config
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.config.adapter_names import SPLIT
+from helpers.config.finetune import FinetuneConfig
 from helpers.errors import UserError
 
 
@@ -86,6 +87,28 @@ def _check_frozen(lora: Mapping[str, Any], model: ChatGLM3ForCausalLM, where: st
 def _pattern(given: Any, item: str) -> str:
     """Return what a name matches, as PEFT reads it: a text is a pattern, an item of a list a whole name or its end."""
     return item if isinstance(given, str) else rf"(?:.*\.)?{re.escape(item)}"
+
+
+def check_prefix(config: FinetuneConfig, model_dir: Path, source: str) -> None:
+    """Check that a prefix leaves room for the rows.
+
+    Args:
+        config: Contents of ``lora.yaml``; without a prefix, nothing is checked.
+        model_dir: The checkpoint's folder.
+        source: The configuration's file, for messages.
+
+    Raises:
+        UserError: The prefix and the longest row are more than the model reads.
+    """
+    if not config.prefix:
+        return
+    tokens, longest = config.prefix["num_virtual_tokens"], config.max_input_length + config.max_output_length + 1
+    most = ChatGLM3Config.from_dict(read_config(model_dir)).max_position_embeddings
+    if tokens + longest > most:
+        raise UserError(
+            f"{source}, peft_config: num_virtual_tokens {tokens} and rows of up to {longest} tokens are more than the "
+            f"{most} that the model reads; lower one of them"
+        )
 
 
 def _check_names(given: Any, names: Iterable[str], where: str) -> None:

@@ -8,6 +8,7 @@ from it is damaged.
 import hashlib
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from helpers.errors import UserError
 from helpers.files import atomic_write, read_json_object
 
 MANIFEST = "manifest.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What a model is loaded from: an adapter, or a whole one.
+MODEL_FILES = ("adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json")
 _RANK = re.compile(r"(?:rng_state|zero_pp_rank)_(\d+)[._]")
 
 Files = dict[str, tuple[int, str]]
@@ -90,7 +92,7 @@ def find_damage(checkpoint: Path, only: tuple[str, ...] | None = None) -> str | 
 
     Args:
         checkpoint: The checkpoint's folder.
-        only: The files that matter; None for all.
+        only: Patterns of the files that matter; None for all.
 
     Returns:
         What is wrong, in words; None if every file is as it was written.
@@ -100,7 +102,7 @@ def find_damage(checkpoint: Path, only: tuple[str, ...] | None = None) -> str | 
     except UserError as error:
         return str(error)
     for name, (size, digest) in files.items():
-        if only is not None and name not in only:
+        if only is not None and not any(fnmatch(name, pattern) for pattern in only):
             continue
         path = checkpoint / name
         try:
@@ -142,7 +144,7 @@ def newest_intact(checkpoints: list[Path], left_out: list[str], only: tuple[str,
     Args:
         checkpoints: Their folders, the newest last.
         left_out: Gets a line for each newer one that is left out.
-        only: The files that matter; None for all.
+        only: Patterns of the files that matter; None for all.
 
     Returns:
         Its folder; None if there is none.

@@ -1,4 +1,4 @@
-"""Score the base model and the tuned one on the same rows, and keep every answer.
+"""Score the base model and the tuned one on the same rows, or a whole model by itself, and keep every answer.
 
     python -m helpers.finetune.evaluate OUTPUT/checkpoint-N DATA_FILE [--max-rows N]
 
@@ -35,7 +35,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def evaluate(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: ChatGLMTokenizer,
     features: Dataset,
     *,
@@ -43,12 +43,12 @@ def evaluate(
     batch_size: int,
     output_file: Path,
 ) -> Evaluation | None:
-    """Answer every prompt with and without the adapter, score both, and write all answers to a file.
+    """Answer every prompt with and without the adapter, score the answers, and write all of them to a file.
 
     Every rank has to call it.
 
     Args:
-        model: The adapter on its base.
+        model: The adapter on its base; or a whole model, whose base is not here to be compared with.
         tokenizer: The model's.
         features: As :func:`helpers.finetune.dataset.evaluation_features` makes them.
         max_new_tokens: Tokens of an answer, at most.
@@ -72,12 +72,12 @@ def evaluate(
             label=label,
         )
 
-    tuned = answers("tuned model")
-    with model.disable_adapter():
-        base = answers("base model")
-    if tuned is None or base is None:
-        return None
-    return compare(features, base, tuned, output_file)
+    found = {"tuned": answers("tuned model")}
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            found["base"] = answers("base model")
+    on_rank_0 = {name: texts for name, texts in sorted(found.items()) if texts is not None}
+    return compare(features, on_rank_0, output_file) if on_rank_0 else None
 
 
 def generate_answers(
@@ -248,7 +248,7 @@ def _gathered(answers: dict[int, str], count: int) -> list[str] | None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.finetune.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="an adapter that the fine-tune wrote, OUTPUT/checkpoint-N")
+    parser.add_argument("checkpoint", type=Path, help="what the fine-tune wrote, OUTPUT/checkpoint-N")
     parser.add_argument("data_file", type=Path, help="rows as the fine-tune takes them")
     parser.add_argument("--max-rows", type=positive_int, help="only the first rows")
     parser.add_argument("--batch-size", type=positive_int, default=16)
@@ -269,12 +269,11 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    from helpers.finetune.loading import check_comparable, load_for_inference
+    from helpers.finetune.loading import find_scored, load_for_inference
 
     data_file = find_split(arguments.data_file.parent, arguments.data_file.name)
-    checkpoint = check_comparable(arguments.checkpoint)
+    checkpoint = find_scored(arguments.checkpoint)
     model, tokenizer = load_for_inference(checkpoint, device=ranks.join_group())
-    assert isinstance(model, PeftModel)
     limits = Limits(arguments.max_input_length, arguments.max_output_length)
     split = read_split(data_file, tokenizer, limits, training=False)
     if arguments.max_rows:

@@ -1,4 +1,4 @@
-"""End training at a loss or an adapter that is no longer finite, before a checkpoint of it is written."""
+"""End training at a loss or weights that are no longer finite, before a checkpoint of it is written."""
 
 import math
 from pathlib import Path
@@ -81,7 +81,9 @@ class FiniteCheck(TrainerCallback):
         """
         parts = [getattr(p, "ds_tensor", p) for p in model.parameters() if p.requires_grad]
         finite = all(bool(torch.isfinite(part).all()) for part in parts)
-        self._check(args, state, "" if finite else f"the adapter is no longer finite after step {state.global_step}")
+        self._check(
+            args, state, "" if finite else f"what is trained is no longer finite after step {state.global_step}"
+        )
 
     def _check(self, args: TrainingArguments, state: TrainerState, bad: str) -> None:
         self._look()

@@ -83,7 +83,7 @@ def check_fp8(
 
 
 def _check_contradictions(config: FinetuneConfig, deepspeed: Mapping[str, Any] | None, shape: ModelShape) -> None:
-    if not config.lora:
+    if config.trains_all:
         raise UserError(
             "speed: fp8 rounds weights that stay frozen, but without peft_config all are trained; remove it"
         )

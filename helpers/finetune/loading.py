@@ -19,7 +19,7 @@ from helpers.config.finetune import FP8, QUANTIZATION_BITS
 from helpers.config.options import base_changing_option
 from helpers.errors import UserError
 from helpers.files import read_json_object
-from helpers.finetune.checkpoints import ADAPTER_FILES, complete_checkpoints, newest_intact, numbered_checkpoints
+from helpers.finetune.checkpoints import MODEL_FILES, complete_checkpoints, newest_intact, numbered_checkpoints
 from helpers.finetune.fp8 import can_answer_in_fp8
 from helpers.quantization.library import keep_layout, quantization_config
 
@@ -45,7 +45,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
         return folder
     left_out: list[str] = []
-    checkpoint = newest_intact(complete_checkpoints(folder), left_out, ADAPTER_FILES)
+    checkpoint = newest_intact(complete_checkpoints(folder), left_out, MODEL_FILES)
     if checkpoint is None:
         unfinished = numbered_checkpoints(folder)
         hint = f"; {unfinished[-1].name} was not finished, name it to use it as it is" if unfinished else ""
@@ -127,6 +127,22 @@ def check_comparable(path: str | os.PathLike[str]) -> Path:
             "ask the base model's folder by itself"
         )
     return checkpoint
+
+
+def find_scored(path: str | os.PathLike[str]) -> Path:
+    """Find what is to be scored, and check it before it is loaded.
+
+    Args:
+        path: As for :func:`load_for_inference`.
+
+    Returns:
+        The folder of a whole model, which is scored by itself, or of an adapter (:func:`check_comparable`).
+
+    Raises:
+        UserError: There is neither, or the adapter's base cannot be compared with.
+    """
+    checkpoint = find_checkpoint(path)
+    return check_comparable(checkpoint) if (checkpoint / ADAPTER_CONFIG).is_file() else checkpoint
 
 
 def read_tokenizer(folder: Path) -> ChatGLMTokenizer:

@@ -75,25 +75,34 @@ class Evaluation:
 
     Attributes:
         rows: Number of answers.
-        base: Score (0-100) by metric, of the base model.
+        base: Score (0-100) by metric, of the base model; None if it was not asked.
         tuned: The same of the tuned model.
     """
 
     rows: int
-    base: dict[str, float]
+    base: dict[str, float] | None
     tuned: dict[str, float]
 
     def __str__(self) -> str:
         models = {"base": self.base, "tuned": self.tuned}
-        rows = [[name, *(f"{means[metric]:.2f}" for metric in METRICS)] for name, means in models.items()]
+        rows = [[name, *(f"{means[metric]:.2f}" for metric in METRICS)] for name, means in models.items() if means]
         return str(Table([f"{self.rows:,} answers", *METRICS], rows, number_width=8))
 
 
-def compare(features: Dataset, base: Sequence[str], tuned: Sequence[str], output_file: Path) -> Evaluation:
-    """Score two lists of answers to ``features``, and write them to ``output_file``, one line of JSON each."""
+def compare(features: Dataset, answers: Mapping[str, Sequence[str]], output_file: Path) -> Evaluation:
+    """Score the answers to ``features``, and write them to ``output_file``, one line of JSON each.
+
+    Args:
+        features: The prompts, with their references.
+        answers: Those of the "tuned" model, and of the "base" model if it was asked.
+        output_file: Gets all answers with their scores.
+
+    Returns:
+        The mean scores.
+    """
     rows = []
-    for entry, base_answer, tuned_answer in zip(features, base, tuned, strict=True):
-        reference = entry["reference"]
+    for number, entry in enumerate(features):
+        reference, own = entry["reference"], {name: texts[number] for name, texts in answers.items()}
         rows.append(
             {
                 "row": entry["number"],
@@ -101,18 +110,13 @@ def compare(features: Dataset, base: Sequence[str], tuned: Sequence[str], output
                 "full_prompt": entry["full_prompt"],
                 "cut": entry["truncated"],
                 "reference": reference,
-                "base": base_answer,
-                "tuned": tuned_answer,
-                "base_scores": score(base_answer, reference),
-                "tuned_scores": score(tuned_answer, reference),
+                **own,
+                **{f"{name}_scores": score(text, reference) for name, text in own.items()},
             }
         )
     write_json_lines(output_file, rows)
-    return Evaluation(
-        rows=len(rows),
-        base=mean_scores([row["base_scores"] for row in rows]),
-        tuned=mean_scores([row["tuned_scores"] for row in rows]),
-    )
+    means = {name: mean_scores([row[f"{name}_scores"] for row in rows]) for name in answers}
+    return Evaluation(rows=len(rows), base=means.get("base"), tuned=means["tuned"])
 
 
 def write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

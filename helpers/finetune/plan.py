@@ -1,22 +1,19 @@
 """Say what is about to be trained."""
 
-import torch
-from peft import PeftModel
 from transformers import TrainingArguments
 
 from helpers.config.deepspeed import bucket_warning
-from helpers.config.finetune import FP8
 from helpers.finetune.job import Job
+from helpers.finetune.method import DTYPES, Model, describe_method
 from helpers.memory.timeline import Timeline
 from helpers.memory.units import GIB
 from helpers.quantization.library import full_numel
 
 # An idle GPU holds far less; a desktop session may hold this much.
 BUSY_BYTES = GIB
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
-def count_parameters(model: PeftModel, trainable: bool) -> int:
+def count_parameters(model: Model, trainable: bool) -> int:
     """Count the trainable parameters, or the frozen ones; sharded or quantised ones count whole."""
     return sum(full_numel(p) for p in model.parameters() if p.requires_grad == trainable)
 
@@ -43,15 +40,13 @@ def describe_plan(job: Job, arguments: TrainingArguments, world_size: int, train
         amount, epochs = f"{arguments.num_train_epochs:g} epochs", arguments.num_train_epochs
     strategy = f"DeepSpeed ZeRO-{job.zero_stage}" if job.deepspeed else "DDP" if world_size > 1 else "one process"
     unit = "packs" if job.config.speed.packing else "rows"
-    base = job.config.base_format
-    held = base if base == FP8 else f"{base} bits"
     warning = bucket_warning(job.deepspeed, trainable, DTYPES[job.precision].itemsize) if job.deepspeed else None
     return [
         *(str(report) for report in job.data.reports),
         f"{amount} of {batch_size} {unit} ({micro_batch_size} {unit} x {accumulation} micro-batches x "
         f"{world_size} ranks): {epochs:,.2f} passes over {count:,} {unit}",
         f"{strategy} on {world_size} rank(s), {job.precision if job.precision != 'no' else 'fp32'}",
-        f"LoRA trains {trainable:,} parameters" + (f" on a base held in {held}" if base else ""),
+        describe_method(job, trainable),
         *([f"warning: {warning}"] if warning else []),
     ]
 

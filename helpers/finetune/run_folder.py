@@ -92,7 +92,7 @@ def draw_figures(output_dir: Path, timeline: Timeline) -> None:
     """Draw the loss curve and the memory curve of the run in ``output_dir``; write the latter's numbers too."""
     records = read_metrics(output_dir / "metrics.jsonl")
     if records:
-        save_figure(loss_and_memory(records, "LoRA fine-tune"), output_dir / "loss_and_memory.png")
+        save_figure(loss_and_memory(records, "Fine-tune"), output_dir / "loss_and_memory.png")
     timeline.save(output_dir / "memory_timeline.json")
     if timeline.gpus:
         phases = across_ranks(read_phases(sorted(output_dir.glob("phases-*.jsonl"))))

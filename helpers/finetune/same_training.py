@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig
 from transformers import TrainingArguments
 
 from helpers.config.deepspeed import zero_stage
@@ -89,7 +89,8 @@ def training_facts(
             "fp8": config.speed.fp8 or None,  # None, as in checkpoints of before
         },
         "training_args": training,
-        "peft_config": config.lora,
+        "method": config.method,
+        "peft_config": config.lora or config.prefix,
     }
     return json.loads(json.dumps(facts, default=str))
 
@@ -167,6 +168,11 @@ def check_same_training(checkpoint: Path, facts: dict[str, Any], config_file: Pa
 
 def _check_strategy(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Check what the files of the optimizer's state are made for."""
+    if then["method"] != now["method"]:
+        raise UserError(
+            f"{checkpoint} was trained with {then['method']}, but this job trains {now['method']}; give the same "
+            f"peft_config, or {FRESH}"
+        )
     stages = then["zero_stage"], now["zero_stage"]
     if stages[0] != stages[1] and not set(stages) <= {1, 2}:  # ZeRO-1 and ZeRO-2 have the same state
         remedies = f"give a DeepSpeed file with stage {stages[0]}"
@@ -202,7 +208,7 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, A
         ("settings", {}),
         ("deepspeed", {}),
         ("training_args", _defaults(TrainingArguments)),
-        ("peft_config", _defaults(LoraConfig)),
+        ("peft_config", _adapter_defaults(then)),
     ):
         for key in sorted(then[block].keys() | now[block].keys()):
             if block == "training_args" and _is_free(key, now):
@@ -225,8 +231,12 @@ def _is_fixed(name: str, old: Any, new: Any) -> bool:
         return old in _STATEFUL_SCHEDULES or new in _STATEFUL_SCHEDULES
     if name == "scheduler":  # DeepSpeed's and the Trainer's have other states
         return (old is None) != (new is None)
-    lora = name in _defaults(LoraConfig) and name not in _FREE_LORA
-    return lora or name in _FIXED or name in _FIXED_ZERO or name == "type of the optimizer"
+    of_adapter = name in _defaults(LoraConfig) | _defaults(PrefixTuningConfig) and name not in _FREE_LORA
+    return of_adapter or name in _FIXED or name in _FIXED_ZERO or name == "type of the optimizer"
+
+
+def _adapter_defaults(facts: dict[str, Any]) -> dict[str, Any]:
+    return _defaults(PrefixTuningConfig if facts["method"] == "prefix tuning" else LoraConfig)
 
 
 def _defaults(options: type) -> dict[str, Any]:

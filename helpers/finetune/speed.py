@@ -12,7 +12,7 @@ from helpers.activations.compiled import recompute_inputs
 from helpers.activations.swiglu import RecomputingMLP
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
-from helpers.finetune.model import TrainedChatGLM3ForCausalLM
+from helpers.finetune.method import Model, base_network
 
 SDPA = "sdpa"  # transformers' name for what every model starts with; used for padded batches and generation
 # SDPA without a padding mask. Examples are padded on the right, where causal attention never looks. transformers builds
@@ -29,16 +29,16 @@ def set_allocator(speed: SpeedOptions, device: torch.device) -> None:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def apply_speed_options(model: PeftModel, speed: SpeedOptions) -> None:
+def apply_speed_options(model: Model, speed: SpeedOptions) -> None:
     """Change ``model`` in place. It still computes the same function."""
-    base = _base_model(model)
+    base = base_network(model)
     base.loss_chunk = speed.loss_chunk
     # With a cache, transformers ignores the position ids, and the examples of a pack would see each other.
     base.config.use_cache = False
     if packed_attention.has_kernel(model.device, base.dtype):
         if speed.packing:
             base.set_attn_implementation(packed_attention.IMPLEMENTATION)
-        elif not speed.padding_mask:
+        elif not speed.padding_mask and not _has_prefix(model):
             base.set_attn_implementation(RIGHT_PADDED)
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
@@ -51,9 +51,9 @@ def apply_speed_options(model: PeftModel, speed: SpeedOptions) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: PeftModel) -> Iterator[None]:
+def evaluation_mode(model: Model) -> Iterator[None]:
     """Undo the speed options for evaluation and generation, whose batches are padded and unpacked."""
-    base = _base_model(model)
+    base = base_network(model)
     implementation = base.config._attn_implementation
     base.set_attn_implementation(SDPA)
     try:
@@ -63,7 +63,6 @@ def evaluation_mode(model: PeftModel) -> Iterator[None]:
         base.set_attn_implementation(implementation)
 
 
-def _base_model(model: PeftModel) -> TrainedChatGLM3ForCausalLM:
-    base = model.get_base_model()
-    assert isinstance(base, TrainedChatGLM3ForCausalLM), f"{type(base).__name__} cannot compute its loss in chunks"
-    return base
+def _has_prefix(model: Model) -> bool:
+    """Whether keys from outside come first: without a mask, SDPA would take the first of them for the first token's."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

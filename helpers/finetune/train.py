@@ -1,9 +1,9 @@
-"""Fine-tune ChatGLM3 with LoRA, on one process or many.
+"""Fine-tune ChatGLM3 with LoRA, with prefixes or as a whole, on one process or many.
 
     torchrun --standalone --nproc_per_node=2 -m helpers.finetune.train DATA_DIR MODEL_DIR configs/lora.yaml \\
         [configs/ds_zero_2.json] [--resume]
 
-The output folder gets PEFT checkpoints, metrics.jsonl, loss_and_memory.png, memory_timeline.json and .png, the phases
+The output folder gets checkpoints, metrics.jsonl, loss_and_memory.png, memory_timeline.json and .png, the phases
 of each rank, run.json, and predictions.jsonl with the scores of the base model and the tuned one.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from helpers.config.finetune import read_finetune_config, settings_for_the_start
@@ -30,12 +29,13 @@ from helpers.finetune.forecast import Forecast, forecast_or_reason
 from helpers.finetune.job import Job, prepare
 from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.lost_rank import explained_lost_rank
+from helpers.finetune.method import DTYPES, Model, add_adapter, weights_dtype, weights_folder
 from helpers.finetune.metrics import Evaluation
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.out_of_memory import explained_out_of_memory
 from helpers.finetune.output_disk import LOCK, explained_disk_errors, explained_read_errors, only_job, unwritten
 from helpers.finetune.packing import PackCollator
-from helpers.finetune.plan import DTYPES, count_parameters, describe_plan, warn_of_busy_gpus
+from helpers.finetune.plan import count_parameters, describe_plan, warn_of_busy_gpus
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
 from helpers.finetune.run_folder import TIME, RunFile, draw_figures, start_run_file
@@ -69,8 +69,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
-    """Load the base model and add a fresh adapter. Under ZeRO-3 the weights are partitioned while they are read."""
+def _load_model(job: Job, arguments: TrainingArguments) -> Model:
+    """Load the base model and add what is trained. Under ZeRO-3 the weights are partitioned while they are read."""
     zero_3 = job.zero_stage == 3
     if zero_3:
         import deepspeed  # here, because its import already looks for a GPU
@@ -86,14 +86,12 @@ def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
         quantization = quantization_config(base_format, DTYPES[job.precision])
         placement = {"device_map": {"": str(arguments.device)}, "quantization_config": quantization}
     # `prepare` has resolved and checked the folder.
-    with explained_read_errors(job.model_dir):
-        model = TrainedChatGLM3ForCausalLM.from_checked_folder(job.model_dir, dtype=DTYPES[job.precision], **placement)
+    folder = weights_folder(job)
+    with explained_read_errors(folder):
+        model = TrainedChatGLM3ForCausalLM.from_checked_folder(folder, dtype=weights_dtype(job), **placement)
     keep_layout(model)
     set_seed(arguments.seed)
-    try:
-        adapted = get_peft_model(model, LoraConfig(**job.config.lora))
-    except ValueError as error:
-        raise UserError(f"peft_config: {' '.join(str(error).split())}") from error
+    adapted = add_adapter(model, job.config)
     if base_format:
         exclude_frozen_from_ddp(adapted)
     apply_speed_options(adapted, job.config.speed)
@@ -101,7 +99,7 @@ def _load_model(job: Job, arguments: TrainingArguments) -> PeftModel:
 
 
 def _build_trainer(
-    job: Job, ranks: Ranks, model: PeftModel, arguments: TrainingArguments, guards: list[TrainerCallback]
+    job: Job, ranks: Ranks, model: Model, arguments: TrainingArguments, guards: list[TrainerCallback]
 ) -> LoraTrainer:
     counter = WorkCounter()
     packing = job.config.speed.packing
@@ -120,6 +118,7 @@ def _build_trainer(
         max_new_tokens=job.config.max_new_tokens,
         base_format=job.config.base_format,
         facts=job.facts,
+        base_folder=job.model_dir,
         callbacks=[FirstStepMarker(), Recorder(job.output_dir / "metrics.jsonl", ranks, counter), *guards],
     )
 

@@ -1,4 +1,4 @@
-"""Extend transformers' Trainer for a LoRA adapter: small atomic checkpoints, offloading, scored answers."""
+"""Extend transformers' Trainer: small atomic checkpoints, offloading, scored answers."""
 
 import errno
 import os
@@ -24,12 +24,14 @@ from helpers.finetune.continued import ContinuedTrainer
 from helpers.finetune.evaluate import generate_answers
 from helpers.finetune.finite import FiniteCheck
 from helpers.finetune.loading import write_base_format
+from helpers.finetune.method import Model
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.output_disk import disk_error, is_disk_error
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter, gather_objects
 from helpers.finetune.speed import evaluation_mode
 from helpers.finetune.stop import ignore_signals_in_worker
+from helpers.finetune.whole_model import write_trained
 from helpers.memory.phases import phase
 
 
@@ -43,7 +45,7 @@ def _broadcast(value: Any) -> Any:
 
 
 class LoraTrainer(ContinuedTrainer):
-    """Train a ``PeftModel`` and save only its adapter.
+    """Train a ``PeftModel`` and save only its adapter, or train and save a whole model.
 
     Args:
         counter: Counts the tokens and examples of this rank.
@@ -53,10 +55,11 @@ class LoraTrainer(ContinuedTrainer):
         max_new_tokens: Longest answer to generate.
         base_format: What the frozen base is rounded to, recorded in every checkpoint: 8, 4, "fp8", or None.
         facts: What decides the training, recorded in every checkpoint.
+        base_folder: Folder of the model that the training began with.
         **kwargs: Arguments of ``transformers.Trainer``.
     """
 
-    model: PeftModel
+    model: Model
     processing_class: ChatGLMTokenizer
 
     def __init__(
@@ -69,6 +72,7 @@ class LoraTrainer(ContinuedTrainer):
         max_new_tokens: int = 512,
         base_format: int | str | None = None,
         facts: dict[str, Any] | None = None,
+        base_folder: Path,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -79,6 +83,7 @@ class LoraTrainer(ContinuedTrainer):
         self.max_new_tokens = max_new_tokens
         self.base_format = base_format
         self.facts = facts or {}
+        self.base_folder = base_folder
         self.finite_check = FiniteCheck(self.processing_class)
         self.add_callback(self.finite_check)  # after the Recorder, which writes the step down
         self.remove_callback(PrinterCallback)  # the Recorder prints
@@ -156,14 +161,22 @@ class LoraTrainer(ContinuedTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # transformers would first copy the whole frozen model to the host, on every rank. Every rank has the full
-        # adapter, except under ZeRO-3, where gathering it is a collective.
+        # adapter, except under ZeRO-3, where gathering it is a collective: layer by layer, into rank 0's host memory.
         engine: Any = self.deepspeed
         zero_3 = self.is_deepspeed_enabled and engine.zero_optimization_partition_weights()
-        state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) if zero_3 else None
+        whole = not isinstance(self.model, PeftModel)
+        state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not whole) if zero_3 else None
         folder = Path(output_dir) if output_dir else self._output_dir
-        self._save(str(folder), state_dict=state)
+        if not whole:
+            self._save(str(folder), state_dict=state)
+        elif self.args.should_save:
+            write_trained(folder, state or self.model.state_dict(), self.processing_class, like=self.base_folder)
         if self.args.should_save:
             write_base_format(folder, self.base_format)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel):  # a whole model was loaded from its checkpoint to begin with
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @property
     def _output_dir(self) -> Path:

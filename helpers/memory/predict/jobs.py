@@ -57,23 +57,22 @@ def configuration_of(
     ``gradient_checkpointing: auto`` counts as off: the job tries that first. ``source`` names the DeepSpeed file in
     messages.
     """
+    if job.prefix:
+        raise UserError("peft_type PREFIX_TUNING is not predicted; a LoRA adapter of r 1 needs about as much")
     kind = choose_precision(job.training, deepspeed, "bf16")
     training = job.training
     strategy = _strategy(deepspeed, world_size, shape, source) if deepspeed is not None else _without(world_size)
     return Configuration(
         shape=shape,
-        lora=Lora(
-            r=job.lora.get("r", DEFAULT_RANK),
-            targets=_targets(job.lora.get("target_modules"), shape),
-            dropout=job.lora.get("lora_dropout", DEFAULT_DROPOUT),
-        ),
+        lora=_lora(job.lora, shape) if job.lora else None,
         precision="fp32" if kind == "no" else "bf16" if strategy.zero_stage else "autocast",
         strategy=strategy,
         micro_batch_size=training.get("per_device_train_batch_size", DEFAULT_MICRO_BATCH_SIZE),
         # A row is cut to the sum of both limits and one (helpers.finetune.dataset).
         sequence_length=job.speed.packing or sequence_length or job.max_input_length + job.max_output_length + 1,
         padded=job.speed.packing is None,
-        padding_mask=job.speed.padding_mask,
+        # Attention for packs and without a mask needs weights in 16 bit (helpers.finetune.speed).
+        padding_mask=job.speed.padding_mask or (job.trains_all and not strategy.zero_stage),
         checkpointing=job.checkpointing is True,
         quantization_bits=job.quantization_bit or 16,
         fp8=job.speed.fp8,
@@ -84,6 +83,14 @@ def configuration_of(
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
         lean=True,
         recomputed_inputs=job.speed.recompute_inputs,
+    )
+
+
+def _lora(options: dict[str, Any], shape: ModelShape) -> Lora:
+    return Lora(
+        r=options.get("r", DEFAULT_RANK),
+        targets=_targets(options.get("target_modules"), shape),
+        dropout=options.get("lora_dropout", DEFAULT_DROPOUT),
     )
 
 

@@ -1,0 +1,148 @@
+"""All parameters trained by the ordinary command: equal on any strategy, resumed, and written as a whole model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_finetune import ROOT, TRAIN, largest_difference, prepare, write_config
+from transformers import AutoModelForCausalLM, GlmForCausalLM
+
+from helpers.chatglm3.checkpoint import check_checkpoint
+from helpers.config.finetune import parse_finetune_config
+from helpers.errors import UserError
+from helpers.finetune import evaluate
+from helpers.finetune.checkpoints import complete_checkpoints
+from helpers.finetune.export import export
+from helpers.finetune.generate import answer
+from helpers.finetune.loading import find_checkpoint, load_for_inference
+from helpers.finetune.recorder import read_metrics
+
+ZERO_3 = ROOT / "configs" / "ds_zero_3_full.json"
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finetune(rank_server, data_dir, small_checkpoint):
+    """Train all parameters on some ranks; returns the output folder, which is beside the configuration."""
+
+    def run(nprocs: int, folder: Path, *arguments: object, rows: int = 4) -> Path:
+        training = {"learning_rate": 1e-3, "eval_steps": 4, "per_device_train_batch_size": rows}
+        config = write_config(folder, peft_config=None, training_args=training)
+        output = folder / "output"
+        command = (TRAIN, data_dir, small_checkpoint, config, *arguments, "--output-dir", output)
+        finished = rank_server.run(*command, nprocs=nprocs)
+        assert finished.returncode == 0, finished.stderr
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, finetune) -> Path:
+    """Output folder of one process without DeepSpeed."""
+    return finetune(1, tmp_path_factory.mktemp("alone"), rows=8)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, finetune) -> Path:
+    """Output folder of two ranks under ZeRO-3."""
+    return finetune(2, tmp_path_factory.mktemp("sharded"), ZERO_3)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero_3_train_what_one_process_trains(alone, sharded, small_checkpoint):
+    base = weights(small_checkpoint)
+    for n in (2, 4):
+        found, expected = (weights(output / f"checkpoint-{n}") for output in (sharded, alone))
+        assert largest_difference(found, expected) < 1e-6
+        assert all(not torch.equal(found[name], base[name]) for name in found)  # every parameter has moved
+    losses = [[r["loss"] for r in read_metrics(o / "metrics.jsonl") if "loss" in r] for o in (sharded, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alone", "sharded"])
+def test_a_resumed_training_ends_with_the_same_bits(name, request, tmp_path, finetune):
+    whole = request.getfixturevalue(name)
+    shutil.copytree(whole, tmp_path / "output")
+    shutil.rmtree(tmp_path / "output" / "checkpoint-4")
+    output = finetune(1, tmp_path, "--resume", rows=8) if name == "alone" else finetune(2, tmp_path, ZERO_3, "--resume")
+    assert largest_difference(weights(output / "checkpoint-4"), weights(whole / "checkpoint-4")) == 0
+    losses = [[r["eval_loss"] for r in read_metrics(o / "metrics.jsonl") if "eval_loss" in r] for o in (output, whole)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_a_whole_model_in_the_published_layout(
+    sharded, small_checkpoint, tokenizer, monkeypatch, capsys
+):
+    checkpoint = sharded / "checkpoint-4"
+    check_checkpoint(checkpoint)
+    assert [c.name for c in complete_checkpoints(sharded)] == ["checkpoint-2", "checkpoint-4"]
+    assert find_checkpoint(sharded) == checkpoint
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, small_checkpoint)]
+    assert configs[0] == configs[1]
+    model, own_tokenizer = load_for_inference(sharded, device="cpu")
+    assert answer(model, own_tokenizer, [{"role": "user", "content": "裙"}], 4) is not None
+    data = sharded.parent / "dev.json"
+    data.write_text('{"content": "裙", "summary": "裙"}\n', encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["evaluate", str(sharded), str(data), "--max-output-length", "4"])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert "tuned" in printed and "base" not in printed
+    (row,) = map(json.loads, (sharded / "predictions-dev.jsonl").read_text(encoding="utf-8").splitlines())
+    assert "tuned_scores" in row and "base" not in row
+
+
+@pytest.mark.slow
+def test_an_export_is_readable_without_this_package(sharded, tmp_path):
+    expected, _ = load_for_inference(sharded, device="cpu")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for layout in ("published", "glm"):
+        export(sharded, tmp_path / layout, layout)
+        load = GlmForCausalLM if layout == "glm" else AutoModelForCausalLM
+        found = load.from_pretrained(tmp_path / layout)
+        with torch.no_grad():
+            assert torch.equal(found(ids).logits, expected(ids).logits)
+    with pytest.raises(UserError, match="is a whole model and not an adapter of base; remove --model"):
+        export(sharded, tmp_path / "again", base="base")
+
+
+@pytest.mark.slow
+def test_it_resumes_only_the_same_method(alone, tmp_path, data_dir, small_checkpoint):
+    shutil.copytree(alone, tmp_path / "output")
+    with pytest.raises(UserError, match="checkpoint-4 was trained with all parameters, but this job trains LoRA; give"):
+        prepare(data_dir, small_checkpoint, write_config(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"peft_config": {}}, "peft_config is empty; add r and lora_alpha for a LoRA adapter, or remove the key"),
+        ({"peft_config": None}, "peft_config is empty"),
+    ],
+)
+def test_an_empty_peft_config_is_not_taken_for_all_parameters(content, said):
+    with pytest.raises(UserError, match=said):
+        parse_finetune_config(content, "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantization_bit": 4}, "quantization_bit 4 makes codes of the weights, which cannot be trained"),
+        (
+            {"speed": {"fp8": True}},
+            "speed: fp8 rounds weights that stay frozen, but without peft_config all are trained",
+        ),
+    ],
+)
+def test_weights_that_are_trained_are_not_rounded(changes, said, tmp_path, data_dir, small_checkpoint):
+    with pytest.raises(UserError, match=said):
+        prepare(data_dir, small_checkpoint, write_config(tmp_path, peft_config=None, **changes))
