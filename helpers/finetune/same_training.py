@@ -208,7 +208,7 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, A
         ("settings", {}),
         ("deepspeed", {}),
         ("training_args", _defaults(TrainingArguments)),
-        ("peft_config", _adapter_defaults(then)),
+        ("peft_config", _adapter_defaults()),
     ):
         for key in sorted(then[block].keys() | now[block].keys()):
             if block == "training_args" and _is_free(key, now):
@@ -231,12 +231,16 @@ def _is_fixed(name: str, old: Any, new: Any) -> bool:
         return old in _STATEFUL_SCHEDULES or new in _STATEFUL_SCHEDULES
     if name == "scheduler":  # DeepSpeed's and the Trainer's have other states
         return (old is None) != (new is None)
-    of_adapter = name in _defaults(LoraConfig) | _defaults(PrefixTuningConfig) and name not in _FREE_LORA
-    return of_adapter or name in _FIXED or name in _FIXED_ZERO or name == "type of the optimizer"
+    return (
+        (name in _adapter_defaults() and name not in _FREE_LORA)
+        or name in _FIXED
+        or name in _FIXED_ZERO
+        or name == "type of the optimizer"
+    )
 
 
-def _adapter_defaults(facts: dict[str, Any]) -> dict[str, Any]:
-    return _defaults(PrefixTuningConfig if facts["method"] == "prefix tuning" else LoraConfig)
+def _adapter_defaults() -> dict[str, Any]:
+    return _defaults(PrefixTuningConfig) | _defaults(LoraConfig)
 
 
 def _defaults(options: type) -> dict[str, Any]:
