@@ -1,8 +1,6 @@
 """All parameters trained by the ordinary command: equal on any strategy, resumed, and written as a whole model."""
 
-import dataclasses
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -15,16 +13,14 @@ from transformers import AutoModelForCausalLM, GlmForCausalLM
 from helpers.chatglm3.checkpoint import check_checkpoint
 from helpers.config.finetune import parse_finetune_config
 from helpers.errors import UserError
-from helpers.finetune import evaluate, job
+from helpers.finetune import evaluate
 from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.export import export
 from helpers.finetune.generate import answer
 from helpers.finetune.loading import find_checkpoint, load_for_inference
 from helpers.finetune.recorder import read_metrics
-from helpers.hardware import Gpu, describe_machine
 from helpers.memory.predict import ModelShape, predict
 from helpers.memory.predict.jobs import read_job
-from helpers.memory.units import GIB
 
 ZERO_3 = ROOT / "configs" / "ds_zero_3_full.json"
 
@@ -152,17 +148,6 @@ def test_an_empty_peft_config_is_not_taken_for_all_parameters(content, said):
 def test_weights_that_are_trained_are_not_rounded(changes, said, tmp_path, data_dir, small_checkpoint):
     with pytest.raises(UserError, match=said):
         prepare(data_dir, small_checkpoint, write_config(tmp_path, peft_config=None, **changes))
-
-
-@pytest.mark.parametrize(
-    ("gib", "said"), [(80, r"^[\d.]+ GiB predicted on each GPU, 76.0 usable$"), (0.5, "^warning: .*offload")]
-)
-def test_the_memory_that_it_takes_is_predicted(gib, said, tmp_path, data_dir, small_checkpoint, monkeypatch):
-    gpus = (Gpu("a card", int(gib * GIB), (9, 0)),)
-    monkeypatch.setattr(job, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=gpus))
-    prepared = prepare(data_dir, small_checkpoint, write_config(tmp_path, peft_config=None))
-    (note,) = [note for note in prepared.notes if "predicted" in note]
-    assert re.search(said, note)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from small_chatglm import random_model, small_config
 from small_finetune import ROOT, prepare, write_config
 
 from helpers.errors import UserError
-from helpers.finetune import job, memory_fit
+from helpers.finetune import job
 from helpers.finetune.ranks import Ranks
 from helpers.hardware import Gpu, describe_machine
 from helpers.memory.predict.planner import fits
@@ -22,7 +22,7 @@ def test_checkpointing_is_decided_with_the_mask_that_an_old_card_needs(
 ):
     asked = []
     monkeypatch.setattr(
-        memory_fit, "fits", lambda configuration, size: asked.append(configuration) or fits(configuration, size)
+        job, "fits", lambda configuration, size: asked.append(configuration) or fits(configuration, size)
     )
     card = Gpu("a card", 16 * GIB, capability)
     monkeypatch.setattr(job, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=(card,)))

@@ -1,5 +1,6 @@
 """Prepare a fine-tune: read its files and check everything that can be checked without loading a weight."""
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,6 @@ from helpers.finetune.dataset import (
     truncation_notes,
 )
 from helpers.finetune.fp8 import check_fp8
-from helpers.finetune.memory_fit import decide_checkpointing, full_training_notes, predicted_fit
 from helpers.finetune.packing import packed_features
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.resume import agree_on_facts, resume_point
@@ -42,6 +42,9 @@ from helpers.finetune.same_training import check_same_training, training_facts
 from helpers.finetune.steps import check_rows_fill_a_batch, planned_steps
 from helpers.hardware import Machine, describe_machine, mixed_precision
 from helpers.memory.predict import read_shape
+from helpers.memory.predict.jobs import configuration_of
+from helpers.memory.predict.planner import fits
+from helpers.memory.units import GIB
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,31 @@ def _read_data(folder: Path, config: FinetuneConfig, tokenizer: ChatGLMTokenizer
     return Data(train_features, training_features(dev, limits), answers, [train.report, dev.report])
 
 
+def _decide_checkpointing(
+    config: FinetuneConfig, deepspeed: dict[str, Any] | None, model: Path, machine: Machine, ranks: Ranks, longest: int
+) -> tuple[FinetuneConfig, str]:
+    """Decide ``gradient_checkpointing: auto``: true if the smallest GPU could not hold the job without it.
+
+    Returns the configuration with the decision, and a line that gives its reason.
+    """
+    enable, reason = False, "no GPU here with a known memory size"
+    sizes = [gpu.total_bytes for gpu in machine.gpus if gpu.total_bytes is not None]
+    if config.prefix:
+        reason = "PREFIX_TUNING does not go with it"
+    elif sizes:
+        job = configuration_of(
+            config, deepspeed, shape=read_shape(model), world_size=ranks.world_size, sequence_length=longest
+        )
+        # FlashAttention needs no mask, but it runs only on GPUs that have bf16: Ampere and later.
+        job = dataclasses.replace(job, padding_mask=job.padding_mask or mixed_precision(machine) != "bf16")
+        fit = fits(job, min(sizes))
+        enable = not fit
+        reason = f"{fit.needed / GIB:.1f} GiB predicted without it, {fit.usable / GIB:.1f} usable"
+    training = {key: value for key, value in config.training.items() if key != "activation_checkpointing"}
+    decided = dataclasses.replace(config, training=training | {"gradient_checkpointing": enable})
+    return decided, f"gradient_checkpointing auto -> {str(enable).lower()}: {reason}"
+
+
 def prepare(
     data_dir: Path,
     model_dir: str,
@@ -210,12 +238,11 @@ def prepare(
     notes += overruled_options(config.training)
     if not (deepspeed or {}).get("scheduler"):  # otherwise it replaces the Trainer's
         notes += rate_notes(config.training, planned)
-    limits = Limits(config.max_input_length, config.max_output_length)
-    described = (deepspeed, model, machine, ranks, min(data.reports[0].tokens.max, limits.max_length))
     if config.checkpointing == AUTO:
-        config, note = decide_checkpointing(config, None if config.prefix else predicted_fit(config, *described))
+        limits = Limits(config.max_input_length, config.max_output_length)
+        longest = min(data.reports[0].tokens.max, limits.max_length)
+        config, note = _decide_checkpointing(config, deepspeed, model, machine, ranks, longest)
         notes.append(note)
-    notes += full_training_notes(config, *described)
     return Job(
         config, deepspeed, model, output_dir, resume_from, precision, machine, tokenizer, data, facts, planned, notes
     )

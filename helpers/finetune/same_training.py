@@ -231,12 +231,7 @@ def _is_fixed(name: str, old: Any, new: Any) -> bool:
         return old in _STATEFUL_SCHEDULES or new in _STATEFUL_SCHEDULES
     if name == "scheduler":  # DeepSpeed's and the Trainer's have other states
         return (old is None) != (new is None)
-    return (
-        (name in _adapter_defaults() and name not in _FREE_LORA)
-        or name in _FIXED
-        or name in _FIXED_ZERO
-        or name == "type of the optimizer"
-    )
+    return name in {*_adapter_defaults(), *_FIXED, *_FIXED_ZERO, "type of the optimizer"} - _FREE_LORA
 
 
 def _adapter_defaults() -> dict[str, Any]:
