@@ -1,7 +1,7 @@
-"""Wrong answers to the exercises: by chapter and judge, what the verdict says, and the code."""
+"""Wrong answers to the exercises of chapter 02: by judge, what the verdict says, and the code."""
 
 WRONG = {
-    ("02", "reduce_scatter"): {
+    "reduce_scatter": {
         "complete are []": "def reduce_scatter(parts):\n    pass",
         "should end with the sum of part": (  # one rank further
             "def reduce_scatter(parts):\n    rank, n = dist.get_rank(), dist.get_world_size()\n"
@@ -15,7 +15,7 @@ WRONG = {
             "def reduce_scatter(parts):\n    if dist.get_rank() == 0:\n        pass_on(parts[0])"
         ),
     },
-    ("02", "all_gather"): {
+    "all_gather": {
         "still lacks the finished parts": (
             "def all_gather(parts):\n    rank, n = dist.get_rank(), dist.get_world_size()\n"
             "    for turn in range(n - 1):\n        parts[(rank - turn) % n] += pass_on(parts[(rank - turn + 1) % n])"
@@ -25,18 +25,18 @@ WRONG = {
             "    for turn in range(n):\n        parts[(rank - turn) % n] = pass_on(parts[(rank - turn + 1) % n])"
         ),
     },
-    ("02", "average_gradients"): {
+    "average_gradients": {
         "is off by": "def average_gradients(model):\n    for p in model.parameters():\n        dist.all_reduce(p.grad)",
         "sent": (  # twice
             "def average_gradients(model):\n    for p in model.parameters():\n        for _ in range(2):\n"
             "            p.grad /= dist.get_world_size()\n            dist.all_reduce(p.grad)"
         ),
     },
-    ("02", "lora_traffic"): {
+    "lora_traffic": {
         "the adapter's megabytes are too many": "adapter_megabytes, full_megabytes = 30.3, 12487.2",
         "the full model's megabytes are too many": "adapter_megabytes, full_megabytes = 15.1, 24974.3",
     },
-    ("02", "global_mean"): {
+    "global_mean": {
         "is off by": "def global_mean(total, number):\n    return total / number",
         "it took 2 collectives": (
             "def global_mean(total, number):\n    number = torch.tensor(float(number))\n"
@@ -47,7 +47,7 @@ WRONG = {
             "    dist.reduce(both, 0)\n    return both[0] / both[1]"
         ),
     },
-    ("02", "compressed_mean"): {
+    "compressed_mean": {
         "rank 1's buffer is off": (
             "def compressed_mean(buffer):\n    small = (buffer / dist.get_world_size()).to(torch.bfloat16)\n"
             "    dist.all_reduce(small)\n    if dist.get_rank() == 0:\n        buffer.copy_(small)"
@@ -56,7 +56,7 @@ WRONG = {
             "def compressed_mean(buffer):\n    buffer /= dist.get_world_size()\n    dist.all_reduce(buffer)"
         ),
     },
-    ("02", "two_level"): {
+    "two_level": {
         "use only the two groups": (
             "def two_level(x, inside, across):\n    dist.all_reduce(x)\n"
             "    dist.all_reduce(torch.zeros(4), group=across)"
