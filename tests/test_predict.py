@@ -285,8 +285,8 @@ def test_peaks_of_forward_and_backward_are_those_of_the_operators(c, monkeypatch
 
 def job_of_the_benchmark(deepspeed, ranks):
     """What finetune_6b.json measured: transformers' loss and mask, and DeepSpeed's own limit of ZeRO-3."""
-    # 183 tokens is the longest row of that benchmark.
-    job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=ranks, sequence_length=183)
+    # The sampler's seed makes 177 tokens the longest row of the 20 steps, on rank 0; rank 1 has 173.
+    job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=ranks, sequence_length=177)
     strategy = dataclasses.replace(job.strategy, max_live_parameters=Strategy().max_live_parameters)
     return dataclasses.replace(job, loss_chunk=None, padding_mask=True, strategy=strategy)
 
@@ -301,21 +301,27 @@ def job_of_the_benchmark(deepspeed, ranks):
         ("ZeRO-3", ROOT / "configs" / "ds_zero_3.json"),
     ],
 )
-def test_the_6b_job_is_within_one_percent_of_what_h100s_measured(way, deepspeed, ranks):
+def test_the_6b_job_is_what_h100s_measured(way, deepspeed, ranks):
     measured = by_way(read_results())[way][ranks]
     prediction = predict(job_of_the_benchmark(deepspeed, ranks))
-    assert prediction.allocated / GIB == pytest.approx(max(measured["torch_allocated_gib"]), rel=0.01)
-    assert prediction.total / GIB == pytest.approx(nvml_used(measured), rel=0.01)
+    assert prediction.allocated / GIB == pytest.approx(max(measured["torch_allocated_gib"]), rel=0.0015)
+    assert prediction.total / GIB == pytest.approx(nvml_used(measured), rel=0.013)
+
+
+def test_each_rank_has_the_memory_of_its_own_rows():
+    allocated = by_way(read_results())["DDP"][2]["torch_allocated_gib"]
+    for tokens, measured in zip((177, 173), allocated, strict=True):
+        job = dataclasses.replace(job_of_the_benchmark(None, 2), sequence_length=tokens)
+        assert predict(job).allocated / GIB == pytest.approx(measured, rel=0.0015)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("config", ["lora_fast.yaml", "lora_24gb.yaml", "lora_14gb.yaml", "qlora.yaml"])
 def test_other_configurations_are_predicted_as_well_as_the_readme_says(config, ranks):
-    """Compiled layers keep fewer tensors than the formulas know."""
-    length = 183 if config == "qlora.yaml" else None
+    length = 177 if config == "qlora.yaml" else None
     job = read_job(ROOT / "configs" / config, None, shape=ModelShape(), world_size=ranks, sequence_length=length)
     error = predict(job).total / GIB / nvml_used(by_way(read_results())[config][ranks]) - 1
-    assert -0.035 < error < 0.06
+    assert -0.035 < error < 0.002
 
 
 def test_published_buckets_cost_less_than_their_size():

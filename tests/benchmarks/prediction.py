@@ -188,6 +188,7 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
             "reduce_bucket_size": strategy.reduce_bucket_size,
             "overlap_comm": strategy.overlap_comm,
             "stage3_max_live_parameters": strategy.max_live_parameters,
+            "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
             "sub_group_size": strategy.sub_group_size,
         },
     }

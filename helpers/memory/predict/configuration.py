@@ -56,6 +56,7 @@ class Strategy:
         reduce_bucket_size: Gradients that DeepSpeed reduces at a time.
         overlap_comm: Whether DeepSpeed reduces one bucket while backward fills another.
         max_live_parameters: ZeRO-3 gathers at most this many at a time (``stage3_max_live_parameters``).
+        prefetch_bucket_size: And this many in advance (``stage3_prefetch_bucket_size``).
         sub_group_size: ZeRO-3's optimizer steps on this many parameters at a time.
         offload_optimizer: Whether optimizer states are in host memory.
         offload_parameters: Whether parameters are in host memory.
@@ -66,6 +67,7 @@ class Strategy:
     reduce_bucket_size: int = 500_000_000
     overlap_comm: bool = False
     max_live_parameters: int = 1_000_000_000
+    prefetch_bucket_size: int = 50_000_000
     sub_group_size: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -117,6 +119,7 @@ class Configuration:
         lean: Whether the layers save as little as the job's: SiLU of the gate is recomputed
             (helpers.activations.swiglu), and under ZeRO-3 no frozen matrix keeps its input
             (helpers.libraries.deepspeed).
+        compiled: Whether every layer is compiled. Its norms then keep their input in 16 bit.
         recomputed_inputs: Whether backward recomputes the adapters' inputs (helpers.activations.compiled).
     """
 
@@ -137,6 +140,7 @@ class Configuration:
     loss_chunk: int | None = None
     offloaded_checkpoints: bool = False
     lean: bool = False
+    compiled: bool = False
     recomputed_inputs: bool = False
 
     def __post_init__(self) -> None:
@@ -169,6 +173,11 @@ class Configuration:
     def tokens(self) -> int:
         """Tokens that run at once, padding included."""
         return self.micro_batch_size * self.sequence_length
+
+    @property
+    def packed(self) -> bool:
+        """Whether the job packs its rows."""
+        return self.lean and not self.padded
 
     @property
     def masked(self) -> bool:

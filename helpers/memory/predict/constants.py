@@ -19,6 +19,11 @@ CUBLAS_WORKSPACE = 32 * MIB
 # A workspace belongs to a handle and a handle to a thread: the caller's, and autograd's (the same file).
 CUBLAS_THREADS = 2
 
+# What a layer keeps of a pack, per token, beyond what the formulas explain: lora_fast.yaml and lora_24gb.yaml in
+# finetune_6b.json, one pack a step, compiled or not, at 4,096 and 2,048 tokens: 2,530 to 2,710. Two packs a step in
+# speed_6b.json need 300.
+PACKED_BYTES_PER_TOKEN = 2600
+
 # With the default allocator, sequences of different lengths in each batch leave holes that the next batch's tensors do
 # not fit. The 6B job on one H100 (DDP, ZeRO-2 with small and published buckets, ZeRO-3): reserved less allocated was
 # 1.60, 1.60, 1.46 and 1.50 GiB, with 3.53, 3.53, 3.46 and 5.00 GiB of activations: the mean. It depends on which

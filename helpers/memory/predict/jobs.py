@@ -82,6 +82,7 @@ def configuration_of(
         loss_chunk=job.speed.loss_chunk,
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
         lean=True,
+        compiled=job.speed.compile_layers,
         recomputed_inputs=job.speed.recompute_inputs,
     )
 
@@ -134,10 +135,23 @@ def _strategy(deepspeed: dict[str, Any], world_size: int, shape: ModelShape, sou
         max_live_parameters=elements(
             "stage3_max_live_parameters", defaults.max_live_parameters, defaults.max_live_parameters
         ),
+        prefetch_bucket_size=_prefetched(zero, source, shape),
         sub_group_size=elements("sub_group_size", defaults.sub_group_size, defaults.sub_group_size),
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
     )
+
+
+def _prefetched(zero: dict[str, Any], source: str, shape: ModelShape) -> int:
+    """Return ``stage3_prefetch_bucket_size``, the only one of the sizes that may be 0: nothing in advance."""
+    value = zero.get("stage3_prefetch_bucket_size", Strategy().prefetch_bucket_size)
+    if value == "auto":  # transformers/integrations/deepspeed.py
+        return int(0.9 * shape.hidden**2)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise UserError(
+            f"{source}: zero_optimization.stage3_prefetch_bucket_size is {value!r}; give a number of elements, 0 or more"
+        )
+    return int(value)
 
 
 def _offloads(zero: dict[str, Any], key: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from helpers.activations import CHECKPOINT_BYTES_IN_FLIGHT
+from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import Configuration
 
 FP32 = 4
@@ -69,10 +70,17 @@ def _saves_inputs(configuration: Configuration) -> bool:
     return configuration.lora is None or (configuration.strategy.zero_stage == 3 and not configuration.lean)
 
 
-def _normed(configuration: Configuration, consumers: int) -> Iterator[SavedTensor]:
+def _norm_input(configuration: Configuration, compiled: bool) -> SavedTensor:
+    """Return what an RMSNorm keeps of its input: the compiler repeats the conversion to fp32 in backward."""
+    c = configuration
+    size = c.residual_bytes if compiled else FP32
+    return SavedTensor(f"norm input, {8 * size} bit", c.tokens * c.shape.hidden * size)
+
+
+def _normed(configuration: Configuration, consumers: int, compiled: bool) -> Iterator[SavedTensor]:
     """Yield what an RMSNorm saves, and its output as ``consumers`` matrices save it."""
     c, tokens, hidden = configuration, configuration.tokens, configuration.shape.hidden
-    yield SavedTensor("norm input, fp32", tokens * hidden * FP32)
+    yield _norm_input(c, compiled)
     yield SavedTensor("norm 1/rms", tokens * FP32)
     if c.lora is None:
         yield SavedTensor("normed, before its weight", tokens * hidden * c.residual_bytes)
@@ -141,7 +149,9 @@ def saved_by_layer(configuration: Configuration) -> list[SavedTensor]:
         Every saved tensor of the layer.
     """
     c, shape = configuration, configuration.shape
-    saved = [*_normed(c, consumers=3), *_attention(c), *_normed(c, consumers=1)]
+    saved = [*_normed(c, 3, c.compiled), *_attention(c), *_normed(c, 1, c.compiled)]
+    if c.packed:
+        saved.append(SavedTensor("not explained", c.tokens * constants.PACKED_BYTES_PER_TOKEN))
     narrow = c.tokens * shape.intermediate * c.compute_bytes
     saved.append(SavedTensor("gate and up", 2 * narrow))
     if not c.lean:
@@ -162,7 +172,7 @@ def saved_until_attention_adapters(configuration: Configuration) -> list[SavedTe
     """Predict what a layer still saves when backward reaches the adapters of q, k and v, its last parameters."""
     c = configuration
     adapters = [t for t in c.lora.targets if t in ATTENTION_INPUTS] if c.lora else []
-    return [*_normed(c, consumers=3), *(tensor for target in adapters for tensor in _adapter(c, target))]
+    return [*_normed(c, 3, c.compiled), *(tensor for target in adapters for tensor in _adapter(c, target))]
 
 
 def not_saved_by_first_layer(configuration: Configuration) -> list[SavedTensor]:
@@ -171,7 +181,7 @@ def not_saved_by_first_layer(configuration: Configuration) -> list[SavedTensor]:
     if c.lora is None:
         return []
     first = [
-        SavedTensor("norm input, fp32", c.tokens * c.shape.hidden * FP32),
+        _norm_input(c, c.compiled),
         SavedTensor("norm 1/rms", c.tokens * FP32),
     ]
     for target in c.lora.targets:
@@ -193,7 +203,7 @@ def saved_outside_layers(configuration: Configuration) -> list[SavedTensor]:
         Every saved tensor outside the layers.
     """
     c = configuration
-    saved = list(_normed(c, consumers=1))
+    saved = list(_normed(c, 1, compiled=False))
     if c.lora is None and casts_weights(c):
         saved.append(SavedTensor("weights, 16 bit", c.shape.embedding * c.compute_bytes, weight=True))
     # Token ids and shifted labels; the mask that all layers share is boolean.

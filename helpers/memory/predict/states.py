@@ -171,8 +171,9 @@ def _zero_3(c: Configuration) -> States:
     """Predict ZeRO-3 (deepspeed/runtime/zero/stage3.py and partitioned_param_coordinator.py).
 
     Every parameter is partitioned. Also resident: ``grad_partitions_flat_buffer`` and one reduce bucket, both allocated
-    at the start in the weights' type. Gathered parameters stay below stage3_max_live_parameters; one rank gathers
-    nothing. The step flattens the gradients of one sub-group at a time and copies 16-bit ones to fp32
+    at the start in the weights' type. Gathered parameters stay below stage3_max_live_parameters, except that a matrix
+    is gathered whatever its size; those gathered in advance are in a flat buffer first, from which they are copied
+    (``AllGatherCoalescedHandle.wait`` in partition_parameters.py). One rank gathers nothing. The step flattens the gradients of one sub-group at a time and copies 16-bit ones to fp32
     (``_prepare_fp32_grad_for_sub_group``).
     """
     world_size, strategy = c.strategy.world_size, c.strategy
@@ -186,7 +187,10 @@ def _zero_3(c: Configuration) -> States:
         "communication buffers": strategy.reduce_bucket_size * c.residual_bytes,
     }
     gathers = world_size > 1 or strategy.offload_parameters
-    live = min(strategy.max_live_parameters, c.frozen_parameters + c.trainable_parameters) if gathers else 0
+    everything = c.frozen_parameters + c.trainable_parameters
+    live = min(max(strategy.max_live_parameters, c.shape.embedding) + strategy.prefetch_bucket_size, everything)
     flat = c.residual_bytes if c.residual_bytes < FP32 else 0
     step = (flat + FP32) * min(strategy.sub_group_size, partition) if on_gpu else 0
-    return States(MappingProxyType(resident), gradients=0, kept=0, step=step, gathered=live * c.residual_bytes)
+    return States(
+        MappingProxyType(resident), gradients=0, kept=0, step=step, gathered=live * c.residual_bytes if gathers else 0
+    )

@@ -201,8 +201,9 @@ class Step:
         c = self.configuration
         if not c.checkpointing:
             return Counter()
-        # If the residual stream is in fp32, the first norm saves the checkpoint itself.
-        shared = c.tokens * c.shape.hidden * FP32 if c.residual_bytes == FP32 else 0
+        # If the first norm keeps its input in the residual stream's type, that is the checkpoint itself.
+        keeps = c.residual_bytes == FP32 or c.compiled
+        shared = c.tokens * c.shape.hidden * c.residual_bytes if keeps else 0
         return _by_item(self.layer) - Counter({"activations": shared})
 
     def _gradients(self, done: int) -> Counter[str]:
