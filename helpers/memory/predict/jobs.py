@@ -148,9 +148,8 @@ def _prefetched(zero: dict[str, Any], source: str, shape: ModelShape) -> int:
     if value == "auto":  # transformers/integrations/deepspeed.py
         return int(0.9 * shape.hidden**2)
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise UserError(
-            f"{source}: zero_optimization.stage3_prefetch_bucket_size is {value!r}; give a number of elements, 0 or more"
-        )
+        key = "zero_optimization.stage3_prefetch_bucket_size"
+        raise UserError(f"{source}: {key} is {value!r}; give a number of elements, 0 or more")
     return int(value)
 
 

@@ -173,7 +173,8 @@ def _zero_3(c: Configuration) -> States:
     Every parameter is partitioned. Also resident: ``grad_partitions_flat_buffer`` and one reduce bucket, both allocated
     at the start in the weights' type. Gathered parameters stay below stage3_max_live_parameters, except that a matrix
     is gathered whatever its size; those gathered in advance are in a flat buffer first, from which they are copied
-    (``AllGatherCoalescedHandle.wait`` in partition_parameters.py). One rank gathers nothing. The step flattens the gradients of one sub-group at a time and copies 16-bit ones to fp32
+    (``AllGatherCoalescedHandle.wait`` in partition_parameters.py). One rank gathers nothing. The step flattens
+    the gradients of one sub-group at a time and copies 16-bit ones to fp32
     (``_prepare_fp32_grad_for_sub_group``).
     """
     world_size, strategy = c.strategy.world_size, c.strategy
