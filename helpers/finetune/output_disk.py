@@ -26,7 +26,14 @@ _BROKEN = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO)
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 # What torch.save says, as a RuntimeError, if the disk is full or read-only, or the folder is gone; and torch.load.
 _TORCH_GONE = "Parent directory"
-_TORCH_SAVE = ("failed writing", "unexpected pos", "cannot be opened", _TORCH_GONE, "iostream error")
+_TORCH_SAVE = (
+    "failed writing",
+    "unexpected pos",
+    "cannot be opened",
+    "open file failed",
+    _TORCH_GONE,
+    "iostream error",
+)
 _TORCH_LOAD = ("PytorchStreamReader", "unexpected EOF", "failed finding central directory")
 
 

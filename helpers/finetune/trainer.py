@@ -193,7 +193,8 @@ class LoraTrainer(ContinuedTrainer):
             if not is_disk_error(error, self._output_dir):
                 raise
             line = disk_error(error, self._output_dir, folder, saving=True)  # while the disk is as full as it was
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.args.should_save:  # of another rank's error rank 0 learns, and does the same
+                shutil.rmtree(folder, ignore_errors=True)
             raise line from error
 
     def _save_whole_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:

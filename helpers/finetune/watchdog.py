@@ -7,13 +7,14 @@ The stopped rank itself is killed when the others have said so.
 
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from helpers.config.blocks import training_setting
 from helpers.errors import UserError
 from helpers.finetune.beats import LONGEST_BEAT, Beat, Judge, where
+from helpers.finetune.checkpoints import MANIFEST
 from helpers.finetune.last_resort import LastResort
 from helpers.finetune.lost_rank import how_to_continue
 from helpers.finetune.ranks import FAILED, Ranks
@@ -61,6 +63,8 @@ class Watchdog(TrainerCallback):
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._last_resort: LastResort | None = None
         self._barked = False
+        self._reported: str | None = None
+        self._reported_seconds = 0.0
 
     def __enter__(self) -> "Watchdog":
         if self.ranks.store is not None and self.ranks.world_size > 1:
@@ -100,6 +104,8 @@ class Watchdog(TrainerCallback):
             if rank != self.ranks.rank and store.check([f"beat_{rank}"]):
                 self.judge.hear(rank, Beat(**json.loads(store.get(f"beat_{rank}"))))
         self.judge.answered = self.judge.now
+        if self._reported is None and store.check([FAILED]):
+            self._reported = store.get(FAILED).decode()
 
     def _busy(self) -> int:
         """Count how often this rank and its children have computed for a tenth of the limit.
@@ -135,9 +141,13 @@ class Watchdog(TrainerCallback):
                 self._last_resort.live()
             now = time.monotonic()
             self.judge.pass_time(now - before)
+            if self._reported is not None:
+                self._reported_seconds += now - before
             before = now
             if verdict := self.judge.verdict():
                 return self.bark(verdict)
+            if self._reported is not None and self._reported_seconds > END_SECONDS:
+                return self._end_with(self._reported)
 
     def bark(self, verdict: str) -> None:
         """Say the verdict in one line, here and in ``run.json``, and end this rank."""
@@ -149,6 +159,16 @@ class Watchdog(TrainerCallback):
         threading.Thread(target=self._write, args=[line], daemon=True).start()
         time.sleep(END_SECONDS)
         self.end(2)
+
+    def _end_with(self, reported: str) -> None:
+        """End this rank, which has not met the error that another rank has reported: it waits for that rank."""
+        self._barked = True
+        saving = self.output_dir / f"checkpoint-{self.step}"
+        if self.ranks.is_first and not (saving / MANIFEST).exists():
+            shutil.rmtree(saving, ignore_errors=True)
+        assert self.ranks.store is not None
+        store = self.ranks.store.clone()  # type: ignore[attr-defined]
+        replace(self.ranks, store=store).exit_with_error(UserError(reported))
 
     def _write(self, line: str) -> None:
         with suppress(OSError):
