@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import shutil
+import struct
 import threading
 import warnings
 from math import prod
@@ -415,6 +416,15 @@ def test_a_file_of_something_else_is_named(tmp_path):
     torch.save([1, 2, 3], tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model.bin is not a file of tensors"):
         check_checkpoint(tmp_path)
+
+
+def test_a_header_that_is_a_list_is_named(tmp_path):
+    write_published(tmp_path, SMALL, published_weights(SMALL), *FORMS[0])
+    path = next(tmp_path.glob("*.safetensors"))
+    path.write_bytes(struct.pack("<Q", 2) + b"[]")
+    with pytest.raises(UserError, match=path.name) as caught:
+        check_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_old_bin_format_is_read(tmp_path):

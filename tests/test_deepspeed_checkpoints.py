@@ -1,10 +1,12 @@
 """DeepSpeed's optimizer state on another number of ranks."""
 
+import copy
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime import lr_schedules
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -12,6 +14,7 @@ from helpers.libraries.deepspeed_checkpoints import (
     base_rates,
     correct_checkpoint_loading,
     regroup,
+    replay_cpu_adam,
     use_options,
     use_schedule,
 )
@@ -102,6 +105,29 @@ def test_a_schedule_that_follows_the_loss_is_left_as_it_was_loaded():
     for schedule in (None, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)):
         use_schedule(schedule, base_rates(schedule))
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.slow  # may compile
+def test_adam_on_the_cpu_goes_on_to_the_last_bit():
+    def step(optimizer, parameter, number):
+        torch.manual_seed(number)
+        parameter.grad = torch.randn(64)
+        optimizer.step()
+
+    def fresh(values):
+        parameter = torch.nn.Parameter(values.clone())
+        return parameter, DeepSpeedCPUAdam([parameter], lr=1e-2)
+
+    parameter, optimizer = fresh(torch.linspace(-1, 1, 64))
+    for number in range(19):
+        step(optimizer, parameter, number)
+    resumed, resumed_optimizer = fresh(parameter.detach())
+    resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    replay_cpu_adam(resumed_optimizer)
+    for number in range(19, 40):
+        step(optimizer, parameter, number)
+        step(resumed_optimizer, resumed, number)
+        assert torch.equal(resumed, parameter)
 
 
 class RunsCode:

@@ -53,3 +53,33 @@ def test_a_rank_that_cannot_save_ends_the_job(
     assert find_damage(output / "checkpoint-2") is None
     run = json.loads((output / "run.json").read_text())
     assert run["status"] == "failed" and "checkpoint-4 could not be written" in run["error"]
+
+
+VANISHES = """
+import shutil
+from helpers.finetune import train
+from helpers.finetune.recorder import Recorder
+
+original = Recorder.on_step_end
+
+def on_step_end(self, args, state, control, **kwargs):
+    original(self, args, state, control, **kwargs)
+    if state.global_step == 3:
+        shutil.rmtree(args.output_dir)
+
+Recorder.on_step_end = on_step_end
+train.main()
+"""
+
+
+def test_an_output_folder_that_vanishes_is_said_and_not_made_again(tmp_path, data_dir, small_checkpoint, rank_server):
+    script = tmp_path / "vanishes.py"
+    script.write_text(VANISHES)
+    config = write_config(tmp_path, training_args={"eval_strategy": "no", "logging_steps": 50})
+    output = tmp_path / "output"
+    done = rank_server.run(script, data_dir, small_checkpoint, config, "--output-dir", output)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ") and "could not be written (No such file or directory); " in lines[0]
+    assert lines[0].endswith(f"{output} has gone, or a part of it: start again with a disk that stays")
+    assert not output.exists()
