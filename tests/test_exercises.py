@@ -63,17 +63,14 @@ def define(chapter, name, code):
             with suppress(NameError):  # a default that is measured on the machine, and what builds on it
                 exec(compile(ast.Module([node], []), "<chapter>", "exec"), namespace)
     tree = ast.parse(PREAMBLE + code)
-    kept = [node for node in tree.body if not isinstance(node, ast.Expr)]  # the call of the judge
-    exec(compile(ast.Module(kept, []), "<answer>", "exec"), namespace)
+    exec(compile(ast.Module([*filter(defines, tree.body)], []), "<answer>", "exec"), namespace)
     return namespace
 
 
 def defines(node):
-    """Whether a statement of a cell imports, or defines a function, a class or a constant."""
+    """Whether a statement imports, or defines a function, a class or a value that is not the result of a call."""
     if isinstance(node, ast.Assign):
-        with suppress(ValueError):
-            ast.literal_eval(node.value)
-            return True
+        return not any(isinstance(part, ast.Call) for part in ast.walk(node))
     return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+
 from helpers.errors import UserError
 from helpers.launch import RankError, run
 
@@ -68,6 +70,9 @@ def exercise(judge: Callable[..., None]) -> Callable[..., Verdict]:
             return Verdict(False, "not answered yet")
         except NotYet as reason:
             return Verdict(False, f"not yet: {reason}")
+        except Exception as error:  # the judge cannot use it, such as a sum instead of a list of parts
+            kind = type(error).__name__
+            return Verdict(False, f"not yet: it is of another kind than was asked for ({kind}: {error})")
         return Verdict(True, "right")
 
     return verdict
@@ -122,6 +127,36 @@ def on_ranks(trial: Callable[..., Any], nprocs: int, **arguments: Any) -> list[A
         raise NotYet(f"with {nprocs} ranks, {_explain(error)}") from None
     except UserError as error:
         raise NotYet(str(error)) from None
+
+
+def agree(fault: str | None) -> str | None:
+    """In a rank: find the first rank that found a fault, so that all ranks can end their trial at the same place.
+
+    Args:
+        fault: What this rank found; None if all is well so far.
+
+    Returns:
+        The rank and its fault, the same on every rank; None if there is none.
+    """
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next((f"rank {rank}: {found}" for rank, found in enumerate(faults) if found), None)
+
+
+def without_fault(trial: Callable[..., str | None], nprocs: int, **arguments: Any) -> None:
+    """Run a trial on ranks that returns a fault.
+
+    Args:
+        trial: Calls the answer, and returns what :func:`agree` found.
+        nprocs: The number of ranks.
+        arguments: The trial's keyword arguments.
+
+    Raises:
+        NotAnswered: The answer is still blank.
+        NotYet: The trial found a fault; or a rank raised, died or hung.
+    """
+    if fault := on_ranks(trial, nprocs, **arguments)[0]:
+        raise NotYet(f"with {nprocs} ranks, {fault}")
 
 
 def _explain(error: RankError) -> str:

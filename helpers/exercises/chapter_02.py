@@ -7,16 +7,11 @@ import torch
 import torch.distributed as dist
 
 from helpers.exercises.answers import WORLDS, NotYet, exercise, on_ranks
+from helpers.exercises.inputs import random
 from helpers.parallel.traffic import Traffic, count_traffic
 
 SIZES = (1, 5, 64)  # elements of a part
 Tensors = list[torch.Tensor]
-
-
-def random(seed: int, *shape: int) -> torch.Tensor:
-    """Return small whole numbers in fp32: their sums are exact in any order."""
-    return torch.randint(-50, 50, shape, generator=torch.Generator().manual_seed(seed)).float()
-
 
 # --- the chapter's own functions ---
 
