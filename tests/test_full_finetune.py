@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.export import export
 from helpers.finetune.generate import answer
 from helpers.finetune.loading import find_checkpoint, load_for_inference
+from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.recorder import read_metrics
+from helpers.finetune.trainer import LoraTrainer
 from helpers.memory.predict import ModelShape, predict
 from helpers.memory.predict.jobs import read_job
 
@@ -114,6 +117,15 @@ def test_an_export_is_readable_without_this_package(sharded, tmp_path):
             assert torch.equal(found(ids).logits, expected(ids).logits)
     with pytest.raises(UserError, match="is a whole model and not an adapter of base; remove --model"):
         export(sharded, tmp_path / "again", base="base")
+
+
+@pytest.mark.slow
+def test_the_best_model_is_loaded_at_the_end(alone, small_checkpoint):
+    model = TrainedChatGLM3ForCausalLM.from_checked_folder(small_checkpoint)
+    state = SimpleNamespace(best_model_checkpoint=str(alone / "checkpoint-4"))
+    LoraTrainer._load_best_model(SimpleNamespace(model=model, state=state, is_deepspeed_enabled=False))
+    expected, _ = load_for_inference(alone, device="cpu")
+    assert largest_difference(model.state_dict(), expected.state_dict()) == 0
 
 
 @pytest.mark.slow

@@ -94,6 +94,10 @@ def check_method(config: FinetuneConfig) -> None:
         reasons = {
             "speed: packing": (config.speed.packing, "whose rows would not see the prefix"),
             "speed: compile_layers": (config.speed.compile_layers, "which does not cover keys from outside the layer"),
+            "load_best_model_at_end": (
+                config.training.get("load_best_model_at_end"),
+                "because PEFT cannot load it again",
+            ),
             "gradient_checkpointing": (config.checkpointing is True, "which drops keys from outside the layer"),
         }
         for name, (is_on, reason) in reasons.items():

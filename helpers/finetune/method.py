@@ -1,9 +1,13 @@
 """What differs between the ways to fine-tune: a LoRA adapter, a prefix for each layer, or all parameters."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
@@ -52,9 +56,49 @@ def add_adapter(model: ChatGLM3ForCausalLM, config: FinetuneConfig) -> Model:
     if config.trains_all:
         return model
     try:
-        return get_peft_model(model, LoraConfig(**config.lora) if config.lora else PrefixTuningConfig(**config.prefix))
+        return get_peft_model(model, LoraConfig(**config.lora) if config.lora else _prefix_config(model, config))
     except ValueError as error:
         raise UserError(f"peft_config: {' '.join(str(error).split())}") from error
+
+
+def _prefix_config(model: ChatGLM3ForCausalLM, config: FinetuneConfig) -> PrefixTuningConfig:
+    """Give PEFT the shape of a layer's keys: it looks for Glm's names, and the configuration has ChatGLM3's."""
+    shape: Any = model.config
+    return PrefixTuningConfig(
+        **config.prefix,
+        num_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_key_value_heads,
+        token_dim=shape.num_key_value_heads * shape.head_dim,
+    )
+
+
+@contextmanager
+def gathered_prefix(model: Model, state: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Let PEFT save a prefix that was gathered already.
+
+    It would call the prefix's module, on rank 0 alone. Under ZeRO-3, such a call waits for all ranks.
+
+    Args:
+        model: With or without a prefix.
+        state: What is trained, whole; None if ``model`` has it.
+    """
+    if state is None or not has_prefix(model):
+        yield
+        return
+
+    def gathered(adapter_name: str) -> Tensor:
+        return state[f"prompt_encoder.{adapter_name}.embedding.weight"]
+
+    setattr(model, "get_prompt_embedding_to_save", gathered)  # noqa: B010 (mypy: a method cannot be assigned to)
+    try:
+        yield
+    finally:
+        del model.get_prompt_embedding_to_save
+
+
+def has_prefix(model: Model) -> bool:
+    """Tell whether keys and values from outside of the network come before those of the first token."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def base_network(model: Model) -> TrainedChatGLM3ForCausalLM:

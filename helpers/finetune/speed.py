@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -12,7 +11,7 @@ from helpers.activations.compiled import recompute_inputs
 from helpers.activations.swiglu import RecomputingMLP
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
-from helpers.finetune.method import Model, base_network
+from helpers.finetune.method import Model, base_network, has_prefix
 
 SDPA = "sdpa"  # transformers' name for what every model starts with; used for padded batches and generation
 # SDPA without a padding mask. Examples are padded on the right, where causal attention never looks. transformers builds
@@ -38,7 +37,7 @@ def apply_speed_options(model: Model, speed: SpeedOptions) -> None:
     if packed_attention.has_kernel(model.device, base.dtype):
         if speed.packing:
             base.set_attn_implementation(packed_attention.IMPLEMENTATION)
-        elif not speed.padding_mask and not _has_prefix(model):
+        elif not speed.padding_mask and not has_prefix(model):  # SDPA would take its first key for the first token's
             base.set_attn_implementation(RIGHT_PADDED)
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
@@ -61,8 +60,3 @@ def evaluation_mode(model: Model) -> Iterator[None]:
             yield
     finally:
         base.set_attn_implementation(implementation)
-
-
-def _has_prefix(model: Model) -> bool:
-    """Whether keys from outside come first: without a mask, SDPA would take the first of them for the first token's."""
-    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

@@ -18,13 +18,14 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from helpers.activations import CHECKPOINT_BYTES_IN_FLIGHT
 from helpers.activations.offload import OffloadedActivations
+from helpers.chatglm3.model import ChatGLM3ForCausalLM
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.finetune.checkpoints import Files, describe_files, write_manifest
 from helpers.finetune.continued import ContinuedTrainer
 from helpers.finetune.evaluate import generate_answers
 from helpers.finetune.finite import FiniteCheck
 from helpers.finetune.loading import write_base_format
-from helpers.finetune.method import Model
+from helpers.finetune.method import Model, gathered_prefix
 from helpers.finetune.metrics import mean_scores, score
 from helpers.finetune.output_disk import disk_error, is_disk_error
 from helpers.finetune.packing import PackCollator
@@ -168,7 +169,8 @@ class LoraTrainer(ContinuedTrainer):
         state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not whole) if zero_3 else None
         folder = Path(output_dir) if output_dir else self._output_dir
         if not whole:
-            self._save(str(folder), state_dict=state)
+            with gathered_prefix(self.model, state):
+                self._save(str(folder), state_dict=state)
         elif self.args.should_save:
             write_trained(folder, state or self.model.state_dict(), self.processing_class, like=self.base_folder)
         if self.args.should_save:
@@ -177,6 +179,15 @@ class LoraTrainer(ContinuedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):  # a whole model was loaded from its checkpoint to begin with
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        # The names in the file are the published ones: transformers would skip all of them.
+        best = Path(str(self.state.best_model_checkpoint))
+        loaded = ChatGLM3ForCausalLM.from_checked_folder(best, dtype=self.model.dtype)
+        self.model.load_state_dict(loaded.state_dict())
 
     @property
     def _output_dir(self) -> Path:
