@@ -13,9 +13,10 @@ pytestmark = pytest.mark.slow
 
 FAILS = """
 import os
-from helpers.finetune import train
+from helpers.finetune import train, watchdog
 from helpers.finetune.trainer import LoraTrainer
 
+watchdog.END_SECONDS = 1.0
 original = LoraTrainer._save_rng_state
 
 def fail(self, output_dir):

@@ -92,6 +92,12 @@ def test_a_rank_that_was_stopped_itself_blames_nobody():
     assert ranks.judge.now == 3 + LONGEST_BEAT and ranks.judge.verdict() is None
 
 
+def test_one_long_pause_of_its_own_is_no_verdict():
+    judge = Judge(0, 2, limit=2)
+    judge.pass_time(3600)
+    assert judge.verdict() is None
+
+
 def test_a_line_is_named_with_the_collective_that_it_is_in():
     code = compile("def all_reduce(): return sys._getframe()\n", "/x/torch/distributed/distributed_c10d.py", "exec")
     names = {"sys": sys}
@@ -257,9 +263,10 @@ def test_a_rank_that_says_so_lives(monkeypatch):
 
 HANGS = """
 import os, pathlib, signal, sys
-from helpers.finetune import train
+from helpers.finetune import train, watchdog
 from helpers.finetune.watchdog import Watchdog
 
+watchdog.END_SECONDS = 1.0
 (pathlib.Path({folder!r}) / f"pid-{{os.environ['RANK']}}").write_text(str(os.getpid()))
 where = {where!r}
 if os.environ["RANK"] == "1":
@@ -285,9 +292,9 @@ if os.environ["RANK"] == "1":
 train.main()
 """
 LINES = {
-    "never arrives": r"error: rank 1 \(never heard of\): silent for 4 s .*; rank 0 waits at helpers/\S+ \(\w+\)",
-    "while the model is loaded": r"error: no rank has moved for 4 s: rank 0 on {host} \(last step 0\) at \S+ \(",
-    "stopped": r"error: rank 1 on {host} \(last step 3\): silent for 4 s .*; rank 0 waits at transformers/\w+\.py:\d+ "
+    "never arrives": r"error: rank 1 \(never heard of\): silent for 5 s .*; rank 0 waits at helpers/\S+ \(\w+\)",
+    "while the model is loaded": r"error: no rank has moved for 5 s: rank 0 on {host} \(last step 0\) at \S+ \(",
+    "stopped": r"error: rank 1 on {host} \(last step 3\): silent for 5 s .*; rank 0 waits at transformers/\w+\.py:\d+ "
     r"\(\w+\), in (all_gather|a collective)",
 }
 
@@ -297,7 +304,7 @@ LINES = {
 def test_a_rank_that_hangs_ends_the_job_with_one_line(place, tmp_path, data_dir, small_checkpoint, rank_server):
     script = tmp_path / "hangs.py"
     script.write_text(HANGS.format(folder=str(tmp_path), where=place))
-    config = write_config(tmp_path, training_args={"eval_strategy": "no", "ddp_timeout": 4})
+    config = write_config(tmp_path, training_args={"eval_strategy": "no", "ddp_timeout": 5})
     output = tmp_path / "output"
     done = rank_server.run(script, data_dir, small_checkpoint, config, "--output-dir", output, nprocs=2)
     assert done.returncode == 2, done

@@ -35,8 +35,8 @@ class Judge:
         self.heard, self.moved = [0.0] * world_size, [0.0] * world_size
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass, at most ``LONGEST_BEAT``."""
-        self.now += min(seconds, LONGEST_BEAT)
+        """Let time pass, at most ``LONGEST_BEAT`` and half of the limit: this rank may not have listened meanwhile."""
+        self.now += min(seconds, LONGEST_BEAT, self.limit / 2)
 
     def hear(self, rank: int, beat: Beat) -> None:
         """Note the newest beat of a rank, which may be the one that is known."""
