@@ -11,8 +11,9 @@ allocator's default, whose fragmentation can be predicted only in part. About fo
 import argparse
 import dataclasses
 import json
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -113,18 +114,84 @@ def build(configuration: Configuration, device: torch.device) -> torch.nn.Module
         build_without_adapter,
     )
 
-    model = build_without_adapter(configuration, device)
+    sharded = configuration.strategy.zero_stage == 3 and configuration.strategy.world_size > 1
+    model = zero_weights(configuration, device) if sharded else build_without_adapter(configuration, device)
+    if configuration.lean:
+        from helpers.finetune.model import TrainedChatGLM3ForCausalLM
+
+        model.__class__ = TrainedChatGLM3ForCausalLM  # the same network, with the loss of the job's batches
     if configuration.strategy.zero_stage == 3:
         # Partitioned before it gets its adapter, as by from_pretrained: the adapter then stays in fp32.
         import deepspeed  # looks for its accelerator when it is imported
 
         deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(configuration))
-    return add_adapter(configuration, model)
+    model = add_adapter(configuration, model)
+    if configuration.lean:
+        from helpers.config.finetune import SpeedOptions
+        from helpers.finetune.speed import apply_speed_options
+
+        c = configuration
+        speed = SpeedOptions(
+            packing=c.sequence_length if c.packed else None,
+            compile_layers=c.compiled,
+            loss_chunk=c.loss_chunk,
+            padding_mask=c.padding_mask,
+        )
+        apply_speed_options(model, speed)
+    return model
+
+
+def zero_weights(configuration: Configuration, device: torch.device) -> torch.nn.Module:
+    """Build the network with weights of 0 in host memory, from where ZeRO-3 partitions them: whole, on the GPU, they
+    could be its peak.
+    """
+    from helpers.memory.predict.build import build_without_adapter
+
+    model = build_without_adapter(configuration, "meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(rotary.config).to(device)
+    return model
+
+
+def job_batch(configuration: Configuration, step: int, device: torch.device) -> dict[str, Any]:
+    """Random tokens as the job's own collators batch them: packs of rows of 100 to 200 tokens, or padded rows."""
+    from helpers.finetune.collators import TrainingCollator
+    from helpers.finetune.packing import PackCollator
+
+    c = configuration
+    generator = random.Random(step)
+
+    def feature(lengths: list[int]) -> dict[str, list[int]]:
+        ids = [generator.randrange(1, c.shape.vocab) for _ in range(sum(lengths))]
+        return {"input_ids": ids, "labels": ids, "lengths": lengths}
+
+    if c.packed:
+        features = []
+        for _ in range(c.micro_batch_size):
+            lengths, room = [], c.sequence_length
+            while room >= 1:
+                lengths.append(min(room, generator.randrange(100, 200)))
+                room -= lengths[-1]
+            features.append(feature(lengths))
+        collate: Any = PackCollator(0, c.sequence_length, -(-c.sequence_length // 100), 200)
+    else:
+        longest = max(2, round(c.sequence_length * VARYING[step % len(VARYING)]))
+        features = [
+            feature([longest - row * (longest // (2 * c.micro_batch_size))]) for row in range(c.micro_batch_size)
+        ]
+        collate = TrainingCollator(0)
+    made = collate(features)
+    unused = ("tokens", "rows", "lengths")
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in made.items() if k not in unused}
 
 
 def batch(configuration: Configuration, step: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Random tokens; where rows differ, each is shorter than the one before, padded on the left."""
     c = configuration
+    if c.lean:
+        return job_batch(c, step, device)
     if not c.padded:
         ids = torch.randint(1, c.shape.vocab, (c.micro_batch_size, c.sequence_length), device=device)
         return {"input_ids": ids, "labels": ids}
@@ -135,14 +202,18 @@ def batch(configuration: Configuration, step: int, device: torch.device) -> dict
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
 
 
-def train(configuration: Configuration) -> dict[str, Any]:
-    """Train a few steps on this rank, in its process group; the losses, the number of trained parameters, and whether
-    torch's allocator used expandable segments.
+def train(configuration: Configuration, limit: int | None = None) -> dict[str, Any]:
+    """Train a few steps on this rank, in its process group; the losses, the number of trained parameters, the bytes of
+    parameters and optimizer states on the device, and whether torch's allocator used expandable segments.
+
+    ``limit`` is the number of bytes that the allocator may hold on a GPU.
     """
     c = configuration
     device = torch.device("cpu")
     if dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     torch.manual_seed(0)
     if c.strategy.zero_stage:
         prepare_deepspeed()
@@ -173,7 +244,22 @@ def train(configuration: Configuration) -> dict[str, Any]:
         del loss
     segments = torch.cuda.memory_snapshot() if device.type == "cuda" else []
     expandable = any(segment["is_expandable"] for segment in segments)
-    return {"losses": losses, "trained_parameters": trained, "expandable": expandable}
+    return {
+        "losses": losses,
+        "trained_parameters": trained,
+        "expandable": expandable,
+        "parameter_bytes": bytes_on(device, [getattr(p, "ds_tensor", p) for p in model.parameters()]),
+        "optimizer_bytes": bytes_on(device, [v for s in optimizer.state.values() for v in s.values()]),
+    }
+
+
+def bytes_on(device: torch.device, values: Iterable[Any]) -> int:
+    """Count the bytes of the storages of tensors on ``device``, each once."""
+    storages = {}
+    for value in values:
+        if torch.is_tensor(value) and value.device.type == device.type:
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def deepspeed_config(c: Configuration) -> dict[str, Any]:
@@ -190,7 +276,10 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
             "stage3_max_live_parameters": strategy.max_live_parameters,
             "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
             "sub_group_size": strategy.sub_group_size,
-        },
+        }
+        | ({"offload_optimizer": {"device": "cpu"}} if strategy.offload_optimizer else {}),
+        # torch's Adam on the CPU, which need not be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 

@@ -1,0 +1,249 @@
+"""Measure the drawn configurations (prediction_cases.py) on GPUs, and compare their memory with its prediction.
+
+    python tests/benchmarks/validate_prediction.py [--resume] [--seconds 540] [--only TEXT]
+    python tests/benchmarks/validate_prediction.py --again     predict the recorded runs with the current formulas
+    python tests/benchmarks/validate_prediction.py --dry       tiny models on the CPU: does every case run?
+
+Each case trains a few steps in fresh processes, forked from a server that has imported the libraries. Cases of one GPU
+run side by side, one on each. The results file is written after every case; ``--resume`` measures those it lacks.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+sys.path.insert(0, str(Path(__file__).parent))
+import prediction as benchmark
+from prediction_cases import Case, cases
+
+from helpers.errors import UserError, exit_with_one_line
+from helpers.hardware import describe_machine
+from helpers.launch import RankError, run
+from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.units import GIB
+
+RESULTS = benchmark.RESULTS.with_name("prediction_validation.json")
+TIMEOUT_SECONDS = 150
+TINY = ModelShape(hidden=64, layers=2, heads=4, kv_groups=2, head_dim=16, intermediate=96, vocab=512)
+# Ranks import this folder by name only where it is on their path.
+cloudpickle.register_pickle_by_value(benchmark)
+
+
+def tiny(configuration: Configuration) -> Configuration:
+    """Shrink a configuration until a CPU trains it in a second."""
+    c = configuration
+    rows, tokens = min(2, c.micro_batch_size), min(32, c.sequence_length)
+    return dataclasses.replace(c, shape=TINY, micro_batch_size=rows, sequence_length=tokens, compiled=False)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Run a case, and once more with limited memory if it is one of those; failures are in the entry."""
+    entry = _measure_once(case.configuration, None)
+    entry |= {"held_out": case.held_out}
+    reserved = [rank["reserved"] for rank in entry.get("measured", []) if rank["reserved"] is not None]
+    if case.capacity is not None and reserved:
+        limit = int(case.capacity * max(reserved))
+        failed = _measure_once(case.configuration, limit).get("failed", "")
+        entry["limited"] = {
+            "capacity": case.capacity,
+            "limit": limit,
+            "fitted": not failed,
+            "error": failed[-300:],
+        }
+    return entry
+
+
+def _measure_once(configuration: Configuration, limit: int | None) -> dict[str, Any]:
+    try:
+        with benchmark.allocator(configuration.expandable_segments):
+            found = run(
+                benchmark.train,
+                configuration.strategy.world_size,
+                configuration=configuration,
+                limit=limit,
+                timeout=TIMEOUT_SECONDS,
+            )
+    except RankError as error:
+        return {"failed": str(error)}
+    measured = [
+        {
+            "allocated": rank.allocated,
+            "reserved": rank.reserved,
+            "nvml": rank.nvml,
+            "parameters": result["parameter_bytes"],
+            "optimizer states": result["optimizer_bytes"],
+        }
+        for rank, result in zip(found.memory.ranks, found.results, strict=True)
+    ]
+    return benchmark.record(configuration, measured, found.results[0]) | {
+        "seconds": found.start_seconds + found.seconds
+    }
+
+
+def again(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
+    """Return an entry with the same measurements and the current prediction."""
+    if "failed" in entry:
+        return entry
+    outcome = {key: entry[key] for key in ("losses", "expandable")}
+    outcome["trained_parameters"] = configuration.trainable_parameters
+    return entry | benchmark.record(configuration, entry["measured"], outcome)
+
+
+def item_errors(entry: dict[str, Any]) -> dict[str, int]:
+    """Return predicted less measured bytes of the fullest rank for what can be measured by itself."""
+    rank = max(entry["measured"], key=lambda found: found["nvml"])
+    predicted = entry["predicted"]
+    outside = predicted["CUDA context"] + predicted["NCCL"]
+    return {
+        "parameters": predicted["parameters"] - rank["parameters"],
+        "optimizer states": predicted["optimizer states"] - rank["optimizer states"],
+        "all tensors": entry["predicted_allocated"] - rank["allocated"],
+        "allocator allowance": predicted["allocator allowance"] - (rank["reserved"] - rank["allocated"]),
+        "CUDA context and NCCL": outside - (rank["nvml"] - rank["reserved"]),
+    }
+
+
+def summary(entries: dict[str, dict[str, Any]]) -> list[str]:
+    """Summarise the errors against NVML, of all cases and of those held out, and the verdicts near the capacity."""
+    lines = []
+    good = {name: e for name, e in entries.items() if e.get("error_percent") is not None}
+    for label, chosen in (("all", good), ("held out", {n: e for n, e in good.items() if e["held_out"]})):
+        errors = [e["error_percent"] for e in chosen.values()]
+        if errors:
+            lines.append(
+                f"{label}: {len(errors)} cases, median error {statistics.median(map(abs, errors)):.2f} %, "
+                f"from {min(errors):+.2f} to {max(errors):+.2f} %"
+            )
+    limited = [e for e in good.values() if "limited" in e]
+    right = sum((e["predicted_reserved"] <= e["limited"]["limit"]) == e["limited"]["fitted"] for e in limited)
+    lines.append(f"near the capacity: {right} of {len(limited)} verdicts right")
+    for name, entry in sorted(good.items(), key=lambda item: -abs(item[1]["error_percent"]))[:10]:
+        items = item_errors(entry)
+        worst = max(items, key=lambda item: abs(items[item]))
+        lines.append(f"  {entry['error_percent']:+6.2f} % {name}: {worst} {items[worst] / GIB:+.2f} GiB")
+    lines += [f"  failed: {n}: {e['failed'].strip().splitlines()[-1]}" for n, e in entries.items() if "failed" in e]
+    return lines
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Read the entries of a results file; none if it does not exist."""
+    return json.loads(path.read_text(encoding="utf-8"))["configurations"] if path.is_file() else {}
+
+
+def work_through(chosen: dict[str, Case], path: Path, end: float) -> None:
+    """Measure cases until ``end`` (time.monotonic) and write the file after each."""
+    entries = read(path)
+    machine = dataclasses.asdict(describe_machine())
+    for name, case in chosen.items():
+        if name in entries:
+            continue
+        if time.monotonic() > end:
+            return
+        entries[name] = measure(case)
+        benchmark.write(path, {"machine": machine, "configurations": entries})
+        error = entries[name].get("error_percent")
+        print(
+            f"{'failed' if 'failed' in entries[name] else '' if error is None else f'{error:+.2f} %':>9} {name}",
+            flush=True,
+        )
+
+
+def side_by_side(chosen: dict[str, Case], gpus: int, path: Path, seconds: float) -> None:
+    """Let one process per GPU work through a share of the cases, each in a file of its own; then join the files."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    parts = [path.with_suffix(f".gpu{gpu}.json") for gpu in range(gpus)]
+    names = list(chosen)
+    jobs = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                "--results",
+                part,
+                "--seconds",
+                str(seconds),
+                "--resume",
+                "--cases",
+                *names[gpu::gpus],
+            ],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": visible[gpu]},
+        )
+        for gpu, part in enumerate(parts)
+    ]
+    try:
+        statuses = [job.wait() for job in jobs]
+    except BaseException:
+        for job in jobs:
+            job.terminate()
+        raise
+    if any(statuses):
+        raise UserError(f"a process that measures one GPU ended with status {max(statuses)}; see above")
+    join(path, parts)
+
+
+def join(path: Path, parts: list[Path]) -> None:
+    """Move the entries of ``parts`` into ``path``."""
+    entries, machine = read(path), dataclasses.asdict(describe_machine())
+    for part in parts:
+        entries |= read(part)
+    benchmark.write(path, {"machine": machine, "configurations": entries})
+    for part in parts:
+        part.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--cases", nargs="+", help="exactly these cases, in this process")
+    parser.add_argument("--resume", action="store_true", help="keep the cases in the results file")
+    parser.add_argument("--seconds", type=float, default=540, help="start no case after so many (540)")
+    parser.add_argument("--again", action="store_true", help="predict the recorded runs again, measure nothing")
+    parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
+    arguments = parser.parse_args(argv)
+    end = time.monotonic() + arguments.seconds
+    chosen = {n: case for n, case in cases().items() if arguments.only in n}
+    if arguments.again:
+        content = json.loads(arguments.results.read_text(encoding="utf-8"))
+        content["configurations"] = {
+            n: again(e, cases()[n].configuration) for n, e in content["configurations"].items()
+        }
+        benchmark.write(arguments.results, content)
+        print("\n".join(summary(content["configurations"])))
+        return
+    if arguments.dry:
+        chosen = {n: dataclasses.replace(case, configuration=tiny(case.configuration)) for n, case in chosen.items()}
+    elif not describe_machine().gpus:
+        raise UserError("no GPU here; this measures GPU memory (--dry trains tiny models on the CPU)")
+    if not arguments.resume:
+        arguments.results.unlink(missing_ok=True)
+    if arguments.cases or arguments.dry:
+        wanted = {n: case for n, case in chosen.items() if not arguments.cases or n in arguments.cases}
+        work_through(wanted, arguments.results, end)
+        return
+    gpus = len(describe_machine().gpus)
+    missing = {n: case for n, case in chosen.items() if n not in read(arguments.results)}
+    alone = {n: case for n, case in missing.items() if case.configuration.strategy.world_size == 1}
+    side_by_side(alone, gpus, arguments.results, end - time.monotonic())
+    if gpus > 1:
+        together = {n: case for n, case in missing.items() if case.configuration.strategy.world_size == 2}
+        work_through(together, arguments.results, end)
+    entries = read(arguments.results)
+    print("\n".join(summary(entries)))
+    left = len(set(chosen) - set(entries))
+    if left:
+        print(f"{left} cases are left; the same command with --resume measures them")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,108 @@
+"""The validation of predictions: its list is fixed, and it runs from end to end on a CPU."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from load_benchmark import load_benchmark
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import prediction_cases
+from prediction_cases import CONFIGS, as_json, cases
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_benchmark("validate_prediction")
+
+
+def test_the_list_is_the_one_that_was_committed_before_anything_was_measured():
+    assert json.loads(CONFIGS.read_text()) == as_json(CASES)
+
+
+def test_the_list_covers_what_it_should():
+    drawn = [case.configuration for case in CASES.values()]
+    assert len(drawn) >= 60
+    assert sum(c.strategy.world_size == 2 for c in drawn) >= len(drawn) / 2
+    assert sum(case.held_out for case in CASES.values()) >= 15
+    assert [case.capacity for case in CASES.values() if case.capacity] and max(
+        abs(share - 1) for share in prediction_cases.CAPACITIES
+    ) <= 0.03 + 1e-9
+    assert {c.strategy.kind for c in drawn} == {"single", "ddp", "zero-1", "zero-2", "zero-3"}
+    for one in (
+        lambda c: c.lora is None,
+        lambda c: c.checkpointing,
+        lambda c: c.compiled,
+        lambda c: c.packed,
+        lambda c: c.padded,
+        lambda c: c.loss_chunk is not None,
+        lambda c: c.strategy.offload_optimizer,
+        lambda c: c.expandable_segments,
+        lambda c: c.precision == "autocast",
+    ):
+        assert any(map(one, drawn)) and not all(map(one, drawn))
+    assert {c.micro_batch_size for c in drawn} == {1, 2, 4, 8, 16}
+    assert {c.sequence_length for c in drawn} >= {256, 512, 1024, 2048, 4096, 8192}
+
+
+@pytest.mark.slow
+def test_it_runs_from_end_to_end_and_goes_on_where_it_was(script, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    packed = next(n for n, c in CASES.items() if c.configuration.packed and c.configuration.strategy.kind == "single")
+    sharded = next(
+        n for n, c in CASES.items() if c.configuration.strategy == CASES[n].configuration.strategy and "2 x zero-3" in n
+    )
+    script.main(["--dry", "--results", str(path), "--cases", packed, sharded])
+    entries = json.loads(path.read_text())["configurations"]
+    assert entries.keys() == {packed, sharded}
+    for name, entry in entries.items():
+        assert "failed" not in entry, entry["failed"]
+        assert entry["held_out"] == CASES[name].held_out and entry["error_percent"] is None  # no GPU
+        assert [rank["parameters"] > 0 for rank in entry["measured"]] == [True] * len(entry["measured"])
+        assert sum(entry["predicted"].values()) == entry["predicted_total"]
+    capsys.readouterr()
+    script.main(["--dry", "--resume", "--results", str(path), "--cases", packed])
+    assert capsys.readouterr().out == ""  # nothing left to do
+
+
+def measured(script, name, factor):
+    """An entry whose fullest rank needed ``factor`` of the prediction."""
+    configuration = CASES[name].configuration
+    predicted = script.benchmark.predict(configuration)
+    rank = {
+        "allocated": predicted.allocated,
+        "reserved": int(predicted.reserved * factor),
+        "nvml": int(predicted.total * factor),
+        "parameters": 0,
+        "optimizer states": 0,
+    }
+    outcome = {"losses": [], "expandable": True, "trained_parameters": configuration.trainable_parameters}
+    return script.benchmark.record(configuration, [rank], outcome) | {"held_out": CASES[name].held_out}
+
+
+def test_the_summary_names_errors_and_verdicts(script):
+    names = list(CASES)[:4]
+    factors = (1.0, 0.98, 1.01, 1.05)
+    entries = {name: measured(script, name, factor) for name, factor in zip(names, factors, strict=True)}
+    limit = entries[names[0]]["predicted_reserved"]
+    entries[names[0]]["limited"] = {"limit": limit + 1, "fitted": True}
+    entries[names[1]]["limited"] = {"limit": limit * 2, "fitted": False}
+    lines = script.summary(entries | {"broken": {"failed": "Traceback\nRuntimeError: no"}})
+    errors = [100 / factor - 100 for factor in factors]
+    assert lines[0].startswith(f"all: 4 cases, median error {statistics.median(map(abs, errors)):.2f} %")
+    assert "near the capacity: 1 of 2 verdicts right" in lines
+    assert lines[-1] == "  failed: broken: RuntimeError: no"
+
+
+def test_parts_are_joined(script, tmp_path):
+    whole, parts = tmp_path / "all.json", [tmp_path / "0.json", tmp_path / "1.json"]
+    for number, part in enumerate(parts[:1]):
+        script.benchmark.write(part, {"configurations": {f"case {number}": {}}})
+    script.benchmark.write(whole, {"configurations": {"before": {}}})
+    script.join(whole, parts)
+    assert script.read(whole) == {"before": {}, "case 0": {}}
+    assert not any(part.exists() for part in parts)
