@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.config.compatibility import check_gpu_options
 from helpers.config.deepspeed import choose_deepspeed_file, read_deepspeed_config
 from helpers.config.deepspeed_schema import check_deepspeed_values
 from helpers.errors import UserError
@@ -39,6 +40,10 @@ def test_files_that_people_use_are_accepted(path):
         ),
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning is not supported"),
         ({"elasticity": {"enabled": False}}, "elasticity is not supported, remove it; DeepSpeed no longer has it"),
+        ({"fp8": {"enabled": True}}, "fp8 is not supported, remove it; give fp8: true under speed"),
+        ({"compile": {"backend": "inductor"}}, "give compile_layers: true under speed"),
+        ({"zero_optimization": {"stage": 2.0}}, "stage must be 0, 1, 2 or 3, not 2.0"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping must be a number of at least 0, not NaN"),
         ({"amp": {"enabled": True}}, "fp16 and bf16 took its place"),
         (
             {"tensor_parallel": {"autotp_size": 2}},
@@ -68,6 +73,20 @@ def test_a_wrong_value_is_one_line_with_its_place(content, wanted, tmp_path):
         check_deepspeed_values(read_deepspeed_config(path), path)
     message = str(caught.value)
     assert wanted in message and str(path) in message and "\n" not in message
+
+
+def test_what_only_a_gpu_can_is_refused_without_one():
+    quantised = {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
+    check_gpu_options(quantised, "bf16")
+    check_gpu_options(None, "no")
+    with pytest.raises(UserError, match="zero_quantized_weights needs a GPU"):
+        check_gpu_options(quantised, "no")
+
+
+def test_keys_that_are_comments_are_left_out(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"_comment": "which models", "//": "a note", "zero_optimization": {"stage": 2}}')
+    assert read_deepspeed_config(path) == {"zero_optimization": {"stage": 2}}
 
 
 def test_a_key_that_occurs_twice_is_not_the_last_one(tmp_path):

@@ -53,6 +53,16 @@ def test_own_configs_are_read_without_a_decision_left_to_state():
         ({"peft_config": {"peft_type": "PREFIX_TUNING"}}, ["PREFIX_TUNING", "num_virtual_tokens"]),
         ({"peft_config": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 0}}, ["num_virtual_tokens", "1", "0"]),
         ({"peft_config": {"peft_type": "PREFIX_TUNING", "r": 8}}, ["unknown key 'r'"]),
+        ({"max_steps": 5}, ["'max_steps'", "it belongs under training_args"]),
+        ({"lora_alpha": 5}, ["'lora_alpha'", "it belongs under peft_config"]),
+        ({"training_args": {"lora_dropout": 0.1}}, ["'lora_dropout'", "it belongs under peft_config"]),
+        ({"model_name_or_path": "THUDM/chatglm3-6b"}, ["'model_name_or_path'", "MODEL_DIR"]),
+        ({"cutoff_len": 2048}, ["'cutoff_len'", "max_input_length and max_output_length"]),
+        ({"load_in_4bit": True}, ["'load_in_4bit'", "quantization_bit: 4"]),
+        ({"training_args": {"packing": True}}, ["'packing'", "packing: 2048 under speed"]),
+        ({"training_args": {"adafactor": True}}, ["'adafactor'", "give optim: adafactor"]),
+        ({"peft_config": {"lora_rank": 8}}, ["'lora_rank'", "give r under peft_config"]),
+        ({"training_args": {"save_strategy": "best"}}, ["save_strategy best needs metric_for_best_model"]),
         ({"peft_config": {}}, ["peft_config", "lora_alpha"]),
         ({"training_args": {"learning_rate": "fast"}}, ["learning_rate", "'fast'"]),
         ({"max_output_length": 0}, ["max_output_length", "0"]),
@@ -128,6 +138,27 @@ def test_fused_target_and_renamed_keys_are_translated():
     assert read.training["train_sampling_strategy"] == "group_by_length"
     assert "overwrite_output_dir" not in read.training
     assert any("overwrite_output_dir" in note for note in read.notes)
+
+
+def test_older_names_and_ways_of_writing_are_understood():
+    raw = {
+        "peft_config": {"peft_type": "lora", "task_type": "causal_lm", "r": 4},
+        "training_args": {
+            "per_gpu_train_batch_size": 3,
+            "fp16_opt_level": "O1",
+            "adafactor": False,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr": "1e-6"},  # what YAML makes of 1e-6
+            "output_dir": "~/output",
+        },
+    }
+    read = parse_finetune_config(raw, "my.yaml")
+    assert read.lora["task_type"] == "CAUSAL_LM"
+    assert read.training["per_device_train_batch_size"] == 3
+    assert read.training["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
+    assert read.training["output_dir"] == str(Path.home() / "output")
+    assert "fp16_opt_level no longer has an effect and is ignored" in read.notes
+    assert not {"adafactor", "per_gpu_train_batch_size"} & read.training.keys()
 
 
 def test_unreadable_files_are_one_line(tmp_path):

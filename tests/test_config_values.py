@@ -276,6 +276,7 @@ def test_a_yaml_file_that_grows_without_end_is_refused_at_once(tmp_path):
         ("peft_config:\n\tr: 8", r"is not YAML: .* line 2"),
         ("training_args: {seed: 2024-13-45}", "is not YAML: month must be in"),
         ("[" * 3000, "nested too deeply"),
+        ("training_args\uff1a\n  max_steps: 5\n", "line 1 has a full-width colon, write : instead"),
     ],
 )
 def test_a_yaml_file_with_a_fault_is_one_line(text, wanted, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from helpers.config.compatibility import contradictions
+from helpers.config.deepspeed_defaults import SIZES, with_defaults
 from helpers.config.deepspeed_optimizer import check_deepspeed_optimizer
 from helpers.errors import UserError
 
@@ -22,6 +23,12 @@ def check(content, training=None) -> list[str]:
     [
         ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type 'OneBitAdam' is not supported; use Adam, AdamW"),
         ({"optimizer": {"type": "Foo"}}, "give optim under training_args"),
+        ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-4}}}, "learning_rate is no option of AdamW"),
+        ({"optimizer": {"type": "Lion", "params": {"eps": 1e-8}}}, "optimizer.params.eps is no option of Lion"),
+        ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1.0}}}, "give gradient_clipping at the top"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": "3e-3"}}}, 'lr must be a number of at least 0, not "3e-3"'),
+        ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "betas must be two numbers, not 0.9"),
+        ({"optimizer": {"type": "Adam", "params": {"torch_adam": 1}}}, "torch_adam must be true or false, not 1"),
         ({"scheduler": {"type": "Foo"}}, "scheduler.type 'Foo' is unknown; known are LRRangeTest, OneCycle, WarmupLR"),
         ({"scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}, "does not take its params {'steps': 3}"),
         ({"scheduler": {"type": "WarmupDecayLR", "params": AUTO_WARMUP}}, "total_num_steps"),
@@ -44,6 +51,38 @@ def test_what_it_replaces_is_said():
     adamw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
     assert check(adamw, {"optim": "adafactor"}) == ["optim adafactor is ignored: ds.json brings the optimizer AdamW"]
     assert check(adamw) == check(adamw, {"optim": "adamw_torch"}) == check({}) == []
+
+
+LR, WEIGHT_DECAY = "optimizer.params.lr", "optimizer.params.weight_decay"
+
+
+@pytest.mark.parametrize(
+    ("content", "added"),
+    [
+        ({}, []),
+        (
+            {"optimizer": {"type": "Adam"}},
+            [f"optimizer.params.{key}" for key in ("lr", "betas", "eps", "weight_decay")],
+        ),
+        ({"optimizer": {"type": "Lion", "params": {"lr": 1, "betas": "auto"}}}, [WEIGHT_DECAY]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0}}}, ["scheduler.params.warmup_max_lr"]),
+    ],
+)
+def test_what_a_file_leaves_open_is_auto(content, added):
+    notes: list[str] = []
+    completed = with_defaults(content, Path("ds.json"), notes)
+    assert {key: completed[key] for key in SIZES} == dict.fromkeys(SIZES, "auto")
+    assert completed["zero_optimization"] == {"stage": 0}
+    assert notes == [f"ds.json leaves {', '.join([*SIZES, *added])} open: training_args decide"]
+    for name in added:
+        block, _, key = name.split(".")
+        assert completed[block]["params"][key] == "auto"
+    notes.clear()
+    offload = {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}
+    with_defaults({**completed, **offload}, Path("ds.json"), notes)
+    assert notes == ["offload_param is ignored: only ZeRO-3 can move parameters to the host"]
+    notes.clear()
+    assert with_defaults(completed, Path("ds.json"), notes) == completed and notes == []
 
 
 TRAINING = {"learning_rate": 1e-4, "max_steps": 100, "warmup_steps": 0.1}

@@ -29,7 +29,7 @@ ON_THE_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 def finetune(rank_server: RankServer, data_dir, small_checkpoint):
     """Fine-tune ``small_checkpoint`` on some ranks; the output folder is beside the configuration."""
 
-    def run(nprocs: int, config: Path, *arguments: object, file_bytes: int | None = None):
+    def run(nprocs: int | None, config: Path, *arguments: object, file_bytes: int | None = None):
         output = ("--output-dir", config.parent / "output")
         return rank_server.run(
             *(TRAIN, data_dir, small_checkpoint, config, *arguments, *output), nprocs=nprocs, file_bytes=file_bytes
@@ -62,6 +62,18 @@ def test_two_ranks_train_what_one_process_trains(deepspeed, tmp_path, finetune, 
         for folder in (tmp_path / "output", single)
     ]
     assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_what_a_deepspeed_file_leaves_open_is_that_of_the_job_and_it_needs_no_launcher(tmp_path, finetune, single):
+    training = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}  # and max_grad_norm, by default
+    (tmp_path / "ds.json").write_text('{"_comment": "no sizes, no clipping", "zero_optimization": {"stage": 2}}')
+    finished = finetune(None, write_config(tmp_path, training_args=training), tmp_path / "ds.json")
+    assert finished.returncode == 0, finished.stderr
+    assert "ds.json leaves train_micro_batch_size_per_gpu, gradient_accumulation_steps, gradient_clipping open" in (
+        finished.stdout
+    )
+    name = f"checkpoint-{STEPS}"
+    assert largest_difference(adapter(tmp_path / "output" / name), adapter(single / name)) < 1e-6
 
 
 @pytest.fixture(scope="module")

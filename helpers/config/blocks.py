@@ -1,5 +1,6 @@
 """Read the blocks of ``lora.yaml`` that hold a library's options: the Trainer's and PEFT's."""
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,8 +21,9 @@ from helpers.config.options import (
     check_training,
     settle,
 )
+from helpers.config.other_tools import check_known_keys
 from helpers.config.prefix_options import IGNORED_PREFIX, PREFIX_LIMITS, REFUSED_PREFIX
-from helpers.config.values import annotations, check_keys, check_values, suggest, wants_number
+from helpers.config.values import annotations, check_values, wants_number
 from helpers.errors import UserError
 
 RENAMED = {
@@ -29,9 +31,19 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "warmup_ratio": "warmup_steps",
     "group_by_length": "train_sampling_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
 # Options of older transformers that have no effect here; accepted so that older files keep working.
-DROPPED = ("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_sampler", "ddp_timeout_seconds")
+DROPPED = (
+    *("overwrite_output_dir", "save_safetensors", "logging_dir", "sortish_sampler", "ddp_timeout_seconds"),
+    *("fp16_opt_level", "fp16_backend", "half_precision_backend", "use_mps_device", "use_ipex", "jit_mode_eval"),
+    *("tpu_num_cores", "tpu_metrics_debug", "past_index", "ray_scope", "xpu_backend", "mp_parameters"),
+    *("include_inputs_for_metrics", "include_tokens_per_second", "use_legacy_prediction_loop", "torchdynamo"),
+    *("push_to_hub_token", "push_to_hub_model_id", "push_to_hub_organization"),
+)
+# Older options that asked for something else: only without a value they may pass.
+REMOVED = ("sharded_ddp", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "adafactor", "dispatch_batches")
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
 DEFAULT_SEED = 42
 
@@ -72,8 +84,10 @@ def training_block(block: dict[str, Any], source: str, notes: list[str], *, scor
             notes.append(f"{key} no longer has an effect and is ignored")
             continue
         name = RENAMED.get(key, key)
+        if (key in REMOVED and not value) or (name in training and value is None):
+            continue
         if name not in known:
-            raise UserError(f"{where}: unknown key {key!r}{suggest(key, [*known, *RENAMED])}")
+            check_known_keys({key: value}, [*known, *RENAMED], where)
         if name in CHECKPOINTING_KEYS and not (value is None or isinstance(value, bool) or value == AUTO):
             raise UserError(f"{where}: {key} must be true, false or auto, not {value!r}")
         if name != key:
@@ -87,6 +101,8 @@ def training_block(block: dict[str, Any], source: str, notes: list[str], *, scor
             raise UserError(
                 f"{where}: warmup_ratio must be at least 0 and below 1, not {value!r}; or give warmup_steps"
             )
+        elif key == "lr_scheduler_kwargs" and isinstance(value, dict):
+            value = {name: _number_or_text(item) for name, item in value.items()}
         elif name.endswith("_strategy") and value is False:
             value = "no"  # YAML 1.1 reads no, without quotes, as false
         # YAML 1.1 reads 5e-5, which has no decimal point, as text.
@@ -95,13 +111,20 @@ def training_block(block: dict[str, Any], source: str, notes: list[str], *, scor
     check_values(typed, TrainingArguments, TRAINING_LIMITS, where)
     training = settle(training, IGNORED_TRAINING, REFUSED_TRAINING, where, notes)
     check_training(training, scored=scored, where=where)
-    training["output_dir"] = training.get("output_dir") or "./output"
+    training["output_dir"] = os.path.expanduser(training.get("output_dir") or "./output")
     if training.get("save_strategy") == "no":
         notes.append("save_strategy no: what is trained is not kept")
     if "seed" not in training:
         training["seed"] = DEFAULT_SEED
         notes.append(f"no seed given: seed {DEFAULT_SEED}")
     return training
+
+
+def _number_or_text(value: Any) -> Any:
+    try:
+        return _number(value, "")
+    except UserError:
+        return value
 
 
 def _number(value: Any, where: str) -> Any:
@@ -130,9 +153,10 @@ def adapter_block(block: dict[str, Any], source: str, notes: list[str]) -> tuple
     if not block:
         return {}, {}
     where = f"{source}, peft_config"
-    if block.get("task_type") not in (None, "CAUSAL_LM"):
+    if str(block.get("task_type") or "CAUSAL_LM").upper() != "CAUSAL_LM":
         raise UserError(f"{where}: task_type {block['task_type']!r} is not supported; use CAUSAL_LM")
-    kind = block.pop("peft_type", "LORA")
+    block["task_type"] = "CAUSAL_LM"
+    kind = str(block.pop("peft_type", "LORA")).upper()
     if kind == "PREFIX_TUNING":
         return {}, _prefix(block, where, notes)
     if kind != "LORA":
@@ -141,7 +165,7 @@ def adapter_block(block: dict[str, Any], source: str, notes: list[str]) -> tuple
 
 
 def _prefix(block: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    check_keys(block, annotations(PrefixTuningConfig), where)
+    check_known_keys(block, annotations(PrefixTuningConfig), where)
     check_values(block, PrefixTuningConfig, PREFIX_LIMITS, where)
     block = settle(block, IGNORED_PREFIX, REFUSED_PREFIX, where, notes)
     if block.get("num_virtual_tokens") is None:
@@ -150,7 +174,7 @@ def _prefix(block: dict[str, Any], where: str, notes: list[str]) -> dict[str, An
 
 
 def _lora(block: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    check_keys(block, annotations(LoraConfig), where)
+    check_known_keys(block, annotations(LoraConfig), where)
     check_lora(block, where)
     check_values(block, LoraConfig, LORA_LIMITS, where)
     block = settle(block, IGNORED_LORA, REFUSED_LORA, where, notes)

@@ -67,6 +67,14 @@ def check_quantization(bits: int | None, deepspeed: dict[str, Any] | None) -> No
         raise UserError(f"quantization_bit {bits} needs the package bitsandbytes: pip install bitsandbytes==0.50.2")
 
 
+def check_gpu_options(deepspeed: Mapping[str, Any] | None, hardware: str) -> None:
+    """Raise UserError if a DeepSpeed file quantises what it sends and this machine has no GPU, which alone can."""
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key) and hardware == "no":
+            raise UserError(f"zero_optimization.{key} needs a GPU, and there is none here; remove it")
+
+
 def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
     """Raise UserError if an option of ``speed`` cannot be combined with the rest of the job."""
     if config.speed.compile_layers and zero_stage(deepspeed) == 3:

@@ -5,6 +5,7 @@ Imports neither torch nor DeepSpeed, so memory predictions can use it on any mac
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ BLOCKS: dict[str, str] = {
     **dict.fromkeys(("aio", "activation_checkpointing", "comms_logger", "flops_profiler", "autotuning"), ""),
     **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet", "torch_autocast", "data_types"), ""),
     **dict.fromkeys(("checkpoint", "data_efficiency", "hybrid_engine", "pipeline"), ""),
-    **dict.fromkeys(("compile", "timers", "weight_quantization"), ""),
+    **dict.fromkeys(("timers", "weight_quantization"), ""),
 }
 # Keys of other jobs, and those that DeepSpeed no longer reads and refuses when it starts; with what to do instead.
 _DATA_PARALLEL = "the job is data parallel, and configs/ds_zero_3.json shards the weights"
@@ -36,6 +37,8 @@ _REMOVED = "DeepSpeed no longer has it"
 FOREIGN = {
     **dict.fromkeys(("tensor_parallel", "autotp_size", "tp_size", "pipeline_parallel"), _DATA_PARALLEL),
     **dict.fromkeys(("sequence_parallel_size", "expert_parallel", "moe", "inference"), _DATA_PARALLEL),
+    "compile": "give compile_layers: true under speed in the job's YAML file",
+    "fp8": "give fp8: true under speed in the job's YAML file",
     **dict.fromkeys(("amp", "apex"), f"{_REMOVED}; fp16 and bf16 took its place"),
     **dict.fromkeys(("nebula", "compression_training", "quantize_training", "sparse_gradients"), _REMOVED),
     **dict.fromkeys(("eigenvalue", "sparse_attention", "elasticity", "graph_harvesting"), _REMOVED),
@@ -49,6 +52,7 @@ OLD_ZERO_KEYS = {
     "cpu_offload_use_pin_memory": '"pin_memory": true inside offload_optimizer or offload_param',
     "stage3_gather_fp16_weights_on_model_save": '"stage3_gather_16bit_weights_on_model_save"',
 }
+COMMENTS = ("_", "//", "#")  # beginnings of keys that people write because JSON has no comments
 REFUSED_BLOCKS = ("data_efficiency", "hybrid_engine")
 # Single values: the smallest number (whole, unless it has a decimal point), bool, or None for anything.
 SETTINGS: dict[str, Any] = {
@@ -71,7 +75,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        Its contents, unchanged: "auto" is still "auto".
+        Its contents, without comments: "auto" is still "auto".
 
     Raises:
         UserError: The file is missing, or is not a JSON object.
@@ -80,6 +84,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     if place := find_secret(config):
         name = "COMET_API_KEY" if place == "comet.api_key" else "it"
         raise UserError(f"{path}: {place} would be saved with each checkpoint; remove it, and set {name} as a variable")
+    config = {key: value for key, value in config.items() if not key.startswith(COMMENTS)}
     for key, value in config.items():
         if key in FOREIGN:
             raise UserError(f"{path}: {key} is not supported, remove it; {FOREIGN[key]}")
@@ -91,7 +96,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     _check_old_keys(zero, path)
     stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
     for key in ("offload_optimizer", "offload_param"):
         if not isinstance(zero.get(key, {}), dict | None):
@@ -133,7 +138,8 @@ def _check_setting(key: str, value: Any, path: Path) -> None:
             raise UserError(f"{path}: {key} must be true or false, not {json.dumps(value)}")
         return
     whole = isinstance(least, int)
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < least:
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not number or not least <= value < math.inf:
         kind = "a whole number" if whole else "a number"
         raise UserError(f"{path}: {key} must be {kind} of at least {least:g}, not {json.dumps(value)}")
 

@@ -1,5 +1,6 @@
 """Check the optimizer and the schedule that a DeepSpeed file brings: they replace those of ``training_args``."""
 
+import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -10,6 +11,8 @@ import torch
 
 from helpers.config.blocks import training_setting
 from helpers.config.deepspeed import AUTO
+from helpers.config.deepspeed_defaults import OPTIMIZER_PARAMS
+from helpers.config.values import suggest
 from helpers.errors import UserError
 
 # Those of DeepSpeed that train under ZeRO on CPUs and GPUs, without a package or a backend of their own.
@@ -38,6 +41,7 @@ def check_deepspeed_optimizer(
                 f"{path}: optimizer.type {kind!r} is not supported; use {', '.join(OPTIMIZERS)}, or remove the block "
                 "and give optim under training_args"
             )
+        _check_optimizer_params(kind, optimizer.get("params", {}), path)
         given = training.get("optim")
         if given is not None and not (given.startswith("adamw_torch") and kind.lower().startswith("adam")):
             notes.append(f"optim {given} is ignored: {path.name} brings the optimizer {kind}")
@@ -45,6 +49,30 @@ def check_deepspeed_optimizer(
         _build_schedule(scheduler, training, path)
         name = training.get("lr_scheduler_type", "linear")
         notes.append(f"lr_scheduler_type {name} is ignored: {path.name} brings the schedule {scheduler['type']}")
+
+
+def _check_optimizer_params(kind: str, params: Mapping[str, Any], path: Path) -> None:
+    """Check names and values as the optimizers of DeepSpeed take them."""
+    known = {**dict.fromkeys(OPTIMIZER_PARAMS[kind.lower()]), "fp32_optimizer_states": None}
+    if kind.lower().startswith("adam"):
+        known |= dict.fromkeys(("torch_adam", "adam_w_mode", "bias_correction", "amsgrad"))
+    for key, value in params.items():
+        where = f"{path}: optimizer.params.{key}"
+        if key == "max_grad_norm":
+            raise UserError(f"{where} is no option of an optimizer; give gradient_clipping at the top of the file")
+        if key not in known:
+            raise UserError(f"{where} is no option of {kind}{suggest(key, known)}")
+        if value == AUTO:
+            continue
+        wanted = "true or false"
+        fits = isinstance(value, bool)
+        if key in OPTIMIZER_PARAMS["adam"]:
+            numbers = value if key == "betas" and isinstance(value, list) else [value]
+            fits = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers)
+            fits &= (len(numbers) == 2) == (key == "betas")
+            wanted = "two numbers" if key == "betas" else "a number of at least 0"
+        if not fits:
+            raise UserError(f"{where} must be {wanted}, not {json.dumps(value)}")
 
 
 def _build_schedule(scheduler: Mapping[str, Any], training: Mapping[str, Any], path: Path) -> None:

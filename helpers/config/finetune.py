@@ -12,6 +12,7 @@ from typing import Any
 from helpers.config.blocks import CHECKPOINTING_KEYS, adapter_block, training_block, training_setting
 from helpers.config.deepspeed import AUTO
 from helpers.config.options import MOST
+from helpers.config.other_tools import check_known_keys
 from helpers.config.secrets import without_secrets
 from helpers.config.values import Limits, annotations, check_keys, check_values
 from helpers.config.yaml_file import read_yaml
@@ -199,7 +200,7 @@ def parse_finetune_config(raw: dict[str, Any], source: str) -> FinetuneConfig:
     Raises:
         UserError: A key is unknown (the message suggests the most similar known one), or a value has the wrong type.
     """
-    check_keys(raw, TOP_KEYS, source)
+    check_known_keys(raw, TOP_KEYS, source)
     notes: list[str] = []
     data = _section(raw, "data_config", source)
     training = _section(raw, "training_args", source)

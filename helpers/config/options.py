@@ -263,6 +263,8 @@ def _check_metric(training: dict[str, Any], scored: bool, where: str) -> None:
     """Give the metric the name that an evaluation reports it by."""
     given = training.get("metric_for_best_model")
     if given is None:
+        if training.get("save_strategy") == "best":
+            raise UserError(f"{where}: save_strategy best needs metric_for_best_model; loss and rouge-l are two")
         return
     name = given.lower().replace("-", "_").removeprefix("eval_")
     if name not in ("loss", *_SCORES):

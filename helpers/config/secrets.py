@@ -46,6 +46,6 @@ def find_secret(block: Any, place: str = "") -> str | None:
         if isinstance(value, Mapping | list) and not is_secret(key):
             if found := find_secret(value, where):
                 return found
-        elif without_secrets(value, key) != value:
+        elif repr(without_secrets(value, key)) != repr(value):  # as text: nan is not equal to itself
             return where
     return None

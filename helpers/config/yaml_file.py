@@ -10,6 +10,7 @@ from helpers.errors import UserError
 from helpers.files import read_utf8
 
 MOST_VALUES = 10_000  # of a file with its aliases written out: nine levels of nine aliases are 387 million
+FULL_WIDTH_COLON = "\uff1a"  # of Chinese and Japanese keyboards
 MERGE = "tag:yaml.org,2002:merge"  # the key <<, whose values a block may replace by its own
 
 
@@ -66,7 +67,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, is not YAML, has a key twice, refers to itself, or holds something else.
     """
     try:
-        loader = _UniqueKeys(read_utf8(path))
+        text = read_utf8(path)
+        loader = _UniqueKeys(text)
         loader.name = str(path)  # in the messages
         raw = loader.get_single_data()
     except FileNotFoundError:
@@ -76,7 +78,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error.strerror}); configs/lora.yaml is a configuration file"
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise UserError(f"{path} is not YAML: {_problem(error)}") from error
+        lines = [number for number, line in enumerate(text.splitlines(), start=1) if FULL_WIDTH_COLON in line]
+        colon = f"; line {lines[0]} has a full-width colon, write : instead" if lines else ""
+        raise UserError(f"{path} is not YAML: {_problem(error)}{colon}") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply") from error
     if not isinstance(raw, dict):

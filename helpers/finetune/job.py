@@ -12,6 +12,7 @@ from helpers.chatglm3.checkpoint import check_checkpoint, resolve_folder
 from helpers.chatglm3.tokenizer import ChatGLMTokenizer
 from helpers.config.compatibility import (
     check_adapter_options,
+    check_gpu_options,
     check_method,
     check_quantization,
     check_speed,
@@ -19,6 +20,7 @@ from helpers.config.compatibility import (
     contradictions,
 )
 from helpers.config.deepspeed import AUTO, choose_deepspeed_file, read_deepspeed_config, zero_stage
+from helpers.config.deepspeed_defaults import with_defaults
 from helpers.config.deepspeed_optimizer import check_deepspeed_optimizer
 from helpers.config.deepspeed_schema import check_deepspeed_values
 from helpers.config.finetune import FinetuneConfig, read_finetune_config
@@ -200,12 +202,14 @@ def prepare(
     hardware = "no" if config.training.get("use_cpu") else mixed_precision(machine)
     precision = choose_precision(config.training, deepspeed, hardware)
     if deepspeed is not None and deepspeed_file is not None:
+        deepspeed = with_defaults(deepspeed, deepspeed_file, notes)
         check_deepspeed_optimizer(deepspeed, config.training, deepspeed_file, notes)
         found = contradictions(deepspeed, config.training, ranks.world_size)
         if found:
             raise UserError(f"{deepspeed_file} contradicts {config_file}: {'; '.join(found)}; write auto in the former")
     check_method(config)
     check_quantization(config.quantization_bit, deepspeed)
+    check_gpu_options(deepspeed, hardware)
     check_speed(config, deepspeed)
     check_adapter_options(config, deepspeed)
     output_dir = Path(output_dir or config.training["output_dir"])

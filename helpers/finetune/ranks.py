@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from helpers.errors import UserError
-from helpers.finetune.launchers import NAMES, rank_variables
+from helpers.finetune.launchers import LOOPBACK, NAMES, rank_variables
 
 REPORTED, STOP_AT, ARRIVED, ALL_ARRIVED = "error_reported", "stop_at_step", "arrived", "all_arrived"
 FAILED = "error_of_a_rank"
@@ -35,6 +35,12 @@ def _rendezvous(timeout: float | None) -> tuple[dist.Store, int, int]:
         ) from error
     store.set_timeout(default_pg_timeout)
     return store, rank, world_size
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind((LOOPBACK, 0))
+        return str(free.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Ranks:
         Libraries read torchrun's names: they are set if the launcher has others.
 
         Args:
-            init_single_rank_group: Keep torchrun's variables even for a single rank. DeepSpeed needs a process group;
+            init_single_rank_group: Have torchrun's variables even for a single rank. DeepSpeed needs a process group;
                 without DeepSpeed it would cost half a GiB of GPU memory for nothing, and libraries create one as soon
                 as they see these variables.
             local_rank: The value of ``--local_rank``; None without it.
@@ -81,8 +87,8 @@ class Ranks:
             for name in NAMES:
                 os.environ.pop(name, None)
             return cls(0, 0, 1, 1, None)
-        if not variables:
-            return cls(0, 0, 1, 1, None)
+        if not variables:  # no launcher, and DeepSpeed would look for one of MPI
+            variables = rank_variables({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": _free_port()})
         os.environ.update(variables)
         store, rank, world_size = _rendezvous(timeout)
         local_rank, local_world_size = int(variables["LOCAL_RANK"]), int(variables["LOCAL_WORLD_SIZE"])
