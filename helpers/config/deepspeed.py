@@ -54,6 +54,9 @@ OLD_ZERO_KEYS = {
 }
 COMMENTS = ("_", "//", "#")  # beginnings of keys that people write because JSON has no comments
 REFUSED_BLOCKS = ("data_efficiency", "hybrid_engine")
+DTYPES = ("fp32", "fp16", "bf16")
+MONITORS = ("tensorboard", "wandb", "comet")
+REFUSED_ZERO_KEYS = ("zenflow", "legacy_stage1")
 # Single values: the smallest number (whole, unless it has a decimal point), bool, or None for anything.
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1),
@@ -95,6 +98,9 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         _check_setting(key, value, path)
     zero = config.get("zero_optimization", {})
     _check_old_keys(zero, path)
+    for key in REFUSED_ZERO_KEYS:
+        if zero.get(key):
+            raise UserError(f"{path}: zero_optimization.{key} is not supported; remove it")
     stage = zero.get("stage", 0)
     if not isinstance(stage, int) or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
@@ -102,6 +108,8 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
         if not isinstance(zero.get(key, {}), dict | None):
             raise UserError(f"{path}: zero_optimization.{key} must be a block of keys, not {json.dumps(zero[key])}")
         offload = zero.get(key) or {}
+        if offload.get("super_offload"):
+            raise UserError(f"{path}: zero_optimization.{key}.super_offload is not supported; remove it")
         if offload.get("device") == "nvme" and not offload.get("nvme_path"):
             raise UserError(f"{path}: zero_optimization.{key} on nvme needs nvme_path, a folder on a fast disk")
     for key in ("optimizer", "scheduler"):
@@ -127,9 +135,19 @@ def _check_setting(key: str, value: Any, path: Path) -> None:
         if not isinstance(value, dict):
             example = BLOCKS[key] or "{}"
             raise UserError(f"{path}: {key} must be a block of keys, such as {example}, not {json.dumps(value)}")
+        if key in MONITORS and value.get("enabled", False):
+            raise UserError(f"{path}: {key} is not supported; remove it, and give report_to under training_args")
+        dtype = value.get("grad_accum_dtype") if key == "data_types" else None
+        if dtype not in (None, *DTYPES):
+            raise UserError(f"{path}: data_types.grad_accum_dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        tag = value.get("tag_validation", "Warn") if key == "checkpoint" else "Warn"
+        if str(tag).lower() not in ("ignore", "warn", "fail"):
+            raise UserError(f"{path}: checkpoint.tag_validation must be Ignore, Warn or Fail, not {tag!r}")
         if key in REFUSED_BLOCKS and value.get("enabled", False):
             raise UserError(f"{path}: {key} is not supported, because it changes what is trained; remove it")
         return
+    if key.endswith("communication_data_type") and value not in (None, *DTYPES):
+        raise UserError(f"{path}: {key} must be one of {', '.join(DTYPES)}, not {json.dumps(value)}")
     least = SETTINGS[key]
     if least is None or value == AUTO:
         return
