@@ -120,6 +120,8 @@ NEUTRAL_SPEED = {
     "recompute_inputs": False,
     "offload_checkpoints": False,
     "expandable_segments": False,
+    "gpu_memory_gib": 80,
+    "small_nccl_buffers": True,
     "fp8": False,
 }
 

@@ -84,6 +84,9 @@ def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> Non
         )
     if config.speed.recompute_inputs and not config.speed.compile_layers:
         raise UserError("speed: recompute_inputs is for compiled layers; set compile_layers: true, or remove it")
+    limit = config.speed.gpu_memory_gib
+    if limit is not None and limit < 3:
+        raise UserError(f"speed: gpu_memory_gib {limit} leaves nothing for tensors; give 3 or more")
     if config.speed.offload_checkpoints and not config.checkpointing:
         raise UserError(
             "speed: offload_checkpoints moves the inputs that gradient checkpointing saves, which is off: set "

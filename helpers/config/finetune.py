@@ -54,6 +54,8 @@ class SpeedOptions:
         offload_checkpoints: Keep the layer inputs that gradient checkpointing saves in host memory.
         expandable_segments: Let torch's allocator grow its segments: batches of different lengths then reuse the
             same memory instead of fragmenting it.
+        gpu_memory_gib: Of a GPU, at most: the allocator gives its cache back before it takes more.
+        small_nccl_buffers: Let NCCL use few channels with small buffers: less memory, and slower collectives.
         fp8: Round the frozen matrices to fp8 and multiply in it (``helpers.quantization.fp8``): faster, in half of
             their memory, and not quite the same training.
     """
@@ -65,6 +67,8 @@ class SpeedOptions:
     padding_mask: bool = False
     offload_checkpoints: bool = False
     expandable_segments: bool = True
+    gpu_memory_gib: int | None = None
+    small_nccl_buffers: bool = False
     fp8: bool = False
 
 

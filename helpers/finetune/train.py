@@ -26,6 +26,7 @@ from helpers.finetune.collators import TrainingCollator
 from helpers.finetune.evaluate import evaluate
 from helpers.finetune.extensions import check_extensions
 from helpers.finetune.forecast import Forecast, forecast_or_reason
+from helpers.finetune.host_cores import use_own_cores
 from helpers.finetune.job import Job, prepare
 from helpers.finetune.launchers import add_local_rank
 from helpers.finetune.lost_rank import explained_lost_rank
@@ -128,6 +129,7 @@ def _train(job: Job, ranks: Ranks, run_file: RunFile, watchdog: Watchdog) -> Eva
     notes = [*job.notes, *check_extensions(job.deepspeed)]
     arguments = training_arguments(job, ranks, notes)
     set_allocator(job.config.speed, arguments.device)
+    notes += use_own_cores(job.deepspeed, ranks)
     with phase("load model"):
         model = _load_model(job, arguments)
     # What the weights take: ZeRO-3 has sharded them by now, and 4 bits are not a quarter of 16.

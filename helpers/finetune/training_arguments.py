@@ -7,7 +7,13 @@ from transformers import TrainingArguments
 from helpers.errors import UserError
 from helpers.finetune.job import Job
 from helpers.finetune.ranks import Ranks
-from helpers.libraries.deepspeed import forget_inputs_of_frozen_layers, share_world_group, skip_cpu_collectives
+from helpers.finetune.speed import set_nccl_buffers
+from helpers.libraries.deepspeed import (
+    compute_norms_in_parts,
+    forget_inputs_of_frozen_layers,
+    share_world_group,
+    skip_cpu_collectives,
+)
 from helpers.libraries.deepspeed_checkpoints import correct_checkpoint_loading
 
 # The watchdog names the rank that is missing. The libraries' own limits, which abort the process, come after it.
@@ -43,8 +49,10 @@ def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArgu
     if isinstance(accelerator, dict):  # otherwise it names a file
         # If the host waits for copies to the GPU, the GPU's queue runs empty in every step.
         accelerator = {"non_blocking": not on_cpu} | accelerator
+    set_nccl_buffers(job.config.speed)
     if job.deepspeed:
         share_world_group()
+        compute_norms_in_parts()
         forget_inputs_of_frozen_layers()
         correct_checkpoint_loading()
         if on_cpu:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# 32 MiB in fp64.
+NORM_ELEMENTS = 4 * 2**20
+
 
 def skip_cpu_collectives() -> None:
     """Leave collectives on the CPU to gloo.
@@ -57,6 +60,17 @@ def forget_inputs_of_frozen_layers() -> None:
 
     setattr(setup_context, "forgets_inputs", True)  # noqa: B010 (mypy: a function has no such attribute)
     Linear.setup_context = staticmethod(setup_context)
+
+
+def compute_norms_in_parts() -> None:
+    """Let ZeRO-3 with an offloaded optimizer compute a gradient's norm a few million elements at a time.
+
+    DeepSpeed converts up to 250 million elements to fp64 at once, and no key limits it: for the embedding of ChatGLM3,
+    266 million elements, a gibibyte on each of two GPUs.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    DeepSpeedZeroOptimizer_Stage3._constant_buffered_norm2.__defaults__ = (NORM_ELEMENTS,)
 
 
 def configure_deepspeed(device: torch.device) -> None:
