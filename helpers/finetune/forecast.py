@@ -11,6 +11,7 @@ from helpers.memory.predict import Configuration, Prediction, predict, read_shap
 from helpers.memory.predict.error_bar import error_bar
 from helpers.memory.predict.jobs import configuration_of
 from helpers.memory.predict.lengths import step_lengths
+from helpers.memory.predict.machine import calibrated
 from helpers.memory.predict.planner import fits, label, sort_strategies
 from helpers.memory.units import GIB
 
@@ -104,11 +105,11 @@ def forecast(job: Job, world_size: int) -> Forecast:
     sizes = [gpu.total_bytes for gpu in gpus if gpu.total_bytes is not None]
     # FlashAttention needs no mask, but it runs only on GPUs that have bf16.
     old = bool(gpus) and job.precision != "bf16"
-    shape = read_shape(job.model_dir)
+    shape, machine = read_shape(job.model_dir), calibrated()
 
     def configuration(length: int | None) -> Configuration:
         found = configuration_of(job.config, job.deepspeed, shape=shape, world_size=world_size, sequence_length=length)
-        return replace(found, padding_mask=found.padding_mask or old)
+        return replace(found, padding_mask=found.padding_mask or old, machine=machine)
 
     worst = typical = configuration(None)
     if worst.padded:

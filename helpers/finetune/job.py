@@ -45,6 +45,7 @@ from helpers.finetune.steps import check_rows_fill_a_batch, planned_steps
 from helpers.hardware import Machine, describe_machine, mixed_precision
 from helpers.memory.predict import read_shape
 from helpers.memory.predict.jobs import configuration_of
+from helpers.memory.predict.machine import calibrated
 from helpers.memory.predict.planner import fits
 from helpers.memory.units import GIB
 
@@ -155,7 +156,8 @@ def _decide_checkpointing(
             config, deepspeed, shape=read_shape(model), world_size=ranks.world_size, sequence_length=longest
         )
         # FlashAttention needs no mask, but it runs only on GPUs that have bf16: Ampere and later.
-        job = dataclasses.replace(job, padding_mask=job.padding_mask or mixed_precision(machine) != "bf16")
+        mask = job.padding_mask or mixed_precision(machine) != "bf16"
+        job = dataclasses.replace(job, padding_mask=mask, machine=calibrated())
         fit = fits(job, min(sizes))
         enable = not fit
         reason = f"{fit.needed / GIB:.1f} GiB predicted without it, {fit.usable / GIB:.1f} usable"

@@ -299,6 +299,11 @@ def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.
     ]
 
 
+def without_machine(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the machine's constants, which are no part of a job."""
+    return {key: value for key, value in configuration.items() if key != "machine"}
+
+
 def record(configuration: Configuration, measured: list[dict[str, int | None]], outcome: dict[str, Any]) -> dict:
     """Return one configuration's entry: its prediction, each rank's measured bytes, the errors in percent."""
     prediction = predict(configuration)
@@ -312,7 +317,7 @@ def record(configuration: Configuration, measured: list[dict[str, int | None]], 
         return 100 * (predicted / max(peaks) - 1) if peaks else None
 
     return {
-        "configuration": dataclasses.asdict(configuration),
+        "configuration": without_machine(dataclasses.asdict(configuration)),
         "peak": prediction.peak_phase,
         "predicted": dict(prediction.items),
         "predicted_moments": dict(prediction.phases),

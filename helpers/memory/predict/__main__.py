@@ -19,6 +19,7 @@ from helpers.memory.predict.configuration import (
 )
 from helpers.memory.predict.error_bar import error_bar
 from helpers.memory.predict.lengths import StepLengths, step_lengths
+from helpers.memory.predict.machine import calibrated
 from helpers.memory.predict.model_shape import ModelShape, read_shape
 from helpers.memory.predict.planner import Candidate, fits, label, sort_strategies
 from helpers.memory.predict.prediction import Prediction, predict
@@ -190,7 +191,7 @@ def strategy_list(candidates: list[Candidate]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     arguments = _arguments(argv)
-    configuration = _configuration(arguments)
+    configuration = replace(_configuration(arguments), machine=calibrated())
     lengths = _lengths(arguments, configuration)
     typical = None
     if lengths is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from helpers.errors import UserError
+from helpers.memory.predict.machine import MachineConstants
 from helpers.memory.predict.model_shape import ModelShape, check_choice, check_positive
 
 PRECISIONS = ("fp32", "autocast", "bf16")
@@ -116,6 +117,7 @@ class Configuration:
         loss_chunk: Number of tokens whose logits exist at a time (helpers.activations.chunked_loss); None for the plain
             loss, which materialises all of them.
         offloaded_checkpoints: With ``checkpointing``, whether the layers' inputs are in host memory.
+        machine: What its libraries take of a GPU.
         lean: Whether the layers save as little as the job's: SiLU of the gate is recomputed
             (helpers.activations.swiglu), and under ZeRO-3 no frozen matrix keeps its input
             (helpers.libraries.deepspeed).
@@ -141,6 +143,7 @@ class Configuration:
     offloaded_checkpoints: bool = False
     lean: bool = False
     compiled: bool = False
+    machine: MachineConstants = field(default_factory=MachineConstants)
     recomputed_inputs: bool = False
 
     def __post_init__(self) -> None:

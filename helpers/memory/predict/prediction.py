@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from helpers.memory.categories import ITEMS
-from helpers.memory.predict import constants
 from helpers.memory.predict.allocator_allowance import allowance_bytes
-from helpers.memory.predict.configuration import Configuration, Strategy
+from helpers.memory.predict.configuration import Configuration
 from helpers.memory.predict.step import Step
 
 # Items that are tensors: what torch.cuda.max_memory_allocated counts.
@@ -61,19 +60,20 @@ def predict(configuration: Configuration) -> Prediction:
     tensors = step.phases()
     sizes = {name: sum(held.values()) for name, held in tensors.items()}
     peak_phase = max(sizes, key=lambda name: sizes[name])
-    outside = Counter(_outside_torch(configuration.strategy) | {"allocator allowance": allowance_bytes(step, sizes)})
+    outside = Counter(_outside_torch(configuration) | {"allocator allowance": allowance_bytes(step, sizes)})
     held = tensors[peak_phase] + outside
     totals = {name: size + sum(outside.values()) for name, size in sizes.items()}
     items = MappingProxyType({name: held[name] for name in ITEMS})
     return Prediction(items, peak_phase, MappingProxyType(totals))
 
 
-def _outside_torch(strategy: Strategy) -> dict[str, int]:
-    """Count what no counter of torch shows: measured constants (constants.py)."""
+def _outside_torch(configuration: Configuration) -> dict[str, int]:
+    """Count what no counter of torch shows: measured constants."""
+    strategy, machine = configuration.strategy, configuration.machine
     if strategy.kind == "single":
         nccl = 0
     elif strategy.world_size > 1:
-        nccl = constants.NCCL_SEVERAL_RANKS
+        nccl = machine.nccl_several_ranks
     else:
-        nccl = constants.NCCL_ONE_RANK
-    return {"CUDA context": constants.CUDA_CONTEXT, "NCCL": nccl}
+        nccl = machine.nccl_one_rank
+    return {"CUDA context": machine.cuda_context, "NCCL": nccl}

@@ -52,7 +52,7 @@ class Step:
         self.saved = saved_by_model(c)
         self.layer = saved_by_layer(c)
         # cuBLAS's workspaces and the rotary frequencies, two copies of head_dim / 4.
-        buffers = constants.CUBLAS_THREADS * constants.CUBLAS_WORKSPACE + 2 * FP32 * (c.shape.head_dim // 4)
+        buffers = constants.CUBLAS_THREADS * c.machine.cublas_workspace + 2 * FP32 * (c.shape.head_dim // 4)
         self._resident = Counter({**self.states.resident, "buffers": buffers})
         # From forward to the end of backward: what ZeRO-3 gathers, and the gradients of earlier micro-batches.
         self._passing = self._resident + Counter({"communication buffers": self.states.gathered})
