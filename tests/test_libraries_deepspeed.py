@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from one_process import LENGTH, ROWS, TWO_LAYERS, make_optimizer, train_alone
 from shared_launch import SharedLaunches
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from helpers.config.deepspeed import fill_auto
 from helpers.errors import UserError
 from helpers.launch import device
-from helpers.libraries.deepspeed import configure_deepspeed
+from helpers.libraries.deepspeed import configure_deepspeed, gather_whole_layers
 from helpers.parallel.network import batch, build, largest_difference, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -43,7 +44,7 @@ assert dist.get_global_rank(dist.group.WORLD, 0) == 0
 import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-from helpers.libraries.deepspeed import configure_deepspeed
+from helpers.libraries.deepspeed import configure_deepspeed, gather_whole_layers
 
 set_accelerator(CUDA_Accelerator())  # what it takes where there is a GPU
 configure_deepspeed(torch.device("cpu"))
@@ -96,6 +97,59 @@ def test_a_file_trains_what_one_process_trains(case, stage):
     for found, used in case.results:
         assert used == stage
         assert largest_difference(found, train_alone(TWO_LAYERS, 2, steps=STEPS).weights) <= 1e-6
+
+
+def frozen_embedding():
+    model = build(TWO_LAYERS, device())
+    model.get_input_embeddings().weight.requires_grad_(False)
+    return model, make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+def compiled_layers_under_zero_3():
+    """Train as one process does and under ZeRO-3 with compiled layers; return what differs and what stays gathered."""
+    configure_deepspeed(device())
+    import deepspeed
+
+    rank, n = dist.get_rank(), dist.get_world_size()
+    rows = [batch(TWO_LAYERS, ROWS, LENGTH, step, device()) for step in range(STEPS)]
+    alone, optimizer = frozen_embedding()
+    for step in rows:
+        alone(**step).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = frozen_embedding()
+    gather_whole_layers(model, model.model.layers)
+    matrices = []
+    for layer in model.model.layers:
+        forward = torch.compile(layer.forward, backend="aot_eager")
+
+        def remember(*args, layer=layer, forward=forward, **kwargs):
+            matrices.extend(StorageWeakRef(p.data.untyped_storage()) for p in layer.parameters() if p.dim() > 1)
+            return forward(*args, **kwargs)
+
+        layer.forward = remember
+    config = json.loads((CONFIGS / "ds_zero_3_full.json").read_text())
+    config = fill_auto(config, micro_batch_size=ROWS // n, world_size=n, precision="fp32")
+    config["zero_optimization"] |= {f"stage3_{name}": 0 for name in ("max_live_parameters", "max_reuse_distance")}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for step in rows:
+        matrices.clear()
+        loss = engine(**{key: value.chunk(n)[rank] for key, value in step.items()}).loss
+        kept = sum(not reference.expired() for reference in matrices), len(matrices)
+        engine.backward(loss)
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return largest_difference(weights(model), weights(alone)), kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(shared.case(2, compiled_layers_under_zero_3), id="compiled")])
+def test_compiled_layers_are_gathered_whole_and_freed_before_backward(case):
+    for difference, (kept, gathered) in case.results:
+        assert difference <= 1e-6
+        assert kept == 0 and gathered > 4
 
 
 def saved_by_a_frozen_and_a_trained_layer():

@@ -77,11 +77,6 @@ def check_gpu_options(deepspeed: Mapping[str, Any] | None, hardware: str) -> Non
 
 def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> None:
     """Raise UserError if an option of ``speed`` cannot be combined with the rest of the job."""
-    if config.speed.compile_layers and zero_stage(deepspeed) == 3:
-        raise UserError(
-            "speed: compile_layers does not work with ZeRO-3, which gathers a layer's weights when the layer is "
-            "called; remove it, or use configs/ds_zero_2.json or no DeepSpeed file"
-        )
     if config.speed.recompute_inputs and not config.speed.compile_layers:
         raise UserError("speed: recompute_inputs is for compiled layers; set compile_layers: true, or remove it")
     limit = config.speed.gpu_memory_gib

@@ -13,6 +13,7 @@ from helpers.activations.swiglu import RecomputingMLP
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
 from helpers.finetune.method import Model, base_network, has_prefix
+from helpers.libraries.deepspeed import gather_whole_layers
 from helpers.memory.units import GIB
 
 SDPA = "sdpa"  # transformers' name for what every model starts with; used for padded batches and generation
@@ -45,8 +46,14 @@ def set_nccl_buffers(speed: SpeedOptions) -> None:
             os.environ.setdefault(name, value)
 
 
-def apply_speed_options(model: Model, speed: SpeedOptions) -> None:
-    """Change ``model`` in place. It still computes the same function."""
+def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = False) -> None:
+    """Change ``model`` in place. It still computes the same function.
+
+    Args:
+        model: The model, on its device.
+        speed: The configuration's ``speed``.
+        zero_3: Whether DeepSpeed shards the weights.
+    """
     base = base_network(model)
     base.loss_chunk = speed.loss_chunk
     # With a cache, transformers ignores the position ids, and the examples of a pack would see each other.
@@ -59,8 +66,11 @@ def apply_speed_options(model: Model, speed: SpeedOptions) -> None:
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
         backend = recompute_inputs if speed.recompute_inputs else "inductor"
+        if zero_3:
+            gather_whole_layers(base, base.model.layers)
         for layer in base.model.layers:
-            layer.compile(backend=backend)
+            # Not `layer.compile`: that would compile the hooks as well in which ZeRO-3 gathers the weights.
+            layer.forward = torch.compile(layer.forward, backend=backend)
     else:  # the compiler decides by itself what backward recomputes
         for layer in base.model.layers:
             layer.mlp.__class__ = RecomputingMLP

@@ -95,7 +95,7 @@ def _load_model(job: Job, arguments: TrainingArguments) -> Model:
     adapted = add_adapter(model, job.config)
     if base_format:
         exclude_frozen_from_ddp(adapted)
-    apply_speed_options(adapted, job.config.speed)
+    apply_speed_options(adapted, job.config.speed, zero_3=zero_3)
     return adapted
 
 

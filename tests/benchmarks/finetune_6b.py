@@ -74,6 +74,7 @@ WAYS = [
     Run("ZeRO-2, published 5e8 buckets", deepspeed=PUBLISHED_ZERO_2, speed=PLAIN),
     Run("ZeRO-3", deepspeed=ZERO_3, speed=PLAIN),
     Run("lora_fast.yaml", "lora_fast.yaml"),
+    Run("lora_fast.yaml, ZeRO-3", "lora_fast.yaml", ZERO_3),
     Run("lora_fast.yaml, not compiled, ZeRO-3", "lora_fast.yaml", ZERO_3, {"compile_layers": False}),
     Run("lora_fp8.yaml", "lora_fp8.yaml"),
     Run("lora_14gb.yaml", "lora_14gb.yaml"),
