@@ -7,6 +7,7 @@ from helpers.errors import UserError
 from helpers.memory.predict import constants
 from helpers.memory.predict.configuration import Configuration, Strategy
 from helpers.memory.predict.prediction import Prediction, predict
+from helpers.memory.predict.step_seconds import step_seconds
 from helpers.memory.units import GIB, MIB
 
 # Elements. They suit an adapter or a layer of the 6B model; DeepSpeed's defaults take gigabytes (configs/).
@@ -62,12 +63,14 @@ class Candidate:
         configuration: The job with this strategy.
         fit: Whether it fits, with its prediction.
         traffic: Bytes that each GPU sends per optimizer step.
-        reason: Memory, traffic and what it costs in speed, in one line.
+        seconds: Predicted time of a step on H100s, to compare candidates with each other.
+        reason: Memory, time, traffic and what it costs in speed, in one line.
     """
 
     configuration: Configuration
     fit: Fit
     traffic: int
+    seconds: float
     reason: str
 
     @property
@@ -121,10 +124,8 @@ def traffic(configuration: Configuration) -> int:
 def sort_strategies(configuration: Configuration, world_size: int, gpu_bytes: int) -> list[Candidate]:
     """Sort the ways to run a job on ``world_size`` GPUs, best first.
 
-    Configurations that fit come first, the cheapest in time before the others. The order of cost is the one measured on
-    H100s with the 6B model (tokens/s per GPU): DDP 13,474; ZeRO-2 12,769; DDP with checkpointing 9,251; ZeRO-3 with
-    checkpointing 2,113; ZeRO-3 with the optimizer of all parameters in host memory 309. Configurations that do not fit
-    follow, those that miss least first.
+    Configurations that fit come first, the fastest before the others (step_seconds.py; of two that take the same time
+    to two digits, the simpler one). Configurations that do not fit follow, those that miss least first.
 
     Args:
         configuration: The job. Its own strategy and checkpointing are ignored.
@@ -142,9 +143,18 @@ def sort_strategies(configuration: Configuration, world_size: int, gpu_bytes: in
     candidates = []
     for variant in _variants(configuration, world_size):
         fit = fits(variant, gpu_bytes)
-        candidates.append(Candidate(variant, fit, traffic(variant), _reason(variant, fit)))
+        sent = traffic(variant)
+        seconds = step_seconds(variant, sent)
+        candidates.append(Candidate(variant, fit, sent, seconds, _reason(variant, fit, sent, seconds)))
     # Candidates that do not fit are sorted by how much they miss.
-    return sorted(candidates, key=lambda c: (False, *_cost(c.configuration)) if c.fit else (True, -c.fit.margin))
+    return sorted(
+        candidates,
+        key=lambda c: (False, _two_digits(c.seconds), *_cost(c.configuration)) if c.fit else (True, -c.fit.margin),
+    )
+
+
+def _two_digits(seconds: float) -> float:
+    return float(f"{seconds:.2g}")
 
 
 def _variants(configuration: Configuration, world_size: int) -> Iterator[Configuration]:
@@ -178,7 +188,7 @@ def _strategies(world_size: int) -> Iterator[Strategy]:
 
 
 def _cost(c: Configuration) -> tuple[int, int, int, int]:
-    """Rank by speed, slowest largest: host memory, gathered parameters, a recomputed forward, then the ZeRO stage."""
+    """Rank by how much is changed: host memory, gathered parameters, a recomputed forward, then the ZeRO stage."""
     strategy = c.strategy
     offload = int(strategy.offload_optimizer) + int(strategy.offload_parameters)
     return offload, int(strategy.zero_stage == 3), int(c.checkpointing), strategy.zero_stage
@@ -203,9 +213,8 @@ def label(configuration: Configuration) -> str:
     return " + ".join(parts)
 
 
-def _reason(c: Configuration, fit: Fit) -> str:
-    """Write one line: memory, traffic and what it costs in speed."""
-    sent = traffic(c)
+def _reason(c: Configuration, fit: Fit, sent: int, seconds: float) -> str:
+    """Write one line: memory, time, traffic and what it costs in speed."""
     if sent == 0:
         sends = "sends nothing"
     else:
@@ -220,4 +229,5 @@ def _reason(c: Configuration, fit: Fit) -> str:
         costs.append("Adam on the CPU")
     if c.strategy.offload_parameters:
         costs.append("every parameter over PCIe, twice a step")
-    return "; ".join([f"needs {fit.needed / GIB:.2f} GiB, {fit}", sends, *costs])
+    time = f"about {seconds:.2f} s a step on H100s"
+    return "; ".join([f"needs {fit.needed / GIB:.2f} GiB, {fit}", time, sends, *costs])
