@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from helpers.launch import device
 """
+MAGIC = re.compile(r"^[!%].*", re.MULTILINE)  # what is no Python: a command of the shell or of the notebook
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -59,8 +60,9 @@ def define(chapter, name, code):
         source = "".join(cell["source"])
         if name in judged(source, f"chapter_{chapter}"):
             break
-        for node in filter(defines, ast.parse(source).body):
-            with suppress(NameError):  # a default that is measured on the machine, and what builds on it
+        python = "" if source.startswith("%%") else MAGIC.sub("", source)
+        for node in filter(defines, ast.parse(python).body):
+            with suppress(NameError, LookupError):  # what is measured on the machine, and what builds on it
                 exec(compile(ast.Module([node], []), "<chapter>", "exec"), namespace)
     tree = ast.parse(PREAMBLE + code)
     exec(compile(ast.Module([*filter(defines, tree.body)], []), "<answer>", "exec"), namespace)
@@ -68,9 +70,10 @@ def define(chapter, name, code):
 
 
 def defines(node):
-    """Whether a statement imports, or defines a function, a class or a value that is not the result of a call."""
+    """Whether a statement imports, or defines a function, a class, a setting in capitals or a value without a call."""
     if isinstance(node, ast.Assign):
-        return not any(isinstance(part, ast.Call) for part in ast.walk(node))
+        setting = all(isinstance(target, ast.Name) and target.id.isupper() for target in node.targets)
+        return setting or not any(isinstance(part, ast.Call) for part in ast.walk(node))
     return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
 
 

@@ -1,7 +1,6 @@
 """Chapter 03: cutting by cost, the table of a schedule, the executor's parts, 1F1B, and what its exercises ask for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -11,27 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from helpers.errors import UserError
 from helpers.exercises.answers import WORLDS, NotYet, call, exercise, on_ranks
+from helpers.exercises.schedules import check_idle, ideal, inputs, last_stage, needed, timeline_of
 from helpers.memory.predict import ModelShape
 from helpers.parallel.network import TINY
-from helpers.parallel.pipeline import Action, Schedule, ScheduleTimeline, gpipe, interleaved, one_f_one_b
-from helpers.parallel.pipeline import simulate as timeline_of
+from helpers.parallel.pipeline import Action, Schedule, gpipe, interleaved, one_f_one_b
 from helpers.parallel.traffic import count_traffic
-
-TIMES = {"F": 1, "B": 2}
-
-
-def _needed(action: Action, last: int) -> list[Action]:
-    kind, stage, number = action
-    if kind == "F":
-        return [Action("F", stage - 1, number)] if stage else []
-    return [Action("F", stage, number), *([Action("B", stage + 1, number)] if stage < last else [])]
-
-
-def _last(schedule: Schedule) -> int:
-    return max(action.stage for actions in schedule for action in actions)
-
 
 # --- the chapter's own functions ---
 
@@ -71,7 +55,7 @@ def needs(answer: Callable[..., Any]) -> None:
     for last in (0, 1, 3):
         for action in (Action(kind, stage, number) for kind in "FB" for stage in range(last + 1) for number in (0, 5)):
             found = call(answer, action, last)
-            if not isinstance(found, list) or sorted(found) != sorted(_needed(action, last)):
+            if not isinstance(found, list) or sorted(found) != sorted(needed(action, last)):
                 results = [f"{kind}{number} of stage {stage}" for kind, stage, number in found or []]
                 text = ", ".join(results) or ("nothing" if found == [] else repr(found))
                 raise NotYet(f"for {action} of {last + 1} stages, it names {text}")
@@ -91,18 +75,6 @@ def _simulated(
     return found
 
 
-def _ideal(schedule: Schedule, seconds: Mapping[str, float]) -> list[list[tuple[Action, float, float]]]:
-    last = _last(schedule)
-    before = {later: earlier for actions in schedule for earlier, later in pairwise(actions)}
-
-    @cache
-    def end(action: Action) -> float:
-        first = [before[action]] if action in before else []
-        return max((end(need) for need in (*first, *_needed(action, last))), default=0.0) + seconds[action.kind]
-
-    return [[(action, end(action) - seconds[action.kind], end(action)) for action in actions] for actions in schedule]
-
-
 @exercise
 def simulate(answer: Callable[..., Any]) -> None:
     """Judge the times of a schedule's actions on ideal ranks, and that a schedule which cannot end is refused.
@@ -120,7 +92,7 @@ def simulate(answer: Callable[..., Any]) -> None:
             raise NotYet(f"it raises ValueError for {size} that can end")
         if [[action for action, *_ in actions] for actions in spans] != [list(actions) for actions in schedule]:
             raise NotYet(f"for {size}, it does not time each rank's actions once, in their order")
-        pairs = zip(chain(*spans), chain(*_ideal(schedule, seconds)), strict=True)
+        pairs = zip(chain(*spans), chain(*ideal(schedule, seconds)), strict=True)
         for (action, *times), (_, *expected) in pairs:
             if times != expected:
                 early = "early" if times < expected else "late"
@@ -191,7 +163,7 @@ def passes(forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
 
 def _executed(answer: Callable[..., Any], schedule: Schedule, pace: Mapping[str, float]) -> tuple[Any, Any]:
     """In a rank: what each action received, and the answer's spans."""
-    received, last = {}, _last(schedule)
+    received, last = {}, last_stage(schedule)
 
     def work(_: object, action: Action, x: torch.Tensor | None) -> torch.Tensor | None:
         received[action] = None if x is None else x.tolist()
@@ -203,21 +175,6 @@ def _executed(answer: Callable[..., Any], schedule: Schedule, pace: Mapping[str,
     return received, [(Action(*action), start, end) for action, start, end in spans]
 
 
-def _inputs(schedule: Schedule) -> dict[Action, float | None]:
-    """Return the number that each action should receive."""
-    last = _last(schedule)
-
-    @cache
-    def received(action: Action) -> float | None:
-        others = [need for need in _needed(action, last) if need.stage != action.stage]
-        if not others:
-            return None
-        x = received(others[0])
-        return (others[0].micro_batch + 1.0 if x is None else x) * 2 + others[0].stage
-
-    return {action: received(action) for actions in schedule for action in actions}
-
-
 @exercise
 def execute(answer: Callable[..., Any]) -> None:
     """Judge the loop that runs a rank's actions: what they receive, their order and their times.
@@ -227,7 +184,7 @@ def execute(answer: Callable[..., Any]) -> None:
     """
     pace = {"F": 0.002, "B": 0.004}
     for schedule in (one_f_one_b(2, 3), gpipe(3, 2), interleaved(4, 4)):
-        expected, n = _inputs(schedule), len(schedule)
+        expected, n = inputs(schedule), len(schedule)
         found = on_ranks(_executed, n, answer=answer, schedule=schedule, pace=pace)
         for rank, (received, spans) in enumerate(found):
             where = f"with {n} ranks, rank {rank}"
@@ -243,28 +200,6 @@ def execute(answer: Callable[..., Any]) -> None:
                 raise NotYet(f"{where} has an action that is shorter than its pace")
 
 
-def _timeline(found: Any, ranks: int, micro_batches: int) -> ScheduleTimeline:
-    """Simulate a schedule with a stage per rank, after checking that it is complete."""
-    where = f"with {ranks} ranks and {micro_batches} micro-batches"
-    try:
-        schedule = [[Action(*action) for action in actions] for actions in found]
-    except TypeError:
-        raise NotYet(f"{where}, it does not return a list of actions per rank") from None
-    expected = [sorted(actions) for actions in gpipe(ranks, micro_batches)]
-    if [sorted(actions) for actions in schedule] != expected:
-        raise NotYet(f"{where}, a rank does not have one F and one B of its stage for each micro-batch")
-    try:
-        return timeline_of(schedule, lambda action: TIMES[action.kind])
-    except UserError as error:
-        raise NotYet(f"{where}, {error}") from None
-
-
-def _check_idle(timeline: ScheduleTimeline, expected: float, where: str) -> None:
-    if not abs(timeline.idle - expected) < 1e-9:
-        more = "more" if timeline.idle > expected else "less"
-        raise NotYet(f"{where}, the ranks idle {timeline.idle:.3f} of the time, {more} than they should")
-
-
 @exercise
 def one_f_one_b_schedule(answer: Callable[..., Any]) -> None:
     """Judge the schedule with one forward and one backward in turn.
@@ -273,11 +208,11 @@ def one_f_one_b_schedule(answer: Callable[..., Any]) -> None:
         answer: Gets the number of ranks and of micro-batches.
     """
     for p, m in ((1, 2), (2, 5), (3, 2), (4, 8), (5, 5)):
-        timeline, where = _timeline(call(answer, p, m), p, m), f"with {p} ranks and {m} micro-batches"
+        timeline, where = timeline_of(call(answer, p, m), p, m), f"with {p} ranks and {m} micro-batches"
         for rank, alive in enumerate(timeline.alive):
             if alive > min(m, p - rank):
                 raise NotYet(f"{where}, {alive} micro-batches are alive on rank {rank}, more than need be")
-        _check_idle(timeline, (p - 1) / (m + p - 1), where)
+        check_idle(timeline, (p - 1) / (m + p - 1), where)
 
 
 # --- exercises ---
@@ -323,12 +258,12 @@ def gpipe_in_rounds(answer: Callable[..., Any], predicted_idle: float) -> None:
         predicted_idle: For 4 ranks, 8 micro-batches and 2 rounds.
     """
     for p, m, rounds in ((4, 8, 2), (2, 6, 3), (3, 4, 1)):
-        timeline, size = _timeline(call(answer, p, m, rounds), p, m), m // rounds
+        timeline, size = timeline_of(call(answer, p, m, rounds), p, m), m // rounds
         where = f"with {p} ranks and {m} micro-batches in {rounds} rounds"
         kinds = {"".join(span.action.kind for span in spans) for spans in timeline.ranks}
         if kinds != {("F" * size + "B" * size) * rounds}:
             raise NotYet(f"{where}, a rank does not do rounds of {size} forward and {size} backward passes")
-        _check_idle(timeline, (p - 1) / (size + p - 1), where)
+        check_idle(timeline, (p - 1) / (size + p - 1), where)
     if not abs(predicted_idle - 3 / 7) < 0.005:
         more = "more" if predicted_idle < 3 / 7 else "less"
         raise NotYet(f"the schedule is right, but it idles {more} than the {predicted_idle:g} that you predicted")
