@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from helpers.libraries.deepspeed_checkpoints import (
     correct_checkpoint_loading,
     regroup,
     replay_cpu_adam,
+    sub_groups,
     use_options,
     use_schedule,
 )
@@ -108,7 +110,8 @@ def test_a_schedule_that_follows_the_loss_is_left_as_it_was_loaded():
 
 
 @pytest.mark.slow  # may compile
-def test_adam_on_the_cpu_goes_on_to_the_last_bit():
+@pytest.mark.parametrize("zero_3", [False, True])
+def test_adam_on_the_cpu_goes_on_to_the_last_bit(zero_3):
     def step(optimizer, parameter, number):
         torch.manual_seed(number)
         parameter.grad = torch.randn(64)
@@ -123,7 +126,13 @@ def test_adam_on_the_cpu_goes_on_to_the_last_bit():
         step(optimizer, parameter, number)
     resumed, resumed_optimizer = fresh(parameter.detach())
     resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    replay_cpu_adam(resumed_optimizer)
+    if zero_3:  # which takes the parameters out of the groups
+        zero_optimizer = SimpleNamespace(sub_group_to_group_id={0: 0}, fp32_partitioned_groups_flat=[resumed])
+        resumed_optimizer.param_groups[0]["params"] = []
+        replay_cpu_adam(resumed_optimizer, sub_groups(zero_optimizer))
+        resumed_optimizer.param_groups[0]["params"] = [resumed]
+    else:
+        replay_cpu_adam(resumed_optimizer, sub_groups(SimpleNamespace()))
     for number in range(19, 40):
         step(optimizer, parameter, number)
         step(resumed_optimizer, resumed, number)

@@ -56,7 +56,7 @@ def correct_checkpoint_loading() -> None:
         use_schedule(engine.lr_scheduler, rates)
         if hasattr(engine.optimizer, "clip_grad"):
             engine.optimizer.clip_grad = engine.gradient_clipping()
-        replay_cpu_adam(getattr(engine.optimizer, "optimizer", None))
+        replay_cpu_adam(getattr(engine.optimizer, "optimizer", None), sub_groups(engine.optimizer))
         return loaded
 
     setattr(load, "is_corrected", True)  # noqa: B010 (mypy: a function has no such attribute)
@@ -148,7 +148,22 @@ def _part(parts: list[torch.Tensor], rank: int, size: int) -> torch.Tensor:
     return torch.nn.functional.pad(own, (0, size - own.numel()))
 
 
-def replay_cpu_adam(optimizer: Any) -> None:
+def sub_groups(zero_optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
+    """List what the optimizer of ZeRO-3 updates, in its order: it takes parameters out of the groups after each step.
+
+    Args:
+        zero_optimizer: DeepSpeed's.
+
+    Returns:
+        Index of the group, and the flat parameter; None for other stages, whose groups hold their parameters.
+    """
+    group_of = getattr(zero_optimizer, "sub_group_to_group_id", None)
+    if group_of is None:
+        return None
+    return [(group_of[i], flat) for i, flat in enumerate(zero_optimizer.fp32_partitioned_groups_flat)]
+
+
+def replay_cpu_adam(optimizer: Any, parameters: list[tuple[int, torch.Tensor]] | None = None) -> None:
     """Bring DeepSpeed's Adam on the CPU to the state it had when the checkpoint was saved.
 
     Its bias correction multiplies by beta once a step. After a jump it takes beta's power instead, which rounds
@@ -156,12 +171,16 @@ def replay_cpu_adam(optimizer: Any) -> None:
 
     Args:
         optimizer: The optimizer inside DeepSpeed's; others than ``DeepSpeedCPUAdam`` are left as they are.
+        parameters: What it updates, in its order, with the index of the group; None takes those in the groups.
     """
     adam = getattr(optimizer, "ds_opt_adam", None)
     if adam is None:
         return
     nothing = [torch.empty(0) for _ in range(4)]
-    steps = [(group, int(optimizer.state[p]["step"])) for group in optimizer.param_groups for p in group["params"]]
+    groups = optimizer.param_groups
+    if parameters is None:
+        parameters = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
+    steps = [(groups[i], int(optimizer.state[p]["step"])) for i, p in parameters if "step" in optimizer.state[p]]
     for step in range(1, max((last for _, last in steps), default=0) + 1):
         for group, last in steps:
             if step <= last:
