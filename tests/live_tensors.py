@@ -4,7 +4,6 @@
 computes shapes only, with the operators that CUDA would use, and follows every storage: that works at any size.
 """
 
-import contextlib
 import weakref
 from collections import defaultdict
 
@@ -17,35 +16,13 @@ from torch.utils._pytree import tree_iter
 
 from helpers.memory.predict import Configuration
 from helpers.memory.predict.build import add_adapter, build_without_adapter
+from helpers.memory.predict.traced import autocast, cuda_attention, fake_batch, fused_dropout
 
 
 def glm(c: Configuration, device: str = "cpu") -> torch.nn.Module:
     """The model of a configuration, with its adapter."""
     with torch.device(device):
         return add_adapter(c, build_without_adapter(c, device))
-
-
-def fused_dropout(x, p=0.5, training=True, inplace=False):
-    """What torch runs on CUDA: a boolean mask. On the CPU it would keep a mask of x's own type."""
-    return torch.native_dropout(x, p, True)[0] if training and p else x
-
-
-def batch(c: Configuration) -> dict[str, torch.Tensor]:
-    ids = torch.ones(c.micro_batch_size, c.sequence_length, dtype=torch.long)
-    mask = (
-        {
-            "attention_mask": torch.ones(
-                c.micro_batch_size, 1, c.sequence_length, c.sequence_length, dtype=torch.bool
-            ).tril()
-        }
-        if c.masked
-        else {}
-    )
-    return {"input_ids": ids, "labels": ids, **mask}
-
-
-def autocast(c: Configuration):
-    return torch.autocast("cpu", torch.bfloat16) if c.precision == "autocast" else contextlib.nullcontext()
 
 
 def saved_bytes(c: Configuration, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -62,7 +39,7 @@ def saved_bytes(c: Configuration, monkeypatch: pytest.MonkeyPatch) -> int:
         return tensor
 
     with autocast(c), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch(c)).loss
+        loss = model(**fake_batch(c)).loss
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -99,20 +76,6 @@ class Live(TorchDispatchMode):
         return out
 
 
-def cuda_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The kernels that SDPA chooses on CUDA, by name: a mask goes to efficient, padded to 16 columns."""
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype
-    with torch.autocast("cpu", enabled=False):
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if attn_mask is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
-        length = q.shape[2]
-        bias = torch.zeros(attn_mask.shape, dtype=dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
-        bias = torch.nn.functional.pad(bias, (0, -length % 16))[..., :length].expand(*q.shape[:2], length, length)
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return efficient(q, k, v, bias, True, 0.0, False, scale=scale)[0]
-
-
 def live_peaks(c: Configuration, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Peaks in bytes of "forward" and "backward", parameters included, as the operators of CUDA would make them."""
     monkeypatch.setattr(torch.nn.functional, "dropout", fused_dropout)
@@ -134,7 +97,7 @@ def live_peaks(c: Configuration, monkeypatch: pytest.MonkeyPatch) -> dict[str, i
         with live:
             live.phase = "forward"
             with autocast(c):
-                loss = model(**batch(c)).loss
+                loss = model(**fake_batch(c)).loss
             live.phase = "backward"
             loss.backward()
     return dict(live.peak)

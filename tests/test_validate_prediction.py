@@ -125,3 +125,18 @@ def test_parts_are_joined(script, tmp_path):
     script.join(whole, parts)
     assert script.read(whole) == {"before": {}, "case 0": {}}
     assert not any(part.exists() for part in parts)
+
+
+def test_recorded_runs_are_predicted_again_and_the_allocator_simulated_where_it_can_be(script):
+    alone, sharded = (next(n for n in CASES if n.startswith(f"1 x {kind}, 2 layers")) for kind in ("single", "zero-1"))
+    for name, traced in ((alone, True), (sharded, False)):
+        configuration = script.tiny(CASES[name].configuration)
+        predicted = script.benchmark.predict(configuration)
+        rank = {"allocated": predicted.allocated, "reserved": predicted.reserved, "nvml": predicted.total}
+        entry = {"losses": [], "expandable": True, "measured": [rank]}
+        found = script.again(entry, configuration, trace=True)
+        assert found["traced"] is traced
+        if not traced:
+            assert found["error_percent"] == 0
+        assert script.again(entry, configuration, trace=False)["error_percent"] == 0
+    assert script.again({"failed": "x"}, configuration, trace=True) == {"failed": "x"}

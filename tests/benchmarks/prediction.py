@@ -304,9 +304,17 @@ def without_machine(configuration: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in configuration.items() if key != "machine"}
 
 
-def record(configuration: Configuration, measured: list[dict[str, int | None]], outcome: dict[str, Any]) -> dict:
-    """Return one configuration's entry: its prediction, each rank's measured bytes, the errors in percent."""
-    prediction = predict(configuration)
+def record(
+    configuration: Configuration,
+    measured: list[dict[str, int | None]],
+    outcome: dict[str, Any],
+    allowance: int | None = None,
+) -> dict:
+    """Return one configuration's entry: its prediction, each rank's measured bytes, the errors in percent.
+
+    ``allowance`` is the allocator's, if it was simulated.
+    """
+    prediction = predict(configuration, allowance)
     assert outcome["trained_parameters"] == configuration.trainable_parameters, (
         outcome,
         configuration.trainable_parameters,

@@ -1,7 +1,7 @@
 """Measure the drawn configurations (prediction_cases.py) on GPUs, and compare their memory with its prediction.
 
     python tests/benchmarks/validate_prediction.py [--resume] [--seconds 540] [--only TEXT]
-    python tests/benchmarks/validate_prediction.py --again     predict the recorded runs with the current formulas
+    python tests/benchmarks/validate_prediction.py --again [--trace]     predict the recorded runs once more, without GPU
     python tests/benchmarks/validate_prediction.py --dry       tiny models on the CPU: does every case run?
 
 Each case trains a few steps in fresh processes, forked from a server that has imported the libraries. Cases of one GPU
@@ -9,6 +9,7 @@ run side by side, one on each. The results file is written after every case; ``-
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ from helpers.errors import UserError, exit_with_one_line
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, run
 from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.predict.traced import traced_allowance
 from helpers.memory.units import GIB
 
 RESULTS = benchmark.RESULTS.with_name("prediction_validation.json")
@@ -89,13 +91,18 @@ def _measure_once(configuration: Configuration, limit: int | None) -> dict[str, 
     }
 
 
-def again(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
-    """Return an entry with the same measurements and the current prediction."""
+def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> dict[str, Any]:
+    """Return an entry with the same measurements and the current prediction; ``trace`` simulates the allocator."""
     if "failed" in entry:
         return entry
+    allowance = None
+    if trace:
+        with contextlib.suppress(UserError):  # a job that cannot be traced keeps the formula
+            allowance = traced_allowance(configuration)
     outcome = {key: entry[key] for key in ("losses", "expandable")}
     outcome["trained_parameters"] = configuration.trainable_parameters
-    return entry | benchmark.record(configuration, entry["measured"], outcome)
+    made = benchmark.record(configuration, entry["measured"], outcome, allowance)
+    return entry | made | {"traced": allowance is not None}
 
 
 def item_errors(entry: dict[str, Any]) -> dict[str, int]:
@@ -209,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the cases in the results file")
     parser.add_argument("--seconds", type=float, default=540, help="start no case after so many (540)")
     parser.add_argument("--again", action="store_true", help="predict the recorded runs again, measure nothing")
+    parser.add_argument("--trace", action="store_true", help="with --again: simulate the allocator where possible")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     arguments = parser.parse_args(argv)
     end = time.monotonic() + arguments.seconds
@@ -216,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.again:
         content = json.loads(arguments.results.read_text(encoding="utf-8"))
         content["configurations"] = {
-            n: again(e, cases()[n].configuration) for n, e in content["configurations"].items()
+            n: again(e, cases()[n].configuration, arguments.trace) for n, e in content["configurations"].items()
         }
         benchmark.write(arguments.results, content)
         print("\n".join(summary(content["configurations"])))

@@ -47,11 +47,12 @@ class Prediction:
         return self.allocated + self.items["allocator allowance"]
 
 
-def predict(configuration: Configuration) -> Prediction:
+def predict(configuration: Configuration, allowance: int | None = None) -> Prediction:
     """Predict the memory of one GPU, from the second step on (the first has no optimizer states yet).
 
     Args:
         configuration: The job.
+        allowance: Bytes that the allocator holds beyond the tensors, if traced.py simulated them; None takes a formula.
 
     Returns:
         The bytes at the peak by item, and the total of every phase.
@@ -60,7 +61,8 @@ def predict(configuration: Configuration) -> Prediction:
     tensors = step.phases()
     sizes = {name: sum(held.values()) for name, held in tensors.items()}
     peak_phase = max(sizes, key=lambda name: sizes[name])
-    outside = Counter(_outside_torch(configuration) | {"allocator allowance": allowance_bytes(step, sizes)})
+    allowance = allowance_bytes(step, sizes) if allowance is None else allowance
+    outside = Counter(_outside_torch(configuration) | {"allocator allowance": allowance})
     held = tensors[peak_phase] + outside
     totals = {name: size + sum(outside.values()) for name, size in sizes.items()}
     items = MappingProxyType({name: held[name] for name in ITEMS})
