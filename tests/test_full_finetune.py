@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from load_benchmark import load_benchmark
 from safetensors.torch import load_file
 from small_finetune import ROOT, TRAIN, largest_difference, prepare, write_config
 from transformers import AutoModelForCausalLM, GlmForCausalLM
@@ -135,6 +137,16 @@ def test_it_resumes_only_the_same_method(alone, tmp_path, data_dir, small_checkp
         prepare(data_dir, small_checkpoint, write_config(tmp_path), resume=True)
 
 
+def test_the_published_file_is_read_unchanged():
+    # It differs from the published lora.yaml in these lines only.
+    published = yaml.safe_load((ROOT / "tests" / "data" / "published_lora.yaml").read_text())
+    del published["peft_config"]
+    published["training_args"] |= {"learning_rate": "3e-4", "deepspeed": "ds_zero_3.json"}
+    read = parse_finetune_config(published, "sft.yaml")
+    assert read.trains_all and read.method == "all parameters" and read.training["learning_rate"] == 3e-4
+    assert read.deepspeed_file == "ds_zero_3.json"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -180,3 +192,18 @@ def test_the_predictor_reads_the_file(deepspeed, precision, states):
     held = predict(predicted).items
     found = sum(held[name] for name in ("parameters", "gradients", "optimizer states"))
     assert found / shape.parameters == pytest.approx(states, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["24 GiB budget", "least memory"])
+def test_the_benchmark_starts_the_ordinary_command(name, tmp_path, data_dir, small_checkpoint, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    script = load_benchmark("full_6b")
+    file, deepspeed = script.RUNS[name]
+    config = script.write_config(tmp_path / "few.yaml", file, script.FEW_STEPS | {"use_cpu": True}, {})
+    job = prepare(data_dir, small_checkpoint, config, ROOT / "configs" / deepspeed)
+    assert job.config.trains_all and job.planned_steps == 5 and job.data.dev is None
+    asked = []
+    monkeypatch.setattr(script, "run_command", lambda command: asked.append(command) or 3)
+    with pytest.raises(UserError, match=f"{name} failed with status 3"):
+        script.measure(name, data_dir, small_checkpoint, tmp_path / "run")
+    assert "helpers.finetune.train" in asked[0] and any(str(part).endswith(deepspeed) for part in asked[0])
