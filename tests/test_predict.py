@@ -33,6 +33,7 @@ from helpers.memory.predict import (
     read_shape,
 )
 from helpers.memory.predict.__main__ import main
+from helpers.memory.predict.error_bar import error_bar
 from helpers.memory.predict.jobs import read_job
 from helpers.memory.predict.planner import fits, sort_strategies, traffic
 from helpers.memory.predict.saved_tensors import attention_kernel, saved_by_model, total_bytes
@@ -374,6 +375,18 @@ def test_predictions_are_what_was_measured(script, name, expandable):
     assert prediction.total == pytest.approx(measured["nvml"], rel=percent / 100)
     outside = measured["nvml"] - measured["reserved"]
     assert prediction.items["CUDA context"] + prediction.items["NCCL"] == pytest.approx(outside, rel=0.025)
+
+
+@pytest.mark.parametrize("expandable", [True, False])
+def test_error_bars_are_the_largest_errors_of_the_committed_runs(script, expandable):
+    shares = []
+    for name, c in script.configurations(1).items():
+        entry = MEASURED["configurations"][name]
+        (rank,) = (entry if expandable else entry["default_allocator"])["measured"]
+        shares.append(rank["nvml"] / predict(dataclasses.replace(c, expandable_segments=expandable)).total - 1)
+    bar = error_bar(Configuration(expandable_segments=expandable))
+    assert 0 <= bar.too_low - max(shares) < 0.01
+    assert 0 <= bar.too_high + min(shares) < 0.01
 
 
 def test_the_results_file_holds_what_the_formulas_say_today(script):

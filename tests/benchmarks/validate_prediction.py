@@ -1,7 +1,7 @@
 """Measure the drawn configurations (prediction_cases.py) on GPUs, and compare their memory with its prediction.
 
     python tests/benchmarks/validate_prediction.py [--resume] [--seconds 540] [--only TEXT]
-    python tests/benchmarks/validate_prediction.py --again [--trace]     predict the recorded runs once more, without GPU
+    python tests/benchmarks/validate_prediction.py --again [--trace]     predict the recorded runs once more
     python tests/benchmarks/validate_prediction.py --dry       tiny models on the CPU: does every case run?
 
 Each case trains a few steps in fresh processes, forked from a server that has imported the libraries. Cases of one GPU
@@ -30,7 +30,6 @@ from helpers.errors import UserError, exit_with_one_line
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, run
 from helpers.memory.predict import Configuration, ModelShape
-from helpers.memory.predict.traced import traced_allowance
 from helpers.memory.units import GIB
 
 RESULTS = benchmark.RESULTS.with_name("prediction_validation.json")
@@ -97,6 +96,8 @@ def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> d
         return entry
     allowance = None
     if trace:
+        from helpers.memory.predict.traced import traced_allowance  # imports transformers, which takes seconds
+
         with contextlib.suppress(UserError):  # a job that cannot be traced keeps the formula
             allowance = traced_allowance(configuration)
     outcome = {key: entry[key] for key in ("losses", "expandable")}
