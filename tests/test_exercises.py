@@ -65,7 +65,8 @@ def define(chapter, name, code):
             with suppress(NameError, LookupError):  # what is measured on the machine, and what builds on it
                 exec(compile(ast.Module([node], []), "<chapter>", "exec"), namespace)
     tree = ast.parse(PREAMBLE + code)
-    exec(compile(ast.Module([*filter(defines, tree.body)], []), "<answer>", "exec"), namespace)
+    kept = [node for node in tree.body if defines(node) or (isinstance(node, ast.Assign) and not calls(node, "run"))]
+    exec(compile(ast.Module(kept, []), "<answer>", "exec"), namespace)
     return namespace
 
 
@@ -73,8 +74,14 @@ def defines(node):
     """Whether a statement imports, or defines a function, a class, a setting in capitals or a value without a call."""
     if isinstance(node, ast.Assign):
         setting = all(isinstance(target, ast.Name) and target.id.isupper() for target in node.targets)
-        return setting or not any(isinstance(part, ast.Call) for part in ast.walk(node))
+        return setting or not calls(node)
     return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
+
+
+def calls(node, name=None):
+    """Whether a statement calls the function of that name, or any."""
+    found = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+    return any(name is None or getattr(function, "id", None) == name for function in found)
 
 
 def answer(chapter, name, wrong):

@@ -168,7 +168,8 @@ def _explain(error: RankError) -> str:
         waits = [line.split(": ")[0] for line in details if line.startswith("rank ")]
         return f"it does not return: {', '.join(waits)}"
     frames = FRAME.findall("\n".join(details))
-    message = next((line for line in details if line.startswith(error.type)), error.type)
+    # The line that names the error, with its module if it is not a built-in one.
+    message = next((line for line in details if re.match(rf"(\w+\.)*{error.type}\b", line)), error.type)
     return (
         f"rank {error.rank} raised {_describe(error.type, message.partition(': ')[2], frames[-1] if frames else None)}"
     )
