@@ -115,7 +115,7 @@ def test_the_published_file_is_read_unchanged():
     read = parse_finetune_config(PUBLISHED | {"peft_config": peft}, "ptuning_v2.yaml")
     assert read.prefix == {"task_type": "CAUSAL_LM", "num_virtual_tokens": 128}
     assert read.method == "prefix tuning" and not read.lora and not read.trains_all
-    with pytest.raises(UserError, match="PREFIX_TUNING is not predicted"):
+    with pytest.raises(UserError, match="the memory of PREFIX_TUNING is not predicted"):
         configuration_of(read, None, shape=ModelShape(), world_size=1, sequence_length=None)
 
 

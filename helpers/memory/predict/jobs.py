@@ -58,7 +58,7 @@ def configuration_of(
     messages.
     """
     if job.prefix:
-        raise UserError("peft_type PREFIX_TUNING is not predicted; a LoRA adapter of r 1 needs about as much")
+        raise UserError("the memory of PREFIX_TUNING is not predicted")
     kind = choose_precision(job.training, deepspeed, "bf16")
     training = job.training
     strategy = _strategy(deepspeed, world_size, shape, source) if deepspeed is not None else _without(world_size)
