@@ -1,5 +1,6 @@
 """Signals: a checkpoint while training, the end before and after it; a dead worker of a data loader."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 from small_finetune import ONE_RANK, write_config
 
+from helpers.errors import UserError
 from helpers.finetune.run_folder import RunFile
 from helpers.finetune.stop import (
     SIGNALS,
@@ -47,6 +50,24 @@ def test_a_job_inside_of_another_program_leaves_its_handlers_as_they_were():
         end_at_signals(ONE_RANK)
         signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_rank_that_ends_with_its_error_is_not_disturbed_by_the_signal_for_the_others(monkeypatch, capsys):
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    class Store(dist.HashStore):
+        def compare_set(self, *_):
+            signal.raise_signal(signal.SIGTERM)  # another rank has ended first
+
+    monkeypatch.setattr(os, "_exit", end)
+    end_at_signals(ONE_RANK)
+    with pytest.raises(Ended, match="2"):
+        dataclasses.replace(ONE_RANK, store=Store()).exit_with_error(UserError("no such key"))
+    assert capsys.readouterr().err == "error: no such key\n"
 
 
 def test_while_training_a_signal_is_only_noted(capsys):

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -182,6 +184,10 @@ class Ranks:
         torchrun ends all ranks as soon as one exits, so the others wait until rank 0 has printed the line. Ranks that
         wait for another learn of the error, and end as well.
         """
+        # The first rank that ends makes torchrun signal the others, which are about to end for the same reason.
+        if threading.current_thread() is threading.main_thread():  # the watchdog's thread may not
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
         reported = False
         if self.store is not None:
             with contextlib.suppress(dist.DistError):

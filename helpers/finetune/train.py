@@ -251,6 +251,23 @@ def _train_and_write(job: Job, ranks: Ranks, watchdog: Watchdog, predicted: Fore
     return INTERRUPTED if run_file.content["status"] == "interrupted" else 0
 
 
+def _run_or_explain(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    """Run the job; end this rank with one line if it fails for a reason that has one. A signal may come meanwhile."""
+    try:
+        end_at_signals(ranks)
+        return _run(arguments, ranks)
+    except UserError as error:
+        ranks.exit_with_error(error)
+    except BrokenPipeError:  # `| head`, which ends all ranks: torchrun stops the others
+        discard_output()
+        os._exit(CLOSED_PIPE)  # not sys.exit: other ranks may be in a collective
+    except OSError as error:
+        line = unwritten(error)
+        if line is None:
+            raise
+        ranks.exit_with_error(line)
+
+
 @restored_signals()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; torchrun calls it once per rank."""
@@ -268,22 +285,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     try:
-        end_at_signals(ranks)
-        status = _run(arguments, ranks)
-    except UserError as error:
-        ranks.exit_with_error(error)
+        status = _run_or_explain(arguments, ranks)
     except StoppedBySignal as stopped:
         ranks.print_once(f"\n{stopped}")
         sys.stdout.flush()
         os._exit(stopped.status)  # not sys.exit: other ranks may be in a collective
-    except BrokenPipeError:  # `| head`, which ends all ranks: torchrun stops the others
-        discard_output()
-        os._exit(CLOSED_PIPE)  # not sys.exit: other ranks may be in a collective
-    except OSError as error:
-        line = unwritten(error)
-        if line is None:
-            raise
-        ranks.exit_with_error(line)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if status:
