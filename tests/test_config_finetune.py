@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from small_finetune import write_config
 
 from helpers.config.compatibility import check_speed, choose_precision, contradictions
 from helpers.config.deepspeed import bucket_warning, read_deepspeed_config
@@ -239,3 +240,9 @@ def test_a_token_is_in_no_setting_and_no_note():
     training = {"hub_token": "hf_secret", "push_to_hub": False}
     config = parse_finetune_config({**MINIMAL, "training_args": training}, "lora.yaml")
     assert "hf_secret" not in repr(config) and any("hub_token is ignored" in note for note in config.notes)
+
+
+def test_a_beta_of_zero_is_a_number_with_decimals_as_torch_wants_it(tmp_path):
+    config = read_finetune_config(write_config(tmp_path, training_args={"adam_beta1": 0}))
+    beta = config.training["adam_beta1"]
+    assert beta == 0 and type(beta) is float

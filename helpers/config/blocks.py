@@ -46,6 +46,7 @@ DROPPED = (
 REMOVED = ("sharded_ddp", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "adafactor", "dispatch_batches")
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
 DEFAULT_SEED = 42
+BETAS = ("adam_beta1", "adam_beta2")  # torch's Adam refuses a whole number beside one with decimals
 
 
 def training_setting(training: Mapping[str, Any], name: str) -> Any:
@@ -107,6 +108,8 @@ def training_block(block: dict[str, Any], source: str, notes: list[str], *, scor
             value = "no"  # YAML 1.1 reads no, without quotes, as false
         # YAML 1.1 reads 5e-5, which has no decimal point, as text.
         training[name] = _number(value, f"{where}: {key}") if wants_number(known[name]) else value
+        if name in BETAS and type(value) is int:
+            training[name] = float(value)
     typed = {key: value for key, value in training.items() if key not in CHECKPOINTING_KEYS}
     check_values(typed, TrainingArguments, TRAINING_LIMITS, where)
     training = settle(training, IGNORED_TRAINING, REFUSED_TRAINING, where, notes)
