@@ -55,6 +55,14 @@ def write_config(folder: Path, **changes) -> Path:
     return path
 
 
+def train_beside(rank_server, config: Path, data_dir: Path, model_dir: Path, *options: object, nprocs: int) -> Path:
+    """Train as ``config`` says; returns the output folder, which is beside ``config``."""
+    output = config.parent / "output"
+    finished = rank_server.run(TRAIN, data_dir, model_dir, config, *options, "--output-dir", output, nprocs=nprocs)
+    assert finished.returncode == 0, finished.stderr
+    return output
+
+
 def write_rows(folder: Path, *, train: int, dev: int) -> Path:
     """Write the first rows of the embedded data set to ``folder``."""
     for name, rows in (("train.json", train), ("dev.json", dev)):

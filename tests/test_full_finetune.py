@@ -10,7 +10,7 @@ import torch
 import yaml
 from load_benchmark import load_benchmark
 from safetensors.torch import load_file
-from small_finetune import ROOT, TRAIN, largest_difference, prepare, write_config
+from small_finetune import ROOT, largest_difference, prepare, train_beside, write_config
 from transformers import AutoModelForCausalLM, GlmForCausalLM
 
 from helpers.chatglm3.checkpoint import check_checkpoint
@@ -41,11 +41,7 @@ def finetune(rank_server, data_dir, small_checkpoint):
     def run(nprocs: int, folder: Path, *arguments: object, rows: int = 4) -> Path:
         training = {"learning_rate": 1e-3, "eval_steps": 4, "per_device_train_batch_size": rows}
         config = write_config(folder, peft_config=None, training_args=training)
-        output = folder / "output"
-        command = (TRAIN, data_dir, small_checkpoint, config, *arguments, "--output-dir", output)
-        finished = rank_server.run(*command, nprocs=nprocs)
-        assert finished.returncode == 0, finished.stderr
-        return output
+        return train_beside(rank_server, config, data_dir, small_checkpoint, *arguments, nprocs=nprocs)
 
     return run
 

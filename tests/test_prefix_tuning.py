@@ -8,7 +8,7 @@ import torch
 import yaml
 from peft import PeftModel
 from small_chatglm import random_model, small_config
-from small_finetune import ROOT, TRAIN, adapter, largest_difference, prepare, write_config
+from small_finetune import ROOT, adapter, largest_difference, prepare, train_beside, write_config
 
 from helpers.config.compatibility import check_method
 from helpers.config.finetune import parse_finetune_config
@@ -37,11 +37,8 @@ def finetune(rank_server, data_dir, small_checkpoint):
     """Train prefixes on some ranks; returns the output folder, which is beside the configuration."""
 
     def run(nprocs: int, folder: Path, *arguments: object, rows: int = 4) -> Path:
-        config, output = write_prefix_config(folder, per_device_train_batch_size=rows), folder / "output"
-        command = (TRAIN, data_dir, small_checkpoint, config, *arguments, "--output-dir", output)
-        finished = rank_server.run(*command, nprocs=nprocs)
-        assert finished.returncode == 0, finished.stderr
-        return output
+        config = write_prefix_config(folder, per_device_train_batch_size=rows)
+        return train_beside(rank_server, config, data_dir, small_checkpoint, *arguments, nprocs=nprocs)
 
     return run
 

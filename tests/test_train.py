@@ -12,7 +12,7 @@ import pytest
 from conftest import needs_gpu
 from rank_server import RankServer
 from small_chatglm import random_model, small_config
-from small_finetune import ROOT, STEPS, TRAIN, adapter, largest_difference, merged, prepare, write_config
+from small_finetune import ROOT, STEPS, TRAIN, adapter, largest_difference, merged, prepare, train_beside, write_config
 
 from helpers.finetune.checkpoints import complete_checkpoints
 from helpers.finetune.packing import best_fit_packing
@@ -43,10 +43,7 @@ def single(tmp_path_factory, rank_server, data_dir, small_checkpoint) -> Path:
     """Output folder of one process that sees, in each step, the rows that two ranks see together."""
     folder = tmp_path_factory.mktemp("single")
     config = write_config(folder, training_args={"per_device_train_batch_size": 8})
-    output = ("--output-dir", folder / "output")
-    finished = rank_server.run(TRAIN, data_dir, small_checkpoint, config, *output, nprocs=1)
-    assert finished.returncode == 0, finished.stderr
-    return folder / "output"
+    return train_beside(rank_server, config, data_dir, small_checkpoint, nprocs=1)
 
 
 @pytest.mark.parametrize("deepspeed", [None, "ds_zero_2.json", "ds_zero_3.json"])
@@ -88,10 +85,7 @@ def padded(tmp_path_factory, rank_server, data_dir, small_checkpoint, train_rows
     folder = tmp_path_factory.mktemp("padded")
     training = {"per_device_train_batch_size": len(train_rows), "eval_steps": 4}
     config = write_config(folder, training_args=training)
-    output = ("--output-dir", folder / "output")
-    finished = rank_server.run(TRAIN, data_dir, small_checkpoint, config, *output, nprocs=1)
-    assert finished.returncode == 0, finished.stderr
-    return folder / "output"
+    return train_beside(rank_server, config, data_dir, small_checkpoint, nprocs=1)
 
 
 @pytest.mark.parametrize("deepspeed", [None, "ds_zero_2.json"])
