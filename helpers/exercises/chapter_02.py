@@ -16,9 +16,7 @@ Tensors = list[torch.Tensor]
 # --- the chapter's own functions ---
 
 
-def _ring(
-    answer: Callable[..., Any], size: int, gathers: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor], Traffic]:
+def _ring(answer: Callable[..., Any], size: int, gathers: bool) -> tuple[Tensors, Tensors, Traffic]:
     """In a rank: the parts after the answer, their sums over ranks, and what was sent."""
     rank, n = dist.get_rank(), dist.get_world_size()
     all_parts = [[random(97 * r + part, size) for part in range(n)] for r in range(n)]

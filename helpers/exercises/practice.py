@@ -93,12 +93,7 @@ def blank(code: str, names: Sequence[str]) -> str:
     lines = code.splitlines(keepends=True)
     found = dict(_functions(ast.parse(code)))
     for name in sorted(names, key=lambda name: -found[name].lineno):
-        function = found[name]
-        documented = ast.get_docstring(function) is not None
-        first = function.body[1 if documented and len(function.body) > 1 else 0]
-        indent = " " * function.body[0].col_offset
-        yours = f'{indent}raise NotImplementedError("yours: {name}")\n'
-        lines[first.lineno - 1 : function.end_lineno] = [yours]
+        lines[_body(found[name])] = [_yours(found[name], name)]
     return "".join(lines)
 
 
@@ -115,11 +110,8 @@ def fill(practised: str, worked: str, names: Sequence[str]) -> str:
     """
     for name in names:
         function = dict(_functions(ast.parse(worked)))[name]
-        documented = ast.get_docstring(function) is not None
-        first = function.body[1 if documented and len(function.body) > 1 else 0]
-        body = "".join(worked.splitlines(keepends=True)[first.lineno - 1 : function.end_lineno])
-        indent = " " * function.body[0].col_offset
-        practised = practised.replace(f'{indent}raise NotImplementedError("yours: {name}")\n', body)
+        body = "".join(worked.splitlines(keepends=True)[_body(function)])
+        practised = practised.replace(_yours(function, name), body)
     return practised
 
 
@@ -129,6 +121,18 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
             yield node.name, node
         elif isinstance(node, ast.ClassDef):
             yield from ((f"{node.name}.{part.name}", part) for part in node.body if isinstance(part, ast.FunctionDef))
+
+
+def _body(function: ast.FunctionDef) -> slice:
+    """Find the lines of a function's body after its docstring, counted from 0."""
+    documented = ast.get_docstring(function) is not None
+    first = function.body[1 if documented and len(function.body) > 1 else 0]
+    return slice(first.lineno - 1, function.end_lineno)
+
+
+def _yours(function: ast.FunctionDef, name: str) -> str:
+    """Return the line that takes the body's place."""
+    return " " * function.body[0].col_offset + f'raise NotImplementedError("yours: {name}")\n'
 
 
 def _task(identity: str, wanted: dict[str, Any], name: str) -> Cell:

@@ -132,7 +132,7 @@ def _check_targets(lora: Mapping[str, Any], model: torch.nn.Module, where: str) 
     for item in targets if isinstance(targets, list) else [targets or ""]:
         if item in ("all", "all-linear") and targets != "all-linear":
             raise UserError(f"{where} {targets!r}: for every matrix write target_modules: all-linear")
-        pattern = item if isinstance(targets, str) else rf"(?:.*\.)?{re.escape(item)}"
+        pattern = _pattern(targets, item)
         for name, module in model.named_modules():
             if targets == "all-linear" or not name or isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                 continue

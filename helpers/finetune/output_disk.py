@@ -143,6 +143,20 @@ def explained_read_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def check_still_there(folder: Path, written: Path) -> None:
+    """Check that a run's folder has not vanished: writing would make it again, without what was in it.
+
+    Args:
+        folder: The run's folder.
+        written: What is about to be written, for the message.
+
+    Raises:
+        FileNotFoundError: It is gone.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(written))
+
+
 def disk_error(error: BaseException, folder: Path, path: str | Path | None, *, saving: bool = False) -> UserError:
     """Describe that ``path`` could not be written, or not be read.
 

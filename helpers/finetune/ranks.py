@@ -20,6 +20,7 @@ from helpers.finetune.launchers import LOOPBACK, NAMES, rank_variables
 
 REPORTED, STOP_AT, ARRIVED, ALL_ARRIVED = "error_reported", "stop_at_step", "arrived", "all_arrived"
 FAILED = "error_of_a_rank"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by which people and launchers end a job
 POLL_SECONDS = 0.1
 
 
@@ -186,7 +187,7 @@ class Ranks:
         """
         # The first rank that ends makes torchrun signal the others, which are about to end for the same reason.
         if threading.current_thread() is threading.main_thread():  # the watchdog's thread may not
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         reported = False
         if self.store is not None:

@@ -1,9 +1,7 @@
 """Write what a run leaves besides checkpoints and metrics: ``run.json`` and the figures."""
 
 import dataclasses
-import errno
 import json
-import os
 import shlex
 import sys
 import time
@@ -14,6 +12,7 @@ from typing import Any
 from helpers.config.secrets import without_secrets
 from helpers.files import atomic_write
 from helpers.finetune.job import Job
+from helpers.finetune.output_disk import check_still_there
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.stop import StoppedBySignal
@@ -55,8 +54,7 @@ class RunFile:
         self._write()
 
     def _write(self) -> None:
-        if not self.path.parent.is_dir():  # it would be made again, without what was in it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        check_still_there(self.path.parent, self.path)
         with atomic_write(self.path) as temporary:
             text = json.dumps(without_secrets(self.content), indent=2, ensure_ascii=False, default=str)
             # A path whose bytes are no UTF-8 holds half surrogates: written as such, not the end of the run.

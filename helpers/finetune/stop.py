@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from helpers.finetune.ranks import STOP_AT, Ranks
+from helpers.finetune.ranks import SIGNALS, STOP_AT, Ranks
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 30  # of torchrun: torch/distributed/elastic/multiprocessing/api.py, PContext.close
 
 

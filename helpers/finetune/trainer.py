@@ -1,7 +1,5 @@
 """Extend transformers' Trainer: small atomic checkpoints, offloading, scored answers."""
 
-import errno
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from helpers.finetune.finite import FiniteCheck
 from helpers.finetune.loading import write_base_format
 from helpers.finetune.method import Model, gathered_prefix
 from helpers.finetune.metrics import mean_scores, score
-from helpers.finetune.output_disk import disk_error, is_disk_error
+from helpers.finetune.output_disk import check_still_there, disk_error, is_disk_error
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter, gather_objects
 from helpers.finetune.speed import evaluation_mode
@@ -210,8 +208,7 @@ class LoraTrainer(ContinuedTrainer):
 
     def _save_whole_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
         """Save, declare the checkpoint complete when all ranks have, and only then remove older ones."""
-        if not self._output_dir.is_dir():  # it would be made again, without what was in it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._output_dir))
+        check_still_there(self._output_dir, self._output_dir)
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # of an earlier try, perhaps on more ranks: no file of it may stay
         _broadcast(None)  # no rank writes before that
