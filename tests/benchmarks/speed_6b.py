@@ -1,14 +1,16 @@
 """LoRA on ChatGLM3-6B's full size: the published recipe, each thing that makes it faster alone, and all of them.
 
-    python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--results notebooks/results/speed_6b.json]
+    python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--profile] [--results FILE]
 
 Every run is the ordinary command on the same examples, of AdvertiseGen's length, one run after the other;
 ``python -m helpers.finetune.readme`` then draws the figure and writes the README's table. CHECKPOINT is a folder in
 the published layout; if it does not exist, one with random weights is written there. Needs a GPU with 80 GiB for two
-packs of 4,096 tokens at once. ``--only`` selects the runs whose names contain one of the texts.
+packs of 4,096 tokens at once. ``--only`` selects the runs whose names contain one of the texts. ``--profile`` makes
+:data:`PROFILED` once more, under torch.profiler (``profiled_train.py``), and records where their steps' time goes.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ STEPS, LOGGING_STEPS = 30, 5
 # The Trainer's defaults at the time of the published recipe.
 WAITING = {"accelerator_config": {"non_blocking": False}, "logging_nan_inf_filter": True}
 FAST, FP8 = "lora_fast.yaml", "lora_fp8.yaml"
+PROFILED_TRAIN = Path(__file__).with_name("profiled_train.py")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ RUNS = [
     Run("lora.yaml, checkpointing", training={"gradient_checkpointing": True}),
 ]
 
+PROFILED = ("lora_fast.yaml: packing, compiled layers", "lora_fp8.yaml: frozen matrices in fp8")
+
 
 def write_run(folder: Path, run: Run) -> Path:
     """Write the run's configuration, limited to a few steps."""
@@ -122,10 +127,22 @@ def share_of(rate: float, run: dict[str, Any]) -> float:
     return run["tokens_per_second_per_gpu"] * 4 * (shape.parameters - shape.embedding) / (rate * 1e12)
 
 
+def profile_of(command: list[str], output_dir: Path) -> list[list[Any]]:
+    """Make a run again under torch.profiler; return the operations of a step."""
+    module = command.index("-m", 2)  # the first starts torchrun
+    options = command[module + 2 : command.index("--output-dir")]
+    script = [*command[:module], str(PROFILED_TRAIN), *options, "--output-dir", str(output_dir)]
+    status = run_command(script)
+    if status:
+        sys.exit(status)
+    return json.loads((output_dir / "profile.json").read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--only", nargs="+", help="texts in the names of the runs to make")
+    parser.add_argument("--profile", action="store_true", help="also profile some of them, in runs of their own")
     parser.add_argument("--results", type=Path, default=SPEED_RESULTS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -154,6 +171,8 @@ def main() -> None:
             found = summary(output_dir)
             changes = {"speed": run.speed, "training": run.training}
             runs[run.name] = found | {"config": run.config} | changes | {"share_of_product_rate": share_of(rate, found)}
+            if arguments.profile and run.name in PROFILED:
+                runs[run.name]["profile"] = profile_of(command, output_dir.with_name(f"profile-{len(runs)}"))
             facts = {"product_tflops": rate, "mean_tokens": mean_tokens(next(iter(runs.values())))}
             write_results(arguments.results, arguments.checkpoint, runs, **facts)
     for name, run in runs.items():
