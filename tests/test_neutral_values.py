@@ -118,6 +118,7 @@ NEUTRAL_SPEED = {
     "padding_mask": True,
     "compile_layers": False,
     "recompute_inputs": False,
+    "shared_dropout": True,  # without dropout
     "offload_checkpoints": False,
     "expandable_segments": False,
     "gpu_memory_gib": 80,

@@ -87,6 +87,7 @@ def training_facts(
             "loss_chunk": config.speed.loss_chunk,
             "padding_mask": config.speed.padding_mask,
             "fp8": config.speed.fp8 or None,  # None, as in checkpoints of before
+            "shared_dropout": config.speed.shared_dropout or None,  # the same
         },
         "training_args": training,
         "method": config.method,

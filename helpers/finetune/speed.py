@@ -13,6 +13,7 @@ from helpers.activations.swiglu import RecomputingMLP
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
 from helpers.finetune.method import Model, base_network, has_prefix
+from helpers.finetune.shared_dropout import share_dropout
 from helpers.libraries.deepspeed import gather_whole_layers
 from helpers.memory.units import GIB
 
@@ -47,7 +48,7 @@ def set_nccl_buffers(speed: SpeedOptions) -> None:
 
 
 def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = False) -> None:
-    """Change ``model`` in place. It still computes the same function.
+    """Change ``model`` in place. It still computes the same function; ``shared_dropout`` draws other numbers.
 
     Args:
         model: The model, on its device.
@@ -63,6 +64,9 @@ def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = Fal
             base.set_attn_implementation(packed_attention.IMPLEMENTATION)
         elif not speed.padding_mask and not has_prefix(model):  # SDPA would take its first key for the first token's
             base.set_attn_implementation(RIGHT_PADDED)
+    if speed.shared_dropout:
+        for layer in base.model.layers:
+            share_dropout([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
         backend = recompute_inputs if speed.recompute_inputs else "inductor"

@@ -123,6 +123,7 @@ class Configuration:
             (helpers.libraries.deepspeed).
         compiled: Whether every layer is compiled. Its norms then keep their input in 16 bit.
         recomputed_inputs: Whether backward recomputes the adapters' inputs (helpers.activations.compiled).
+        shared_dropout: Whether the adapters of q, k and v have one dropout (helpers.finetune.shared_dropout).
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -145,6 +146,7 @@ class Configuration:
     compiled: bool = False
     machine: MachineConstants = field(default_factory=MachineConstants)
     recomputed_inputs: bool = False
+    shared_dropout: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self, "precision", PRECISIONS)

@@ -84,6 +84,7 @@ def configuration_of(
         lean=True,
         compiled=job.speed.compile_layers,
         recomputed_inputs=job.speed.recompute_inputs,
+        shared_dropout=job.speed.shared_dropout,
     )
 
 

@@ -90,6 +90,14 @@ def _normed(configuration: Configuration, consumers: int, compiled: bool) -> Ite
         yield SavedTensor("matrix input", tokens * hidden * c.compute_bytes, copies)
 
 
+def _draws(configuration: Configuration, target: str) -> bool:
+    """Return whether the adapter of ``target`` has a dropout of its own: of q, k, v that share one, the first has."""
+    c = configuration
+    assert c.lora is not None
+    first = next((t for t in ATTENTION_INPUTS if t in c.lora.targets), target)
+    return bool(c.lora.dropout) and (not c.shared_dropout or target == first or target not in ATTENTION_INPUTS)
+
+
 def _adapter(configuration: Configuration, target: str) -> Iterator[SavedTensor]:
     """Yield what LoRA on one target saves: the dropout's mask, the adapter's input, and the output of matrix A."""
     c = configuration
@@ -98,9 +106,11 @@ def _adapter(configuration: Configuration, target: str) -> Iterator[SavedTensor]
     # PEFT casts the input to the adapter's type; autocast then casts it back for the matmul.
     size = c.compute_bytes if c.precision == "autocast" else c.trainable_bytes
     cast = size != c.compute_bytes or c.precision == "autocast"
-    if c.lora.dropout:
+    if _draws(c, target):
         yield SavedTensor("LoRA dropout mask", c.tokens * columns)
-    shared = not c.lora.dropout and not cast and _saves_inputs(c)
+    # What is dropped belongs to the first adapter; autocast casts it once for each.
+    another = bool(c.lora.dropout) and not _draws(c, target) and (c.compiled or not cast)
+    shared = another or (not c.lora.dropout and not cast and _saves_inputs(c))
     if not shared and not c.recomputed_inputs:
         yield SavedTensor("LoRA input", c.tokens * columns * size)
     yield SavedTensor("LoRA output of A", c.tokens * c.lora.r * size)
@@ -187,7 +197,7 @@ def not_saved_by_first_layer(configuration: Configuration) -> list[SavedTensor]:
     for target in c.lora.targets:
         if target in ATTENTION_INPUTS:
             columns = c.shape.linears[target][1]
-            first += [SavedTensor("LoRA dropout mask", c.tokens * columns)] if c.lora.dropout else []
+            first += [SavedTensor("LoRA dropout mask", c.tokens * columns)] if _draws(c, target) else []
             if c.precision == "autocast":
                 first.append(SavedTensor("LoRA weights, 16 bit", columns * c.lora.r * c.compute_bytes, weight=True))
     return first
