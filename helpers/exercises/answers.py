@@ -7,6 +7,7 @@ sees a traceback of this package.
 """
 
 import functools
+import inspect
 import re
 import traceback
 from collections.abc import Callable
@@ -93,13 +94,31 @@ def call(answer: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         NotAnswered: It is still blank.
         NotYet: It raised something.
     """
+    return attempt(answer, answer, *arguments, **named)
+
+
+def attempt(answer: Any, trial: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Run a trial of the answer in this process.
+
+    Args:
+        answer: What the learner wrote: a function, or a class whose methods the trial calls.
+        trial: Uses it, and leaves to the judge what is right.
+        arguments: The trial's arguments.
+        named: Its keyword arguments.
+
+    Returns:
+        What the trial returned.
+
+    Raises:
+        NotAnswered: The answer is still blank.
+        NotYet: The answer raised something.
+    """
     try:
-        return answer(*arguments, **named)
+        return trial(*arguments, **named)
     except NotImplementedError:
         raise NotAnswered from None
     except Exception as error:
-        file = getattr(getattr(answer, "__code__", None), "co_filename", None)
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _file(answer)]
         place = (frames[-1].lineno, frames[-1].name) if frames else None
         raise NotYet(f"it raised {_describe(type(error).__name__, str(error), place)}") from None
 
@@ -157,6 +176,13 @@ def without_fault(trial: Callable[..., str | None], nprocs: int, **arguments: An
     """
     if fault := on_ranks(trial, nprocs, **arguments)[0]:
         raise NotYet(f"with {nprocs} ranks, {fault}")
+
+
+def _file(answer: Any) -> str | None:
+    """Return the file of the learner's code: for a class that of its methods."""
+    members = [getattr(answer, name) for name in vars(answer)] if isinstance(answer, type) else [answer]
+    codes = (getattr(inspect.unwrap(member), "__code__", None) for member in members if callable(member))
+    return next((code.co_filename for code in codes if code), None)
 
 
 def _explain(error: RankError) -> str:

@@ -1,0 +1,107 @@
+"""Judge a loss over a vocabulary that never has the logits of all tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from helpers.activations.flops import count_flops
+from helpers.exercises.answers import NotYet, attempt
+from helpers.exercises.inputs import random
+from helpers.memory.peak_bytes import PeakBytes
+
+WIDTH = 4  # of the hidden states: far below the vocabulary, so that logits decide about the peak
+UPSTREAM = 2.5  # gradient of the loss
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The loss, its gradients, and per direction the operations and the most bytes; bytes kept after forward."""
+
+    loss: torch.Tensor
+    gradients: list[torch.Tensor | None]
+    flops: tuple[int, int]
+    peaks: tuple[int, int]
+    kept: int
+
+
+def _both_passes(
+    answer: type[torch.autograd.Function],
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int,
+) -> _Found:
+    with PeakBytes("cpu") as forward, count_flops() as there:
+        loss = answer.apply(hidden, head, targets, chunk)
+        kept = forward.now
+    with PeakBytes("cpu") as backward, count_flops() as back:
+        loss.backward(torch.tensor(UPSTREAM))
+    flops = there.get_total_flops(), back.get_total_flops()
+    return _Found(loss.detach(), [hidden.grad, head.grad], flops, (forward.peak, backward.peak), kept)
+
+
+def compare_losses(
+    answer: type[torch.autograd.Function],
+    tokens: int,
+    ignored: int,
+    chunk: int,
+    vocabulary: int,
+    trained_head: bool,
+) -> None:
+    """Compare the loss, its gradients, operations and bytes with those that are possible.
+
+    Args:
+        answer: Applied to hidden states, the head's weight, targets and the number of tokens in a chunk.
+        tokens: Number of tokens.
+        ignored: How many of them have the target -100.
+        chunk: Tokens whose logits may exist at a time.
+        vocabulary: Number of logits per token.
+        trained_head: Whether the head gets a gradient; if not, backward may multiply nothing.
+
+    Raises:
+        NotAnswered: The answer is still blank.
+        NotYet: Something differs.
+    """
+    hidden = (random(1, tokens, WIDTH) / 50).requires_grad_()
+    head = (random(2, vocabulary, WIDTH) / 50).requires_grad_(trained_head)
+    targets = random(3, tokens).long() % vocabulary
+    targets[torch.randperm(tokens, generator=torch.Generator().manual_seed(4))[:ignored]] = -100
+    plain = functional.cross_entropy(hidden @ head.T, targets)
+    leaves = [hidden, head] if trained_head else [hidden]
+    expected = torch.autograd.grad(plain, leaves, torch.tensor(UPSTREAM))
+    found = attempt(answer, _both_passes, answer, hidden, head, targets, chunk)
+    where = f"for {tokens} tokens, {ignored} of them ignored, in chunks of {chunk}"
+    if not torch.allclose(found.loss, plain.detach(), atol=1e-5):
+        ratio = float(found.loss / plain.detach())
+        raise NotYet(f"{where}, the loss is {ratio:.3g} times the mean cross-entropy")
+    for name, mine, right in zip(("hidden", "the head"), found.gradients, expected, strict=False):
+        if mine is None or not torch.allclose(mine, right, atol=1e-5):
+            raise NotYet(f"{where}, the gradient of {name} is not the one of the plain loss")
+    _check_work(found, where, tokens, tokens - ignored, min(chunk, tokens - ignored), vocabulary, trained_head)
+
+
+def _check_work(
+    found: _Found, where: str, tokens: int, counted: int, chunk: int, vocabulary: int, trained_head: bool
+) -> None:
+    multiplied = 2 * counted * WIDTH * vocabulary  # operations of one matmul with the head
+    allowed = (1, 3) if trained_head else (2, 0)
+    for direction, flops, times in zip(("forward", "backward"), found.flops, allowed, strict=True):
+        if flops > times * multiplied:
+            matmuls = f"{flops / multiplied:.3g} matmuls' operations"
+            raise NotYet(f"{where}, {direction} has {matmuls} of all counted tokens; {times} are enough")
+    logits = 4 * chunk * vocabulary
+    if found.kept > 4 * tokens * (WIDTH + 6) + 256:
+        raise NotYet(f"{where}, {found.kept:,} bytes are kept after forward; a few numbers per token are enough")
+    # One chunk's logits and small tensors. Gradients of the logits in backward, or in forward with a frozen head, may
+    # be made beside them.
+    small = 4 * tokens * (2 * WIDTH + 20) + 512
+    head = 2 * 4 * vocabulary * WIDTH if trained_head else 0
+    beside = (
+        ((1, "one chunk's logits are"), (3, "three of a chunk's size are"))
+        if trained_head
+        else ((3, "three of a chunk's size are"),)
+    )
+    for direction, peak, (times, enough) in zip(("forward", "backward"), found.peaks, beside, strict=False):
+        if peak > times * logits + small + head * (direction == "backward"):
+            raise NotYet(f"{where}, {direction} holds {peak / logits:.3g} times one chunk's logits; {enough} enough")
