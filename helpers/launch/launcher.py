@@ -171,9 +171,17 @@ def _rank_setup(
     # linecache marks sources that are in no file, such as notebook cells, by a modification time of None. A rank needs
     # them for its traceback.
     cells = {file: entry for file, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-    # More threads than cores make ranks wait for each other; an OMP_NUM_THREADS set by the user wins, because other
-    # programs may share the cores. It can be a list, one number per level of nesting.
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    threads = int(wanted) if wanted.isdecimal() else machine.cpu_cores // world_size
-    threads = max(1, threads)
+    threads = _threads(world_size, backend, machine)
     return RankSetup(rank, world_size, backend, folder, environ, os.getcwd(), cells, threads, timeout, payload)
+
+
+def _threads(world_size: int, backend: str, machine: Machine) -> int:
+    """Choose a rank's threads; an ``OMP_NUM_THREADS`` set by the user wins, because other programs may share the cores.
+
+    Ranks on the CPU have one thread each, as under torchrun: more of them than cores would wait for each other, and a
+    busy laptop would look like a hang. It is also fair, since one rank alone computes as fast as each of N.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # can be a list, one number per level of nesting
+    if wanted.isdecimal():
+        return max(1, int(wanted))
+    return 1 if backend == "gloo" else max(1, machine.cpu_cores // world_size)
