@@ -1,3 +1,4 @@
+# make ready        sets up .venv and checks in less than a minute whether this machine can run the course
 # make run          sets up .venv and fine-tunes the embedded model, then compares its answer with the base model's
 # make test         sets up .venv and runs every test, the notebooks included
 # make check        lint, types, and the tests that start no processes: about a minute
@@ -17,7 +18,10 @@ PYTHON ?= $(shell for name in python3.12 python3.13 python3.11 python3; do \
 JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test check lint campaign benchmark practice notebooks lab clean
+.PHONY: ready run test check lint campaign benchmark practice notebooks lab clean
+
+ready: $(VENV)/installed
+	$(RUN) -m helpers.ready
 
 run: $(VENV)/installed
 	$(RUN) -m helpers.finetune.demo

@@ -18,7 +18,7 @@ memory
 activations hardware
 memory.predict chatglm3 launch
 quantization parallel plots
-finetune exercises
+finetune exercises ready
 memory.predict.__main__
 """
 LEVEL = {name: level for level, names in enumerate(LAYERS.split("\n")) for name in names.split()}
