@@ -28,6 +28,7 @@ from helpers.memory.units import GIB
 from helpers.parallel.network import TINY
 from helpers.quantization import fp8_loading
 from helpers.quantization.fp8 import E4M3, LARGEST, Fp8Linear, round_rows
+from helpers.quantization.fp8_joined import join_products
 from helpers.quantization.fp8_loading import Fp8Config
 from helpers.quantization.library import exclude_frozen_from_ddp
 
@@ -174,6 +175,51 @@ def test_a_layer_with_its_adapter_is_one_graph_for_the_compiler():
         model.zero_grad()
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 3
     assert largest_difference(*gradients) < 1e-4
+
+
+class Readers(nn.Module):
+    """Three matrices in fp8 that read the same input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, width in (("q", OUTPUTS), ("k", 16), ("v", 16)):
+            setattr(self, name, Fp8Linear.rounded(nn.Linear(INPUTS, width)))
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_joined_matrices_are_one_product_forward_and_backward(compiled):
+    separate, readers = Readers(), Readers()
+    whole = Fp8Linear(INPUTS, OUTPUTS + 32)
+    whole.weight.data = torch.cat([layer.weight for layer in readers.children()])
+    whole.scale_bits = torch.cat([layer.scale_bits for layer in readers.children()])
+    whole.bias.data = torch.cat([layer.bias for layer in readers.children()])
+    join_products(list(readers.children()))
+    assert {name: tensor.tolist() for name, tensor in readers.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in separate.state_dict().items()
+    }
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in readers.children()}) == 1
+    run = torch.compile(readers, fullgraph=True, backend="aot_eager") if compiled else readers
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(9, INPUTS, generator=generator, requires_grad=True)
+        gradient = torch.randn(9, OUTPUTS + 32, generator=generator)
+        outputs = [each(x) for each in (run, whole, separate)]
+        torch.testing.assert_close(outputs[0], outputs[1])
+        torch.testing.assert_close(outputs[0], outputs[2])
+        found, right = (torch.autograd.grad(output, x, gradient)[0] for output in outputs[:2])
+        torch.testing.assert_close(found, right)
+        assert readers.q.joined.outputs == ()
+
+
+def test_matrices_of_other_types_are_not_joined():
+    readers = Readers()
+    readers.k = nn.Linear(INPUTS, 16)
+    join_products(list(readers.children()))
+    assert [type(layer) for layer in readers.children()] == [Fp8Linear, nn.Linear, Fp8Linear]
 
 
 @needs_gpu

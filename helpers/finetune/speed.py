@@ -16,6 +16,7 @@ from helpers.finetune.method import Model, base_network, has_prefix
 from helpers.finetune.shared_dropout import share_dropout
 from helpers.libraries.deepspeed import gather_whole_layers
 from helpers.memory.units import GIB
+from helpers.quantization.fp8_joined import join_products
 
 SDPA = "sdpa"  # transformers' name for what every model starts with; used for padded batches and generation
 # SDPA without a padding mask. Examples are padded on the right, where causal attention never looks. transformers builds
@@ -48,7 +49,7 @@ def set_nccl_buffers(speed: SpeedOptions) -> None:
 
 
 def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = False) -> None:
-    """Change ``model`` in place. It still computes the same function; ``shared_dropout`` draws other numbers.
+    """Change ``model`` in place. It still computes the same function, up to rounding and dropout's random numbers.
 
     Args:
         model: The model, on its device.
@@ -64,9 +65,12 @@ def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = Fal
             base.set_attn_implementation(packed_attention.IMPLEMENTATION)
         elif not speed.padding_mask and not has_prefix(model):  # SDPA would take its first key for the first token's
             base.set_attn_implementation(RIGHT_PADDED)
-    if speed.shared_dropout:
-        for layer in base.model.layers:
-            share_dropout([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+    for attention in (layer.self_attn for layer in base.model.layers):
+        readers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if speed.shared_dropout:
+            share_dropout(readers)
+        if speed.fp8:
+            join_products([getattr(reader, "base_layer", reader) for reader in readers])
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
         backend = recompute_inputs if speed.recompute_inputs else "inductor"

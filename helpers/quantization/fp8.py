@@ -83,6 +83,20 @@ class _Product(torch.autograd.Function):
         return product.view(*gradient.shape[:-1], codes.shape[1]), None, None
 
 
+def multiply_frozen(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Compute x Wᵀ in fp8, and in backward the gradient of x.
+
+    Args:
+        x: Any floating-point type [..., inputs].
+        codes: Of W in e4m3 [outputs, inputs].
+        scales: Of its rows in fp32 [outputs, 1].
+
+    Returns:
+        The product [..., outputs], in the type of ``x``.
+    """
+    return _Product.apply(x, codes, scales)
+
+
 class Fp8Linear(nn.Linear):
     """A frozen ``nn.Linear`` with its weight in e4m3 and a scale per output; the bias keeps its type.
 
@@ -144,7 +158,10 @@ class Fp8Linear(nn.Linear):
         Returns:
             The outputs [..., outputs].
         """
-        output = _Product.apply(input, self.codes, self.scales)
+        return self.with_bias(multiply_frozen(input, self.codes, self.scales))
+
+    def with_bias(self, output: Tensor) -> Tensor:
+        """Add the bias, if there is one, to a product [..., outputs]."""
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
