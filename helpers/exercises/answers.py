@@ -143,7 +143,8 @@ def on_ranks(trial: Callable[..., Any], nprocs: int, **arguments: Any) -> list[A
     except RankError as error:
         if error.type == UNANSWERED:
             raise NotAnswered from None
-        raise NotYet(f"with {nprocs} ranks, {_explain(error)}") from None
+        reason = _explain(error)
+        raise NotYet(reason if nprocs == 1 else f"with {nprocs} ranks, {reason}") from None
     except UserError as error:
         raise NotYet(str(error)) from None
 
@@ -176,6 +177,21 @@ def without_fault(trial: Callable[..., str | None], nprocs: int, **arguments: An
     """
     if fault := on_ranks(trial, nprocs, **arguments)[0]:
         raise NotYet(f"with {nprocs} ranks, {fault}")
+
+
+def alone(trial: Callable[..., str | None], **arguments: Any) -> None:
+    """Run a trial that returns a fault in a process of its own, where it may replace what the answer calls.
+
+    Args:
+        trial: Calls the answer, and returns the fault; None if there is none.
+        arguments: The trial's keyword arguments.
+
+    Raises:
+        NotAnswered: The answer is still blank.
+        NotYet: The trial found a fault; or it raised, died or hung.
+    """
+    if fault := on_ranks(trial, 1, **arguments)[0]:
+        raise NotYet(fault)
 
 
 def _file(answer: Any) -> str | None:
