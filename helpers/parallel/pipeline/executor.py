@@ -14,7 +14,14 @@ from helpers.errors import UserError
 from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.schedules import Action, Schedule
 from helpers.parallel.pipeline.stages import Stage, causal_lm_loss
-from helpers.parallel.pipeline.timeline import TimedAction, needs, ranks_of_stages, result, transfer_batches
+from helpers.parallel.pipeline.timeline import (
+    TimedAction,
+    Transfer,
+    needs,
+    ranks_of_stages,
+    result,
+    transfer_batches,
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Executor:
         self._batches = transfer_batches(schedule, rank)
         parameter = next(stages[assigned[0]].parameters())
         self._device, self._dtype, self._hidden = parameter.device, parameter.dtype, stages[assigned[0]].hidden
+        connect_neighbours(self._batches, self._device, group)
 
     def step(self, input_ids: Tensor, labels: Tensor) -> StepResult:
         """Run forward and backward; ``grad`` then holds the gradients of the mean loss.
@@ -103,6 +111,31 @@ class Executor:
                 f"{len(input_ids)} sequences do not divide into {count} micro-batches; change one of the two"
             )
         return _Run(self, input_ids.chunk(count), labels.chunk(count)).run()
+
+
+def connect_neighbours(
+    batches: Sequence[Sequence[Transfer]], device: torch.device, group: dist.ProcessGroup | None = None
+) -> None:
+    """Exchange a tiny message with every rank that this rank will send to or receive from, both directions at once.
+
+    NCCL connects a direction when it is first used, and a batch waits until all of its directions are connected. The
+    batch that sends the last activation and receives the first gradient would therefore wait for the neighbour's send,
+    which waits for that activation.
+
+    Args:
+        batches: This rank's messages. A rank that gets activations sends gradients, so neighbours name each other.
+        device: Of the messages.
+        group: The ranks of the pipeline; all ranks by default.
+    """
+    rank = dist.get_rank(group)
+    neighbours = sorted({end for batch in batches for t in batch for end in (t.source, t.target)} - {rank})
+    operations = [
+        dist.P2POp(operation, torch.zeros(1, device=device), group=group, group_peer=neighbour)
+        for neighbour in neighbours
+        for operation in (dist.isend, dist.irecv)
+    ]
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()
 
 
 class _Run:
