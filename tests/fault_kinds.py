@@ -114,6 +114,7 @@ def draw_kill(rng: random.Random, ranks: int) -> dict[str, Any]:
         "during": during,
         "step": rng.choice(steps),
         "delay": rng.choice((0.0, round(rng.uniform(0, 0.1), 4))),
+        "latest": STEPS - 2,
     }
 
 

@@ -25,20 +25,30 @@ def _kill(how: str) -> None:
 
 
 def _arm(kill: dict) -> None:
-    """Kill this rank ``delay`` seconds after it begins a step, or a checkpoint."""
+    """Kill this rank ``delay`` seconds after it begins a step, or a checkpoint, but before the job's end."""
     name = {"step": "training_step", "save": "_save_checkpoint"}[kill["during"]]
     original = getattr(LoraTrainer, name)
-    armed = []
+    timer = threading.Timer(kill["delay"], _kill, [kill["signal"]])
+    timer.daemon = True
+    begun = []
 
-    def wrapped(self, *args, **kwargs):
-        if self.state.global_step == kill["step"] and not armed:
-            armed.append(True)
-            timer = threading.Timer(kill["delay"], _kill, [kill["signal"]])
-            timer.daemon = True
+    def armed(self, *args, **kwargs):
+        if self.state.global_step == kill["step"] and not begun:
+            begun.append(True)
             timer.start()
         return original(self, *args, **kwargs)
 
-    setattr(LoraTrainer, name, wrapped)
+    setattr(LoraTrainer, name, armed)
+    training_step = LoraTrainer.training_step
+
+    def waiting(self, *args, **kwargs):
+        loss = training_step(self, *args, **kwargs)
+        # These steps take milliseconds: a signal that comes after the job's end would test nothing.
+        if begun and self.state.global_step >= kill["latest"]:
+            timer.join()
+        return loss
+
+    LoraTrainer.training_step = waiting
 
 
 def main() -> None:
