@@ -21,6 +21,7 @@ import torch.distributed as dist
 from helpers.launch import device
 """
 MAGIC = re.compile(r"^[!%].*", re.MULTILINE)  # what is no Python: a command of the shell or of the notebook
+PROGRAM = re.compile(r"%%writefile \{(\w+)\}\n")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -43,17 +44,32 @@ def solutions(chapter):
         if cell["cell_type"] != "code":
             continue
         for name in judged(source, module):
-            if "practice" in cell["metadata"]:
-                found[name] = source
+            program = program_above(all_cells, number)
+            if program or "practice" in cell["metadata"]:
+                found[name] = program or source
             else:
                 text = "".join(all_cells[number + 1]["source"])
                 found[name] = BLOCK.search(text[text.index("<summary>Solution") :])[1]
     return found
 
 
-def define(chapter, name, code):
-    """What a cell with ``code`` would define in the place of the one that calls the judge ``name``."""
+def program_above(all_cells, number):
+    """The code cell above this one if it writes a program to a file, which this one judges; else None."""
+    above = [cell for cell in all_cells[:number] if cell["cell_type"] == "code"]
+    source = "".join(above[-1]["source"]) if above else ""
+    return source if PROGRAM.match(source) else None
+
+
+def define(chapter, name, code, folder):
+    """What a cell with ``code`` would define in the place of the one that calls the judge ``name``.
+
+    A program is written into ``folder``; the cell's variable is its path.
+    """
     namespace = {"__name__": "answer"}
+    if program := PROGRAM.match(code):
+        namespace[program[1]] = folder / "program.py"
+        namespace[program[1]].write_text(code[program.end() :])
+        return namespace
     for cell in cells(chapter):
         if cell["cell_type"] != "code":
             continue
@@ -110,18 +126,18 @@ CASES = [(chapter, name, sentence) for (chapter, name), wrong in WRONG.items() f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter, name", RIGHT)
-def test_the_solution_is_right(chapter, name):
-    namespace = define(chapter, name, solutions(chapter)[name])
+def test_the_solution_is_right(chapter, name, tmp_path):
+    namespace = define(chapter, name, solutions(chapter)[name], tmp_path)
     verdict = getattr(JUDGES[chapter], name)(*arguments(chapter, name, namespace))
     assert repr(verdict) == "right" and verdict.right
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter, name, sentence", CASES)
-def test_a_wrong_answer_is_explained(chapter, name, sentence, monkeypatch):
+def test_a_wrong_answer_is_explained(chapter, name, sentence, monkeypatch, tmp_path):
     if "does not return" in sentence:
         monkeypatch.setattr(answers, "SECONDS", 3.0)
-    namespace = define(chapter, name, answer(chapter, name, WRONG[chapter, name][sentence]))
+    namespace = define(chapter, name, answer(chapter, name, WRONG[chapter, name][sentence]), tmp_path)
     verdict = getattr(JUDGES[chapter], name)(*arguments(chapter, name, namespace))
     assert not verdict.right and verdict.text.startswith("not yet: ") and sentence in verdict.text
 

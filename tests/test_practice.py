@@ -36,6 +36,12 @@ def test_bodies_are_blank_and_the_rest_stays():
     assert fill(practised, CELL, ["first", "Both.second"]) == CELL
 
 
+def test_a_program_that_a_cell_writes_is_blank_as_well():
+    practised = blank(f"%%writefile {{FILE}}\n{CELL}", ["first"])
+    assert practised.startswith("%%writefile {FILE}\ndef first") and "y = x" not in practised
+    assert fill(practised, f"%%writefile {{FILE}}\n{CELL}", ["first"]) == f"%%writefile {{FILE}}\n{CELL}"
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_filled_in_it_is_the_worked_edition(path):
     worked = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
@@ -52,9 +58,11 @@ def test_filled_in_it_is_the_worked_edition(path):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_every_blank_has_three_hints_and_a_judge(path):
-    for cell in read(path)["cells"]:
+    code = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(code):
         if wanted := cell["metadata"].get("practice"):
-            assert len(wanted["hints"]) == 3 and source(cell).splitlines()[-1].startswith("chapter_")
+            judging = code[number + 1] if source(cell).startswith("%%") else cell
+            assert len(wanted["hints"]) == 3 and source(judging).splitlines()[-1].startswith("chapter_")
 
 
 def test_outputs_stay_and_say_where_they_come_from():

@@ -23,7 +23,7 @@ WORLDS = (2, 3, 4)  # numbers of ranks: even, odd, and two pairs
 SECONDS = 20.0  # after which ranks that compute for milliseconds count as hung
 UNANSWERED = "NotImplementedError"
 # A frame of the learner's code in a rank's traceback: the line, and the function.
-FRAME = re.compile(r"(?:Cell In\[\d+\]|File \"<[^\"]*>\"), line (\d+), in (\w+)")
+FRAME = re.compile(r"(?:Cell In\[\d+\]|File \"<(?!frozen)[^\"]*>\"), line (\d+), in (\w+)")
 
 
 class NotYet(Exception):

@@ -1,4 +1,4 @@
-"""Chapter 02: the ring, averaging, buckets, and what its exercises ask for."""
+"""Chapter 02: the ring, averaging, buckets, and what its exercises ask for; another module judges the program."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,19 @@ import torch.distributed as dist
 
 from helpers.exercises.answers import WORLDS, NotYet, exercise, on_ranks
 from helpers.exercises.inputs import random
+from helpers.exercises.program import program
 from helpers.parallel.traffic import Traffic, count_traffic
+
+__all__ = [
+    "all_gather",
+    "average_gradients",
+    "compressed_mean",
+    "global_mean",
+    "lora_traffic",
+    "program",
+    "reduce_scatter",
+    "two_level",
+]
 
 SIZES = (1, 5, 64)  # elements of a part
 Tensors = list[torch.Tensor]

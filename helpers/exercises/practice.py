@@ -7,7 +7,8 @@ The worked notebooks are the only source. A core cell's metadata say what is bla
     "practice": {"blank": ["reduce_round", "Bucket.collect"], "hints": ["...", "...", "..."]}
 
 In the practice edition these bodies raise NotImplementedError; signature and docstring stay. The cell still ends with
-its judge, and later cells use what the learner wrote. Solutions are a link to the worked edition, and outputs stay,
+its judge, and later cells use what the learner wrote. A cell that writes a program (``%%writefile``) has its judge in
+the next code cell. Solutions are a link to the worked edition, and outputs stay,
 labelled as recorded.
 """
 
@@ -28,6 +29,7 @@ CHAPTERS = "[0-9][0-9]_*.ipynb"
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 LINK = re.compile(r"(\]\()(?!https?:|#|[0-9]{2}_\w+\.ipynb)([^)]+\))")
 MACHINE = re.compile(r"^GPU +(\d+ x [^,\n]+)", re.MULTILINE)
+MAGIC = "%%"  # begins a cell that is not run, but for example written to a file
 # Cells find files from the worked notebooks' folder. Run twice, the line changes nothing.
 SETUP = 'import os\n\nif os.path.basename(os.getcwd()) == "practice":\n    os.chdir("..")'
 
@@ -62,7 +64,8 @@ def practice_edition(notebook: Notebook, name: str) -> Notebook:
             except KeyError as error:
                 raise UserError(f"{name}, cell {cell['id']}: it does not define {error.args[0]}") from None
             cell["outputs"] = []
-            cells.append(_task(f"{cell['id']}-task", wanted, name))
+            written = source(cell).startswith(MAGIC)
+            cells.append(_task(f"{cell['id']}-task", wanted, name, written))
         elif cell["outputs"]:
             cell["outputs"].insert(0, _label(machine))
         cell["execution_count"] = None
@@ -91,7 +94,7 @@ def blank(code: str, names: Sequence[str]) -> str:
         KeyError: The cell does not define one of them.
     """
     lines = code.splitlines(keepends=True)
-    found = dict(_functions(ast.parse(code)))
+    found = dict(_functions(_parse(code)))
     for name in sorted(names, key=lambda name: -found[name].lineno):
         lines[_body(found[name])] = [_yours(found[name], name)]
     return "".join(lines)
@@ -109,10 +112,15 @@ def fill(practised: str, worked: str, names: Sequence[str]) -> str:
         The filled cell.
     """
     for name in names:
-        function = dict(_functions(ast.parse(worked)))[name]
+        function = dict(_functions(_parse(worked)))[name]
         body = "".join(worked.splitlines(keepends=True)[_body(function)])
         practised = practised.replace(_yours(function, name), body)
     return practised
+
+
+def _parse(code: str) -> ast.Module:
+    """Parse a cell; a magic in its first line counts as a comment, so that lines keep their numbers."""
+    return ast.parse(f"#{code}" if code.startswith(MAGIC) else code)
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -135,13 +143,14 @@ def _yours(function: ast.FunctionDef, name: str) -> str:
     return " " * function.body[0].col_offset + f'raise NotImplementedError("yours: {name}")\n'
 
 
-def _task(identity: str, wanted: dict[str, Any], name: str) -> Cell:
+def _task(identity: str, wanted: dict[str, Any], name: str, written: bool) -> Cell:
     functions = " and ".join(f"`{function}`" for function in wanted["blank"])
     hints = "\n\n".join(
         f"<details><summary>Hint {number}</summary>\n\n{hint}\n</details>"
         for number, hint in enumerate(wanted["hints"], 1)
     )
-    text = f"**Yours: {functions}.** Write the body in the cell below and run it: its last line tells you how it went."
+    verdict = "the next code cell tells you how it went" if written else "its last line tells you how it went"
+    text = f"**Yours: {functions}.** Write the body in the cell below and run it: {verdict}."
     return _markdown(identity, f"{text}\n\n{hints}\n\n[The worked chapter](../{name}) has a solution.")
 
 

@@ -32,6 +32,19 @@ WRONG = {
             "            p.grad /= dist.get_world_size()\n            dist.all_reduce(p.grad)"
         ),
     },
+    "program": {
+        "trained on 31 rows per epoch: its share of 31 is 16": ("sampler=sampler", "shuffle=True"),
+        "no rank trained on 15 of 31 rows": ("DistributedSampler(data)", "DistributedSampler(data, rank=0)"),
+        "in the same order in every epoch": ("sampler.set_epoch(epoch)", "pass"),
+        "sent its gradients 2 times per step": ("nullcontext() if last else model.no_sync()", "nullcontext()"),
+        "never averaged its gradients": ("nullcontext() if last else model.no_sync()", "model.no_sync()"),
+        "the weights are off by": ("loss / MICRO_BATCHES", "loss"),
+        "rank 1 wrote the checkpoint as well": ("if dist.get_rank() == 0:", "if True:"),
+        "the checkpoint has 'module.": ("model.module.state_dict()", "model.state_dict()"),
+        "without leaving the process group": ("    dist.destroy_process_group()\n", ""),
+        "raised KeyError: 'LOCAL_SIZE' (line 15 of start)": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        "is no Python": ("device = start()", "device = start("),
+    },
     "lora_traffic": {
         "the adapter's megabytes are too many": "adapter_megabytes, full_megabytes = 30.3, 12487.2",
         "the full model's megabytes are too many": "adapter_megabytes, full_megabytes = 15.1, 24974.3",
