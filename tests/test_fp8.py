@@ -14,9 +14,9 @@ from torch import nn
 
 from helpers.config.finetune import parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
-from helpers.finetune import loading, train
+from helpers.finetune import evaluate, generate, loading, train
 from helpers.finetune.export import export
-from helpers.finetune.fp8 import can_answer_in_fp8, check_fp8, obstacle
+from helpers.finetune.fp8 import check_fp8, obstacle, obstacle_on
 from helpers.finetune.loading import load_for_inference
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.recorder import read_metrics
@@ -225,7 +225,7 @@ def test_matrices_of_other_types_are_not_joined():
 @needs_gpu
 @pytest.mark.parametrize("rows", [0, 1, 17, 256])
 def test_a_gpu_multiplies_what_the_emulation_does(rows):
-    if not can_answer_in_fp8(torch.device("cuda")):
+    if obstacle_on(torch.device("cuda")):
         pytest.skip("this GPU cannot multiply in fp8")
     torch.manual_seed(0)
     linear = nn.Linear(256, 512, dtype=torch.bfloat16)
@@ -450,7 +450,9 @@ def test_a_run_that_was_stopped_continues_bit_for_bit_also_if_it_recomputes_laye
 
 
 @pytest.mark.slow
-def test_answers_are_of_the_fp8_base_and_the_export_of_the_original_one(run, tmp_path, small_checkpoint, monkeypatch):
+def test_answers_are_of_the_fp8_base_and_the_export_of_the_original_one(
+    run, tmp_path, small_checkpoint, monkeypatch, capsys
+):
     def matrix(model):
         return model.get_base_model().model.layers[0].mlp.down_proj
 
@@ -462,13 +464,38 @@ def test_answers_are_of_the_fp8_base_and_the_export_of_the_original_one(run, tmp
     assert torch.equal(merged.model.layers[0].mlp.down_proj.weight, original.model.layers[0].mlp.down_proj.weight)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     ids = torch.arange(3, 40)[None]
-    monkeypatch.setattr(loading, "can_answer_in_fp8", lambda device: False)  # an older GPU
+    assert "fp8" not in capsys.readouterr().err
+    monkeypatch.setattr(loading, "obstacle_on", lambda device: "this GPU is too old")
     unrounded, _ = load_for_inference(run, device="cpu")
+    line = "fp8, which does not work here: this GPU is too old; answers use the original matrices\n"
+    assert line in capsys.readouterr().err
     assert type(matrix(unrounded)) is nn.Linear
     with torch.no_grad():
         exact, found = (each(input_ids=ids).logits for each in (merged, unrounded))
         assert (exact - found).abs().max() < 1e-4 < (exact - original(input_ids=ids).logits).abs().max()
         assert (model(input_ids=ids).logits - exact).norm() / exact.norm() < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (evaluate, ["DATA", "--max-rows", "1", "--max-output-length", "3"]),
+        (generate, ["--prompt", "裙", "--max-new-tokens", "3"]),
+    ],
+)
+def test_the_commands_answer_with_the_base_that_was_trained_on(command, options, run, data_dir, monkeypatch):
+    multiplied = []
+
+    def watched(self, input, forward=Fp8Linear.forward):
+        multiplied.append(input.shape)
+        return forward(self, input)
+
+    monkeypatch.setattr(Fp8Linear, "forward", watched)
+    data = [str(data_dir / "dev.json") if option == "DATA" else option for option in options]
+    monkeypatch.setattr("sys.argv", ["command", str(run / "checkpoint-4"), *data])
+    command.main()
+    assert len(multiplied) >= 12  # every matrix of both layers
 
 
 def test_ddp_sends_neither_codes_nor_scales(rounded):

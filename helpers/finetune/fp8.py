@@ -36,11 +36,11 @@ def obstacle(capability: tuple[int, int], torch_version: str, cuda: str | None) 
     return None
 
 
-def can_answer_in_fp8(device: torch.device) -> bool:
-    """Tell whether a model can be loaded in fp8 on ``device``; a CPU emulates it."""
+def obstacle_on(device: torch.device) -> str | None:
+    """Say why a model cannot be loaded in fp8 on ``device``; None if it can. A CPU emulates it."""
     if device.type != "cuda":
-        return True
-    return obstacle(torch.cuda.get_device_capability(device), torch.__version__, torch.version.cuda) is None
+        return None
+    return obstacle(torch.cuda.get_device_capability(device), torch.__version__, torch.version.cuda)
 
 
 def check_fp8(

@@ -20,7 +20,7 @@ from helpers.config.options import base_changing_option
 from helpers.errors import UserError
 from helpers.files import read_json_object
 from helpers.finetune.checkpoints import MODEL_FILES, complete_checkpoints, newest_intact, numbered_checkpoints
-from helpers.finetune.fp8 import can_answer_in_fp8
+from helpers.finetune.fp8 import obstacle_on
 from helpers.quantization.library import keep_layout, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -172,7 +172,7 @@ def load_for_inference(
             gets the matrices that those codes stand for, in ``dtype``: the same function, into which you can merge. An
             adapter that was trained on a base in fp8 then gets the original matrices: fp8 is a way to multiply faster,
             whose errors differ from row to row of the activations, so there are no other matrices that it was trained
-            for. It gets them on a GPU that cannot multiply in fp8 as well.
+            for. It gets them on a GPU that cannot multiply in fp8 as well, and a line says so.
 
     Returns:
         The model in evaluation mode (a ``PeftModel`` if ``path`` is an adapter), and its tokenizer.
@@ -192,8 +192,15 @@ def load_for_inference(
     if device.type != "cpu":
         settings["device_map"] = {"": device}
     base_format = read_base_format(checkpoint)
-    if base_format == FP8 and (dequantize or not can_answer_in_fp8(device)):
-        base_format = None
+    if base_format == FP8:
+        reason = obstacle_on(device)
+        if reason and not dequantize:
+            print(
+                f"{checkpoint} was trained on a base in fp8, which does not work here: {reason}; answers use the "
+                "original matrices",
+                file=sys.stderr,
+            )
+        base_format = None if reason or dequantize else base_format
     if base_format:
         if isinstance(base_format, int):
             check_quantization(base_format, deepspeed=None)
