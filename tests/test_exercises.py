@@ -152,5 +152,11 @@ def test_a_blank_is_no_wrong_answer():
     assert repr(answers.exercise(lambda answer: answers.call(answer))(blank)) == "not answered yet"
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Cells make files: chapter 10 makes the folder that it measures."""
+    monkeypatch.chdir(tmp_path)
+
+
 def blank():
     raise NotImplementedError("yours")
