@@ -37,7 +37,14 @@ def means(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def spread(results: Mapping[str, Any]) -> float:
-    """Return how far the last dev losses without rounding are apart, as a share of their mean: what a seed changes."""
+    """Measure what a seed changes.
+
+    Args:
+        results: Contents of ``fewer_bits.json``.
+
+    Returns:
+        How far the last dev losses without rounding are apart, as a share of their mean.
+    """
     losses = [run["dev_loss"][-1] for run in results["runs"].values() if run["format"] == "not rounded"]
     return (max(losses) - min(losses)) / statistics.mean(losses)
 

@@ -131,7 +131,14 @@ class Fp8Linear(nn.Linear):
 
     @classmethod
     def rounded(cls, linear: nn.Linear) -> "Fp8Linear":
-        """Round the weight of ``linear``; the bias is shared."""
+        """Round the weight of a layer.
+
+        Args:
+            linear: The layer; its bias is shared.
+
+        Returns:
+            The layer in fp8, on the same device.
+        """
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
         codes, layer.scale_bits = stored_rows(linear.weight.data)
         layer.weight = nn.Parameter(codes, requires_grad=False)
@@ -161,7 +168,14 @@ class Fp8Linear(nn.Linear):
         return self.with_bias(multiply_frozen(input, self.codes, self.scales))
 
     def with_bias(self, output: Tensor) -> Tensor:
-        """Add the bias, if there is one, to a product [..., outputs]."""
+        """Add the bias, if there is one.
+
+        Args:
+            output: A product [..., outputs].
+
+        Returns:
+            The sum, in its type.
+        """
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
