@@ -275,6 +275,7 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
             "overlap_comm": strategy.overlap_comm,
             "stage3_max_live_parameters": strategy.max_live_parameters,
             "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
+            "stage3_max_reuse_distance": strategy.max_reuse_distance,
             "sub_group_size": strategy.sub_group_size,
         }
         | ({"offload_optimizer": {"device": "cpu"}} if strategy.offload_optimizer else {}),

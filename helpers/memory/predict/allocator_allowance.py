@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from helpers.memory.allocator import LARGE_BUFFER, SMALL_BUFFER, segment_share
 from helpers.memory.predict import constants
-from helpers.memory.predict.saved_tensors import FP32, total_bytes
-from helpers.memory.predict.step import LOSS_BACKWARD, Step
+from helpers.memory.predict.saved_tensors import FP32, saved_checkpoints, total_bytes
+from helpers.memory.predict.step import LOSS_BACKWARD, STEP, Step
 
 
 def allowance_bytes(step: Step, sizes: Mapping[str, int]) -> int:
@@ -29,9 +29,9 @@ def allowance_bytes(step: Step, sizes: Mapping[str, int]) -> int:
         sizes: Bytes of tensors at each phase of the step.
     """
     if step.configuration.expandable_segments:
-        holes = max(_logits_block(step), _left_by_flattening(step))
+        holes = max(_logits_block(step), _left_by_flattening(step, sizes)) + _fetched_early(step)
         return -max(sizes.values()) % LARGE_BUFFER + SMALL_BUFFER + holes
-    return _fragmented(step) + _left_by_flattening(step) + _beside_buckets(step, sizes)
+    return _fragmented(step) + _left_by_flattening(step, sizes) + _fetched_early(step) + _beside_buckets(step, sizes)
 
 
 def _logits_block(step: Step) -> int:
@@ -52,19 +52,39 @@ def _fragmented(step: Step) -> int:
     return _logits_block(step) + sum(max(0, t.count) * (segment_share(t.size) - t.size) for t in saved)
 
 
-def _left_by_flattening(step: Step) -> int:
+def _left_by_flattening(step: Step, sizes: Mapping[str, int]) -> int:
     """Predict the free segments that DeepSpeed's flat tensors cannot use, because none is large enough by itself.
 
     First, the trained parameters as the model was built with them: DeepSpeed flattens them into new memory if the GPU
-    has room (``flatten_on_accelerator`` in stage_1_and_2.py), ZeRO-3 only those of this rank. Second, this rank's flat
-    gradients once more. That these are the two is inferred: ZeRO-1 and ZeRO-2 held 4.00 bytes per parameter beyond
-    their tensors (notebooks/results/prediction.json), 6.00 with buckets of 1 GB.
+    has room (``flatten_on_accelerator`` in stage_1_and_2.py), ZeRO-3 only those of this rank, and none that are in host
+    memory. Second, this rank's flat gradients once more. That these are the two is inferred: ZeRO-1 and ZeRO-2 held
+    4.00 bytes per parameter beyond their tensors (notebooks/results/prediction.json), 6.00 with buckets of 1 GB.
+
+    Those runs peaked in the optimizer's step. If ZeRO-1 or ZeRO-2 peak before it, activations lie where the flat
+    gradients were: chapters 06 and 07 held 2.2 bytes per parameter, of which the built ones are 2.
     """
     c, states = step.configuration, step.states
-    if not c.strategy.zero_stage:
+    if not c.strategy.zero_stage or c.strategy.offload_parameters:
         return 0
     partition = -(-c.trainable_parameters // (c.strategy.world_size if c.strategy.zero_stage == 3 else 1))
-    return partition * c.trainable_bytes + max(states.kept, states.resident.get("gradients", 0))
+    gradients = max(states.kept, states.resident.get("gradients", 0))
+    if c.strategy.zero_stage < 3 and max(sizes, key=lambda phase: sizes[phase]) != STEP:
+        gradients = 0
+    return partition * c.trainable_bytes + gradients
+
+
+def _fetched_early(step: Step) -> int:
+    """Predict the blocks of offloaded checkpoints that backward cannot use again in time.
+
+    The copies from host memory run on a stream of their own. Python runs far ahead of the GPU, and a block that another
+    stream has used is free only when that stream has got there (``record_stream``). So each layer's input takes new
+    memory. That it is every layer's is inferred: lora_14gb.yaml on one GPU (finetune_6b.json).
+    """
+    c = step.configuration
+    if not c.offloaded_checkpoints:
+        return 0
+    layer_input = saved_checkpoints(c)[0]
+    return (c.shape.layers - layer_input.count) * layer_input.size
 
 
 def _beside_buckets(step: Step, sizes: Mapping[str, int]) -> int:

@@ -56,8 +56,9 @@ class Strategy:
         world_size: Number of ranks, each with a GPU of its own.
         reduce_bucket_size: Gradients that DeepSpeed reduces at a time.
         overlap_comm: Whether DeepSpeed reduces one bucket while backward fills another.
-        max_live_parameters: ZeRO-3 gathers at most this many at a time (``stage3_max_live_parameters``).
+        max_live_parameters: ZeRO-3 prefetches until it holds this many (``stage3_max_live_parameters``).
         prefetch_bucket_size: And this many in advance (``stage3_prefetch_bucket_size``).
+        max_reuse_distance: It keeps what is used again before this many others (``stage3_max_reuse_distance``).
         sub_group_size: ZeRO-3's optimizer steps on this many parameters at a time.
         offload_optimizer: Whether optimizer states are in host memory.
         offload_parameters: Whether parameters are in host memory.
@@ -69,6 +70,7 @@ class Strategy:
     overlap_comm: bool = False
     max_live_parameters: int = 1_000_000_000
     prefetch_bucket_size: int = 50_000_000
+    max_reuse_distance: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -117,6 +119,7 @@ class Configuration:
         loss_chunk: Number of tokens whose logits exist at a time (helpers.activations.chunked_loss); None for the plain
             loss, which materialises all of them.
         offloaded_checkpoints: With ``checkpointing``, whether the layers' inputs are in host memory.
+        small_nccl_buffers: Whether NCCL uses few channels with small buffers (``speed: small_nccl_buffers``).
         machine: What its libraries take of a GPU.
         lean: Whether the layers save as little as the job's: SiLU of the gate is recomputed
             (helpers.activations.swiglu), and under ZeRO-3 no frozen matrix keeps its input
@@ -142,6 +145,7 @@ class Configuration:
     expandable_segments: bool = False
     loss_chunk: int | None = None
     offloaded_checkpoints: bool = False
+    small_nccl_buffers: bool = False
     lean: bool = False
     compiled: bool = False
     machine: MachineConstants = field(default_factory=MachineConstants)

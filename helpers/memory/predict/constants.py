@@ -14,6 +14,8 @@ NCCL_ONE_RANK = 562 * MIB
 # Two H100s over NVLink: NVML before and after the first all-reduce, 1.08 and 1.90 GiB. In
 # finetune_6b.json, one communicator serves DDP, ZeRO-2 and ZeRO-3: 1.56 to 1.58 GiB outside torch with the context.
 NCCL_SEVERAL_RANKS = int(0.82 * GIB)
+# The same with 4 channels and buffers of 1 MiB: "least memory" in offload_6b.json, 1.25 GiB outside torch.
+NCCL_SMALL_BUFFERS = int(0.51 * GIB)
 # torch's default on Hopper, aten/src/ATen/cuda/CublasHandlePool.cpp: 4096 KiB x 8. Counted in torch's allocated bytes.
 CUBLAS_WORKSPACE = 32 * MIB
 # A workspace belongs to a handle and a handle to a thread: the caller's, and autograd's (the same file).

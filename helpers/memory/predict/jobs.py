@@ -81,6 +81,7 @@ def configuration_of(
         expandable_segments=job.speed.expandable_segments,
         loss_chunk=job.speed.loss_chunk,
         offloaded_checkpoints=job.checkpointing is True and job.speed.offload_checkpoints,
+        small_nccl_buffers=job.speed.small_nccl_buffers,
         lean=True,
         compiled=job.speed.compile_layers,
         recomputed_inputs=job.speed.recompute_inputs,
@@ -136,21 +137,25 @@ def _strategy(deepspeed: dict[str, Any], world_size: int, shape: ModelShape, sou
         max_live_parameters=elements(
             "stage3_max_live_parameters", defaults.max_live_parameters, defaults.max_live_parameters
         ),
-        prefetch_bucket_size=_prefetched(zero, source, shape),
+        prefetch_bucket_size=_or_none(
+            zero, "stage3_prefetch_bucket_size", source, defaults.prefetch_bucket_size, int(0.9 * shape.hidden**2)
+        ),
+        max_reuse_distance=_or_none(
+            zero, "stage3_max_reuse_distance", source, defaults.max_reuse_distance, defaults.max_reuse_distance
+        ),
         sub_group_size=elements("sub_group_size", defaults.sub_group_size, defaults.sub_group_size),
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
     )
 
 
-def _prefetched(zero: dict[str, Any], source: str, shape: ModelShape) -> int:
-    """Return ``stage3_prefetch_bucket_size``, the only one of the sizes that may be 0: nothing in advance."""
-    value = zero.get("stage3_prefetch_bucket_size", Strategy().prefetch_bucket_size)
+def _or_none(zero: dict[str, Any], key: str, source: str, default: int, auto: int) -> int:
+    """Return a size that may be 0: nothing in advance, or nothing kept. ``auto`` is what transformers fills in."""
+    value = zero.get(key, default)
     if value == "auto":  # transformers/integrations/deepspeed.py
-        return int(0.9 * shape.hidden**2)
+        return auto
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        key = "zero_optimization.stage3_prefetch_bucket_size"
-        raise UserError(f"{source}: {key} is {value!r}; give a number of elements, 0 or more")
+        raise UserError(f"{source}: zero_optimization.{key} is {value!r}; give a number of elements, 0 or more")
     return int(value)
 
 

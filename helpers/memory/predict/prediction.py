@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from helpers.memory.categories import ITEMS
+from helpers.memory.predict import constants
 from helpers.memory.predict.allocator_allowance import allowance_bytes
 from helpers.memory.predict.configuration import Configuration
 from helpers.memory.predict.step import Step
@@ -75,7 +76,7 @@ def _outside_torch(configuration: Configuration) -> dict[str, int]:
     if strategy.kind == "single":
         nccl = 0
     elif strategy.world_size > 1:
-        nccl = machine.nccl_several_ranks
+        nccl = constants.NCCL_SMALL_BUFFERS if configuration.small_nccl_buffers else machine.nccl_several_ranks
     else:
         nccl = machine.nccl_one_rank
     return {"CUDA context": machine.cuda_context, "NCCL": nccl}

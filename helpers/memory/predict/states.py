@@ -33,7 +33,6 @@ class States:
         kept: What of the gradients is left when the optimizer's step begins.
         step: Allocated during the optimizer step only, besides the gradients.
         buckets: Allocated from the first gradient to the end of backward.
-        gathered: The most that ZeRO-3 holds of other ranks' parameters at a time.
         replaced: DDP's first buckets, which stay allocated in the second step until its first gradient is reduced.
     """
 
@@ -42,7 +41,6 @@ class States:
     kept: int
     step: int
     buckets: int = 0
-    gathered: int = 0
     replaced: int = 0
 
 
@@ -168,14 +166,11 @@ def _zero_1_2(c: Configuration) -> States:
 
 
 def _zero_3(c: Configuration) -> States:
-    """Predict ZeRO-3 (deepspeed/runtime/zero/stage3.py and partitioned_param_coordinator.py).
+    """Predict ZeRO-3 (deepspeed/runtime/zero/stage3.py).
 
-    Every parameter is partitioned. Also resident: ``grad_partitions_flat_buffer`` and one reduce bucket, both allocated
-    at the start in the weights' type. Gathered parameters stay below stage3_max_live_parameters, except that a matrix
-    is gathered whatever its size; those gathered in advance are in a flat buffer first, from which they are copied
-    (``AllGatherCoalescedHandle.wait`` in partition_parameters.py). One rank gathers nothing. The step flattens
-    the gradients of one sub-group at a time and copies 16-bit ones to fp32
-    (``_prepare_fp32_grad_for_sub_group``).
+    Every parameter is partitioned; gathered.py follows which are whole. Also resident: ``grad_partitions_flat_buffer``
+    and one reduce bucket, both allocated at the start in the weights' type. The step flattens the gradients of one
+    sub-group at a time and copies 16-bit ones to fp32 (``_prepare_fp32_grad_for_sub_group``).
     """
     world_size, strategy = c.strategy.world_size, c.strategy
     partition = -(-c.trainable_parameters // world_size)
@@ -187,11 +182,6 @@ def _zero_3(c: Configuration) -> States:
         "optimizer states": (1 + ADAM) * FP32 * partition if on_gpu else 0,
         "communication buffers": strategy.reduce_bucket_size * c.residual_bytes,
     }
-    gathers = world_size > 1 or strategy.offload_parameters
-    everything = c.frozen_parameters + c.trainable_parameters
-    live = min(max(strategy.max_live_parameters, c.shape.embedding) + strategy.prefetch_bucket_size, everything)
     flat = c.residual_bytes if c.residual_bytes < FP32 else 0
     step = (flat + FP32) * min(strategy.sub_group_size, partition) if on_gpu else 0
-    return States(
-        MappingProxyType(resident), gradients=0, kept=0, step=step, gathered=live * c.residual_bytes if gathers else 0
-    )
+    return States(MappingProxyType(resident), gradients=0, kept=0, step=step)

@@ -10,7 +10,7 @@ DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py; tests/test_predict.py m
 
 from collections import Counter
 
-from helpers.memory.predict import constants
+from helpers.memory.predict import constants, gathered
 from helpers.memory.predict.configuration import Configuration
 from helpers.memory.predict.saved_tensors import (
     ATTENTION_INPUTS,
@@ -54,10 +54,11 @@ class Step:
         # cuBLAS's workspaces and the rotary frequencies, two copies of head_dim / 4.
         buffers = constants.CUBLAS_THREADS * c.machine.cublas_workspace + 2 * FP32 * (c.shape.head_dim // 4)
         self._resident = Counter({**self.states.resident, "buffers": buffers})
-        # From forward to the end of backward: what ZeRO-3 gathers, and the gradients of earlier micro-batches.
-        self._passing = self._resident + Counter({"communication buffers": self.states.gathered})
-        if c.gradient_accumulation_steps > 1:
+        self._passing = self._resident
+        if c.gradient_accumulation_steps > 1:  # from forward to the end of backward, those of earlier micro-batches
             self._passing += Counter({"gradients": self.states.gradients})
+        gathers = c.strategy.zero_stage == 3 and (c.strategy.world_size > 1 or c.strategy.offload_parameters)
+        self._most_gathered = gathered.most_gathered(c) if gathers else {}
         self._buckets = Counter({"communication buffers": self.states.buckets})
         self._replaced = Counter({"communication buffers": self.states.replaced})
 
@@ -85,6 +86,11 @@ class Step:
         if self.configuration.lora is None:
             found[EMBEDDING] = self._embedding()
         return found | {STEP: self._optimizer()}
+
+    def _gathered(self, *parts: str) -> Counter[str]:
+        """Return the most that ZeRO-3 holds whole in the given parts of a step (gathered.py)."""
+        elements = max(self._most_gathered.get(part, 0) for part in parts)
+        return Counter({"communication buffers": elements * self.configuration.residual_bytes})
 
     def _forward(self) -> Counter[str]:
         return self._passing + _by_item(self.saved)
@@ -118,7 +124,8 @@ class Step:
         if c.loss_chunk:
             logits = self.logits * (FP32 + half) + (0 if c.lora else 12 * c.tokens)
             saved = self._hidden_gradient() if c.lora else 0
-        return self._forward() + Counter({"logits and loss": logits, "activations": saved, "parameters": cached})
+        made = Counter({"logits and loss": logits, "activations": saved, "parameters": cached})
+        return self._forward() + self._gathered(gathered.OUTPUT) + made
 
     def _hidden_gradient(self) -> int:
         c = self.configuration
@@ -131,29 +138,45 @@ class Step:
         a frozen head only the latter remains, and is scaled.
         """
         c = self.configuration
+        held = self._forward() + self._gathered(gathered.OUTPUT)
         if c.loss_chunk:
             hidden = self._hidden_gradient()
             if c.lora:
-                return self._forward() + Counter({"activations": 2 * hidden})
+                return held + Counter({"activations": 2 * hidden})
             gradient = c.shape.embedding * c.compute_bytes
             return self._loss() + Counter({"gradients": gradient, "activations": hidden})
-        return self._forward() + Counter({"logits and loss": 3 * FP32 * self.logits})
+        return held + Counter({"logits and loss": 3 * FP32 * self.logits})
 
     def _output_backward(self) -> Counter[str]:
         """Sum backward of the output layer; autocast computes its gradient in 16 bit, then casts it."""
         c = self.configuration
         size = 0 if c.lora else c.trainable_bytes + (c.compute_bytes if casts_weights(c) else 0)
         logits = self.logits * c.compute_bytes
-        return self._forward() + Counter({"logits and loss": logits, "gradients": c.shape.embedding * size})
+        made = Counter({"logits and loss": logits, "gradients": c.shape.embedding * size})
+        return self._forward() + self._gathered(gathered.OUTPUT_BACKWARD) + made
 
     def _last_layer(self) -> Counter[str]:
         """Sum backward of the layer that it reaches first, when every activation is still alive."""
         c = self.configuration
         held = self._behind_output() + self._gradients(c.shape.embedding if c.lora is None else 0)
-        held += Counter({"activations": self._layer_backward()})
+        held += self._in_flight(gathered.LAST)
         if not self._late_buckets():
             held += self._buckets
         return held + self._recomputed()
+
+    def _in_flight(self, layer: str) -> Counter[str]:
+        """Sum what a layer's backward makes, and what ZeRO-3 holds whole for it.
+
+        With checkpointing ZeRO-3 holds the whole layer when it has just been recomputed, but only the first gradient of
+        its MLP exists by then. It takes the larger of both moments.
+        """
+        c = self.configuration
+        backward = self._gathered(f"{layer}, {gathered.MLP}") + Counter({"activations": self._layer_backward()})
+        if not c.checkpointing:
+            return backward
+        made = c.tokens * (c.shape.hidden * c.residual_bytes + c.shape.intermediate * c.compute_bytes)
+        recomputed = self._gathered(f"{layer}, {gathered.RECOMPUTED}") + Counter({"activations": made})
+        return max(backward, recomputed, key=Counter.total)
 
     def _late_buckets(self) -> bool:
         # DeepSpeed allocates its buckets at the first gradient: the output layer's, or an adapter's in the last layer.
@@ -167,7 +190,7 @@ class Step:
         # Gradients of q, k and v, of their input, and of the residual stream.
         widths = (shape.query + 2 * shape.key_value + shape.hidden) * c.compute_bytes
         in_flight = c.tokens * (widths + shape.hidden * c.residual_bytes)
-        held = self._behind_output() + self._buckets
+        held = self._behind_output() + self._buckets + self._gathered(f"{gathered.LAST}, {gathered.ATTENTION}")
         held["activations"] += left + in_flight
         return held
 
@@ -178,8 +201,8 @@ class Step:
         if c.lora is None:  # all but the embedding's and this layer's, of which only down_proj's exists already
             done -= c.shape.layer_parameters - c.shape.hidden * c.shape.intermediate
             done -= 0 if c.shape.tied else c.shape.embedding
-        held = self._passing + self._buckets + self._gradients(done)
-        held["activations"] += self._layer_backward() + total_bytes(saved_by_bitsandbytes(c))
+        held = self._passing + self._buckets + self._gradients(done) + self._in_flight(gathered.FIRST)
+        held["activations"] += total_bytes(saved_by_bitsandbytes(c))
         if c.checkpointing:
             layer_input, rotary = saved_checkpoints(c)
             held["activations"] += layer_input.size + rotary.total
@@ -187,10 +210,20 @@ class Step:
         return held + _by_item(self.layer)
 
     def _embedding(self) -> Counter[str]:
-        """Sum the last gradient: those of all parameters, and that of the residual stream."""
+        """Sum the last gradient: those of all parameters, and that of the residual stream.
+
+        ZeRO-3 keeps only a partition, but the embedding's gradient is whole until it is reduced, at the very end. With
+        the optimizer in host memory, this rank's part then goes there from a copy, and once more in fp32
+        (``partition_grads`` in stage3.py).
+        """
         c = self.configuration
         stream = Counter({"activations": c.tokens * c.shape.hidden * c.residual_bytes})
-        return self._passing + self._buckets + stream + self._gradients(c.trainable_parameters)
+        held = self._passing + self._buckets + self._gathered(gathered.EMBEDDING_BACKWARD)
+        if c.strategy.zero_stage == 3:
+            whole = c.shape.embedding * c.trainable_bytes
+            part = -(-c.shape.embedding // c.strategy.world_size) * (c.trainable_bytes + FP32)
+            return held + Counter({"gradients": whole + (part if c.strategy.offload_optimizer else 0)})
+        return held + stream + self._gradients(c.trainable_parameters)
 
     def _optimizer(self) -> Counter[str]:
         """Sum the optimizer's step: fused Adam works in place, DeepSpeed makes fp32 gradients for it."""
