@@ -5,6 +5,7 @@ import json
 import pytest
 
 from helpers.errors import UserError
+from helpers.finetune.full_results import full_table
 from helpers.finetune.readme import END, with_table, with_tables
 from helpers.finetune.results import (
     ROOT,
@@ -19,6 +20,7 @@ from helpers.finetune.results import (
     read_results,
     run_figure,
     speed_figure,
+    speed_table,
 )
 from helpers.memory.units import GIB
 
@@ -102,6 +104,27 @@ def measured(name, config, ranks, nvml, rate, **changes):
         "torch_allocated_gib": [value - 2 for value in nvml],
         "torch_reserved_gib": [value - 1 for value in nvml],
     } | changes
+
+
+def test_the_speed_table_has_the_headlines_that_were_measured():
+    results = read_results(SPEED_RESULTS)
+    fast, rounded = results["runs"]["lora_fast.yaml: packing, compiled layers"], "lora_fp8.yaml: frozen matrices in fp8"
+    results["runs"].pop(rounded, None)
+    table = speed_table(results)
+    assert "lora_fast.yaml" in table and "fp8" not in table
+    faster = [2 * rate for rate in fast["tokens_per_second_per_gpu_range"]]
+    results["runs"][rounded] = fast | {"tokens_per_second_per_gpu_range": faster}
+    fastest_published = results["runs"]["published recipe"]["tokens_per_second_per_gpu_range"][1]
+    assert speed_table(results).startswith(f"At least {faster[0] / fastest_published:.0f} times as fast")
+    assert f"| {rounded} | 1 |" in speed_table(results)
+
+
+def test_the_table_of_full_trainings_has_a_line_for_each(one_and_two_gpus):
+    run = measured("24 GiB budget", "sft_24gb.yaml", 2, [23.0, 22.5], 5900)
+    run |= {"deepspeed": "ds_zero_3_offload_full.json", "tokens_per_gpu_and_step": 65536.0}
+    lines = full_table(one_and_two_gpus | {"runs": {"24 GiB budget": run}}).splitlines()
+    files = "`sft_24gb.yaml` with `ds_zero_3_offload_full.json`"
+    assert lines[2] == f"| 24 GiB budget: {files} | 2 | 65,536 | 5,900 (5,890 to 5,910) | 23.00 |"
 
 
 @pytest.fixture

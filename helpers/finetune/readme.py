@@ -5,6 +5,7 @@ python -m helpers.finetune.readme
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_write
+from helpers.finetune.full_results import FULL_RESULTS, full_table
 from helpers.finetune.results import (
     OFFLOAD_RESULTS,
     RESULTS,
@@ -21,7 +22,12 @@ from helpers.finetune.results import (
 from helpers.plots import save_figure
 
 END = "<!-- end of results -->"
-TABLES = {RESULTS: gpu_table, SPEED_RESULTS: speed_table, OFFLOAD_RESULTS: offload_table}
+TABLES = {
+    RESULTS: gpu_table,
+    SPEED_RESULTS: speed_table,
+    FULL_RESULTS: full_table,
+    OFFLOAD_RESULTS: offload_table,
+}
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -47,9 +53,10 @@ def with_table(text: str, name: str, table: str) -> str:
 
 
 def with_tables(text: str) -> str:
-    """Return the README's ``text`` with the newest measurements."""
+    """Return the README's ``text`` with the newest measurements; what was not measured stays as it is."""
     for path, table in TABLES.items():
-        text = with_table(text, path.stem, table(read_results(path)))
+        if path.is_file():
+            text = with_table(text, path.stem, table(read_results(path)))
     return text
 
 

@@ -21,7 +21,10 @@ FEWER_BITS = RESULTS.with_name("fewer_bits.json")
 SPEED_RESULTS = RESULTS.with_name("speed_6b.json")
 OFFLOAD_RESULTS = RESULTS.with_name("offload_6b.json")
 # What the README shows of the speed benchmark; chapter 14 shows the rest.
-HEADLINES = ("published recipe", "packing", "lora_fast.yaml: packing, compiled layers")
+HEADLINES = (
+    *("published recipe", "packing", "lora_fast.yaml: packing, compiled layers"),
+    "lora_fp8.yaml: frozen matrices in fp8",
+)
 # GiB: what ChatGLM3's authors state for their recipe, and a common GPU size.
 MEMORY_MARKS = {"published: 14,082 MiB": 14082 / 1024, "24 GB": 24.0}
 # Per trainable parameter, in fp32: weight, gradient, and Adam's two moments.
@@ -217,36 +220,33 @@ def nvml_used(run: dict[str, Any]) -> float:
 
 
 def speed_table(results: dict[str, Any]) -> str:
-    """Format the headline runs of the speed benchmark as a Markdown table: speed, share of a matmul's rate, memory.
+    """Format the headline runs that were measured as a Markdown table: speed, share of a matmul's rate, memory.
 
     Args:
         results: Contents of ``speed_6b.json``.
 
     Returns:
-        The table, and a paragraph with the gain that the slowest and fastest intervals leave certain.
+        The gain that the slowest and fastest intervals leave certain, the table, and a line on the machine.
     """
-    runs = results["runs"]
+    runs = {label: results["runs"][label] for label in HEADLINES if label in results["runs"]}
+    first, *_, last = (run["tokens_per_second_per_gpu_range"] for run in runs.values())
+    machine = results["machine"]
     lines = [
+        f"At least {last[0] / first[1]:.0f} times as fast: the slowest interval of the last line against the fastest "
+        "of the first.",
+        "",
         f"| LoRA, r = 8, examples of {results['mean_tokens']:.0f} tokens | GPUs "
         f"| tokens/s per GPU (slowest to fastest) | share of a matmul's {results['product_tflops']:.0f} TFLOP/s "
         "| NVML peak, GiB |",
         "|---|---|---|---|---|",
     ]
-    for label in HEADLINES:
-        run = runs[label]
+    for label, run in runs.items():
         slowest, fastest = run["tokens_per_second_per_gpu_range"]
         lines.append(
             f"| {label} | {run['ranks']} | {run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f}) "
             f"| {run['share_of_product_rate']:.0%} | {nvml_used(run):.2f} |"
         )
-    first, *_, last = (runs[label]["tokens_per_second_per_gpu_range"] for label in HEADLINES)
-    machine = results["machine"]
-    lines += [
-        "",
-        f"At least {last[0] / first[1]:.0f} times as fast: the slowest interval of the last line against the fastest "
-        f"of the first. {machine['gpus'][0]['name']}, random weights of the full size, torch "
-        f"{machine['versions']['torch']}.",
-    ]
+    lines += ["", f"{machine['gpus'][0]['name']}, {_weights(results)}, torch {machine['versions']['torch']}."]
     return "\n".join(lines)
 
 

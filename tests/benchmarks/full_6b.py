@@ -16,9 +16,9 @@ import torch
 from finetune_6b import ROOT, commit, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
 
 from helpers.errors import UserError, exit_with_one_line
+from helpers.finetune.full_results import FULL_RESULTS
 from helpers.finetune.torchrun import run_command, torchrun_command
 
-RESULTS = ROOT / "notebooks" / "results" / "full_6b.json"
 # Configuration and DeepSpeed file of each run.
 RUNS = {
     "24 GiB budget": ("sft_24gb.yaml", "ds_zero_3_offload_full.json"),
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--only", nargs="+", help="texts in the names of the runs to make")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FULL_RESULTS)
     parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
