@@ -5,6 +5,7 @@
 # make campaign     long searches for faults; writes notebooks/results/campaign.json and faults.json
 # make benchmark    measures the fine-tune of the 6B model on this machine's GPUs; CHECKPOINT=folder for real weights
 # make practice     writes notebooks/practice: every chapter with its core functions for you to write
+# make slides       writes output/slides: every chapter as slides, in HTML files that need no network
 # make notebooks    executes every notebook in place, outputs as they are committed
 # make lab          opens the course in JupyterLab
 VENV ?= .venv
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for name in python3.12 python3.13 python3.11 python3; do \
 JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: ready run test check lint campaign benchmark practice notebooks lab clean
+.PHONY: ready run test check lint campaign benchmark practice slides notebooks lab clean
 
 ready: $(VENV)/installed
 	$(RUN) -m helpers.ready
@@ -49,6 +50,9 @@ benchmark: $(VENV)/installed
 
 practice: $(VENV)/installed
 	$(RUN) -m helpers.exercises.practice notebooks/practice
+
+slides: $(VENV)/installed
+	$(RUN) -m helpers.slides output/slides
 
 notebooks: $(VENV)/installed
 	$(VENV)/bin/jupyter nbconvert --to notebook --inplace --execute --coalesce-streams \

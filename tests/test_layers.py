@@ -19,6 +19,7 @@ activations hardware
 memory.predict chatglm3 launch
 quantization parallel plots
 finetune exercises ready
+slides
 memory.predict.__main__
 """
 LEVEL = {name: level for level, names in enumerate(LAYERS.split("\n")) for name in names.split()}
