@@ -59,7 +59,7 @@ notebooks: $(VENV)/installed
 	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lab: $(VENV)/installed
-	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
+	$(VENV)/bin/jupyter lab --notebook-dir=notebooks $(LAB_OPTIONS)
 
 $(VENV)/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FITS)' >/dev/null 2>&1 || \

@@ -32,7 +32,7 @@ MOST_RANKS = 8  # that a chapter starts: the 2 x 2 x 2 mesh of chapter 05
 COURSE_BYTES = 5 * GIB // 2
 RANK_BYTES = GIB // 8  # a rank that `run` starts shares the libraries; its own tensors take less than this
 SHARED_BYTES = GIB // 4  # for NCCL and data loaders; a container gets 64 MiB unless it asks for more
-DISK_BYTES = 2 * GIB  # for what the notebooks write into output/
+DISK_BYTES = 2 * GIB  # free: chapter 10 asks for one of them, or for eight if there is a GPU
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def look() -> Facts:
     Returns:
         What :func:`judge` needs.
     """
-    supported = _supported()
+    supported = supported_pythons()
     python = sys.version_info[:2]
     shared = Path("/dev/shm")
     shared_bytes = shutil.disk_usage(shared).free if shared.is_dir() else 0
@@ -179,7 +179,7 @@ def _shared(facts: Facts) -> Line:
 def _disk(facts: Facts) -> Line:
     free = f"{facts.disk_bytes / GIB:.1f} GiB free on the course's disk"
     if facts.disk_bytes < DISK_BYTES:
-        return Line("problem", f"only {free}; the notebooks write up to {DISK_BYTES // GIB} GiB into output/")
+        return Line("problem", f"only {free}, and the chapters write files: {DISK_BYTES // GIB} GiB must be free")
     return Line("ok", free)
 
 
@@ -229,7 +229,8 @@ def _blocked(facts: Facts) -> bool:
     return any(found is None for _, found in facts.packages.values())
 
 
-def _supported() -> tuple[tuple[int, int], tuple[int, int]]:
+def supported_pythons() -> tuple[tuple[int, int], tuple[int, int]]:
+    """Read from pyproject.toml the first Python that the course supports and the first that it does not."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     first, beyond = re.findall(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', text, re.MULTILINE)[0]
     return (3, int(first)), (3, int(beyond))

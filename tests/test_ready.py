@@ -59,7 +59,7 @@ def test_a_gpu_is_named():
         ({"packages": {"torch": ("2.13.0", "2.11.0")}}, "note", ["torch 2.11.0 instead of 2.13.0", "pip install"]),
         ({"shared_bytes": 0}, "problem", ["/dev/shm", "--shm-size"]),
         ({"shared_bytes": 64 * 2**20}, "note", ["0.1 GiB of shared memory", "--shm-size"]),
-        ({"disk_bytes": GIB // 2}, "problem", ["0.5 GiB free", "output/"]),
+        ({"disk_bytes": GIB // 2}, "problem", ["0.5 GiB free", "2 GiB must be free"]),
         ({"free_bytes": 2 * GIB}, "problem", ["2.0 of 16.0 GiB", "2.5 GiB", "close other programs"]),
         ({"free_bytes": 3 * GIB}, "note", ["room for 6 ranks", "chapter 05 starts 8"]),
         ({}, "note", ["no GPU"]),
