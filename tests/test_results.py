@@ -1,12 +1,13 @@
-"""The table and the bars are what the measurements say; the README shows the newest."""
+"""The table and the bars are what the measurements say; the pages show the newest."""
 
 import json
+import re
 
 import pytest
 
 from helpers.errors import UserError
 from helpers.finetune.full_results import full_table
-from helpers.finetune.readme import END, with_table, with_tables
+from helpers.finetune.readme import END, PAGES, with_table, with_tables
 from helpers.finetune.results import (
     ROOT,
     SPEED_RESULTS,
@@ -64,9 +65,20 @@ def test_the_memory_table_was_made_in_one_run_of_the_benchmark():
         assert max(run["nvml_before_gib"]) < 0.1  # nobody else was on the GPU
 
 
-def test_the_readme_shows_the_newest_measurements():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(text) == text
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_show_the_newest_measurements(page):
+    assert with_tables(page) == page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert links and not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_front_page_is_short():
+    text = re.sub(r"```.*?```|[|`#*]", " ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(text.split()) <= 900
 
 
 def test_the_fast_configurations_are_as_fast_and_as_small_as_the_course_says():

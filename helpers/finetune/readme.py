@@ -1,7 +1,9 @@
-"""Write the newest measurements into README.md: tables between their markers, and its figures.
+"""Write the newest measurements into the front pages and configs/README.md: tables between their markers, and figures.
 
 python -m helpers.finetune.readme
 """
+
+from pathlib import Path
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_write
@@ -28,13 +30,19 @@ TABLES = {
     FULL_RESULTS: full_table,
     OFFLOAD_RESULTS: offload_table,
 }
+# The tables of each page.
+PAGES = {
+    ROOT / "README.md": (RESULTS,),
+    ROOT / "README.zh-CN.md": (RESULTS,),
+    ROOT / "configs" / "README.md": (SPEED_RESULTS, FULL_RESULTS, OFFLOAD_RESULTS),
+}
 
 
 def with_table(text: str, name: str, table: str) -> str:
     """Put a table between its markers.
 
     Args:
-        text: Of the README.
+        text: Of the page.
         name: Of the table, in the marker that begins it.
         table: What to put there.
 
@@ -48,24 +56,31 @@ def with_table(text: str, name: str, table: str) -> str:
     before, begin, rest = text.partition(marker)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"README.md has no place for the table; put {marker} and {END} where it should go")
+        raise UserError(f"the page has no place for the table; put {marker} and {END} where it should go")
     return f"{before}{marker}\n{table}\n{END}{after}"
 
 
-def with_tables(text: str) -> str:
-    """Return the README's ``text`` with the newest measurements; what was not measured stays as it is."""
-    for path, table in TABLES.items():
-        if path.is_file():
-            text = with_table(text, path.stem, table(read_results(path)))
+def with_tables(page: Path) -> str:
+    """Return a page's text with the newest measurements; what was not measured stays as it is.
+
+    Args:
+        page: One of ``PAGES``.
+
+    Returns:
+        The whole text.
+    """
+    text = page.read_text(encoding="utf-8")
+    for path in filter(Path.is_file, PAGES[page]):
+        text = with_table(text, path.stem, TABLES[path](read_results(path)))
     return text
 
 
 def main() -> None:
-    """Update README.md and its figures."""
-    readme = ROOT / "README.md"
-    text = with_tables(readme.read_text(encoding="utf-8"))
-    with atomic_write(readme) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Update the pages and their figures."""
+    for page in PAGES:
+        text = with_tables(page)
+        with atomic_write(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     save_figure(run_figure(), RESULTS.with_name("finetune_6b_timeline.png"))
     save_figure(memory_figure(read_results()), RESULTS.with_name("finetune_6b.png"))
     save_figure(speed_figure(read_results(SPEED_RESULTS)), RESULTS.with_name("speed_6b.png"))
