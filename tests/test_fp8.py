@@ -1,6 +1,7 @@
 """fp8: rounding and matmuls against fp64, what is not finite, loading, the whole fine-tune on the CPU's emulation."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import weakref
@@ -12,14 +13,15 @@ from peft import LoraConfig, get_peft_model
 from small_finetune import ROOT, adapter, largest_difference, prepare, write_config
 from torch import nn
 
-from helpers.config.finetune import parse_finetune_config, read_finetune_config
+from helpers.config.finetune import SpeedOptions, parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
-from helpers.finetune import evaluate, generate, loading, train
+from helpers.finetune import evaluate, generate, loading, speed, train
 from helpers.finetune.export import export
 from helpers.finetune.fp8 import check_fp8, obstacle, obstacle_on
 from helpers.finetune.loading import load_for_inference
 from helpers.finetune.model import TrainedChatGLM3ForCausalLM
 from helpers.finetune.recorder import read_metrics
+from helpers.finetune.speed import apply_speed_options
 from helpers.hardware import Gpu, describe_machine
 from helpers.memory.predict import Configuration, ModelShape, Strategy, predict
 from helpers.memory.predict.jobs import read_job
@@ -250,6 +252,30 @@ def rounded(small_checkpoint):
     return TrainedChatGLM3ForCausalLM.from_checked_folder(
         small_checkpoint, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=Fp8Config()
     )
+
+
+@pytest.mark.slow
+def test_compiled_layers_whose_matrices_and_adapters_share_can_be_recomputed(small_checkpoint, monkeypatch):
+    compiled = functools.partial(torch.compile, fullgraph=True)
+    monkeypatch.setattr(speed.torch, "compile", lambda forward, backend: compiled(forward, backend="aot_eager"))
+    found = []
+    for recomputed in (False, True):
+        torch._dynamo.reset()
+        model = TrainedChatGLM3ForCausalLM.from_checked_folder(
+            small_checkpoint, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=Fp8Config()
+        )
+        torch.manual_seed(0)
+        targets = ["q_proj", "k_proj", "v_proj"]
+        lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, lora).train()
+        apply_speed_options(adapted, SpeedOptions(fp8=True, shared_dropout=True, compile_layers=True))
+        if recomputed:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adapted.enable_input_require_grads()  # otherwise the first layer would be compiled apart
+        ids = torch.arange(3, 35)[None]
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
+    assert largest_difference(*found) == 0 and len(found[0]) == 12
 
 
 def test_loading_rounds_the_layers_matrices_and_only_them(rounded, small_checkpoint):

@@ -74,6 +74,9 @@ def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = Fal
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
         backend = recompute_inputs if speed.recompute_inputs else "inductor"
+        # Matrices and adapters that share something pass it on as attributes. Under gradient checkpointing the compiler
+        # would refuse that, because its backward does not set them again; nobody reads them there.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         if zero_3:
             gather_whole_layers(base, base.model.layers)
         for layer in base.model.layers:
