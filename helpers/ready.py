@@ -138,7 +138,7 @@ def _system(facts: Facts) -> Line:
         return Line("problem", f"{name} has no fork server, which starts the ranks; on Windows, use WSL2")
     if facts.system == "Linux":
         return Line("ok", name)
-    return Line("note", f"{name}: the course is tested on Linux; if the launch below is ok, the chapters on a CPU are")
+    return Line("note", f"{name}: the course is tested on Linux only; if something fails here, use the Containerfile")
 
 
 def _python(facts: Facts) -> Line:
@@ -215,7 +215,7 @@ def _launches(facts: Facts) -> list[Line]:
     lines = []
     for name, outcome in facts.launches.items():
         if isinstance(outcome, str):
-            lines.append(Line("problem", f"{name}: {outcome}"))
+            lines.append(Line("problem", f"{name}: {outcome}; try again, and if it stays, use the Containerfile"))
         else:
             lines.append(Line("ok", f"{name}: the sum is right; {outcome:.0f} s, imports included"))
     return lines
@@ -260,7 +260,8 @@ def _try_launch(nprocs: int, on_cpu: bool = False) -> float | str:
     try:
         sums = run(_sum_of_ranks, nprocs, timeout=LAUNCH_SECONDS, on_cpu=on_cpu).results
     except Exception as error:  # whatever it is, the other lines still help
-        return " | ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        lines = str(error).splitlines() or [type(error).__name__]
+        return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"  # without the traceback between them
     expected = nprocs * (nprocs - 1) // 2
     return time.monotonic() - begin if sums == [expected] * nprocs else f"wrong sums {sums}, not {expected}"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ready
+from helpers import launch, ready
 from helpers.hardware import Gpu, Machine
+from helpers.launch import RankError
 from helpers.ready import GIB, Facts, judge, ranks_that_fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,7 @@ def test_a_gpu_is_named():
         ({"free_bytes": 2 * GIB}, "problem", ["2.0 of 16.0 GiB", "2.5 GiB", "close other programs"]),
         ({"free_bytes": 3 * GIB}, "note", ["room for 6 ranks", "chapter 05 starts 8"]),
         ({}, "note", ["no GPU"]),
-        ({"launches": {GLOO: "rank 1 of 2 died"}}, "problem", [GLOO, "rank 1 of 2 died"]),
+        ({"launches": {GLOO: "rank 1 of 2 died"}}, "problem", [GLOO, "rank 1 of 2 died", "Containerfile"]),
     ],
 )
 def test_each_difficulty_has_its_line(changes, kind, words):
@@ -88,6 +89,15 @@ def test_without_its_packages_it_still_answers():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from helpers.ready import main; main()"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "not installed: torch==" in done.stdout and not done.stderr
+
+
+def test_a_launch_that_fails_is_one_line(monkeypatch):
+    def fails(*arguments, **options):
+        raise RankError("rank 0 of 2 raised RuntimeError; its traceback:", 0, details="line\nRuntimeError: no address")
+
+    monkeypatch.setattr(launch, "run", fails)
+    expected = "rank 0 of 2 raised RuntimeError; its traceback: RuntimeError: no address"
+    assert ready.look().launches[GLOO] == expected
 
 
 @pytest.mark.slow

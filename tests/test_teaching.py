@@ -12,7 +12,7 @@ TEACHING = NOTEBOOKS / "teaching"
 CHAPTERS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 PAGES = sorted(TEACHING.glob("*.md"))
 LINK = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
-EXERCISE = re.compile(r"exercise (\d+), \*([^*]+)\* \((\d+) minutes\)")
+EXERCISE = re.compile(r"[Ee]xercise (\d+), \*([^*]+)\* \((\d+) minutes\)")
 ROW = re.compile(r"^\| (\d+):(\d\d) \| (\d+) \| (.+?) \|", re.MULTILINE)
 
 
