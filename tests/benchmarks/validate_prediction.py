@@ -30,6 +30,7 @@ from helpers.errors import UserError, exit_with_one_line
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, run
 from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.predict.validation import item_errors
 from helpers.memory.units import GIB
 
 RESULTS = benchmark.RESULTS.with_name("prediction_validation.json")
@@ -104,20 +105,6 @@ def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> d
     outcome["trained_parameters"] = configuration.trainable_parameters
     made = benchmark.record(configuration, entry["measured"], outcome, allowance)
     return entry | made | {"traced": allowance is not None}
-
-
-def item_errors(entry: dict[str, Any]) -> dict[str, int]:
-    """Return predicted less measured bytes of the fullest rank for what can be measured by itself."""
-    rank = max(entry["measured"], key=lambda found: found["nvml"])
-    predicted = entry["predicted"]
-    outside = predicted["CUDA context"] + predicted["NCCL"]
-    return {
-        "parameters": predicted["parameters"] - rank["parameters"],
-        "optimizer states": predicted["optimizer states"] - rank["optimizer states"],
-        "all tensors": entry["predicted_allocated"] - rank["allocated"],
-        "allocator allowance": predicted["allocator allowance"] - (rank["reserved"] - rank["allocated"]),
-        "CUDA context and NCCL": outside - (rank["nvml"] - rank["reserved"]),
-    }
 
 
 def summary(entries: dict[str, dict[str, Any]]) -> list[str]:

@@ -3,10 +3,11 @@
     from helpers.memory.predict import Configuration, predict
     print(predict(Configuration(micro_batch_size=4, sequence_length=768)).items)
 
-model_shape.py and configuration.py describe the job. states.py and saved_tensors.py hold the formulas, constants.py
-what had to be measured. step.py sums what is alive at each phase, prediction.py finds the largest phase, and
-allocator_allowance.py adds what the allocator may waste. planner.py finds a strategy that fits, jobs.py reads a job's
-own files, build.py makes the real model, traced.py simulates the allocator on it. Only these two import torch.
+model_shape.py and configuration.py describe the job. states.py, saved_tensors.py and gathered.py hold the formulas,
+constants.py what had to be measured. step.py sums what is alive at each phase, prediction.py finds the largest phase,
+and allocator_allowance.py adds what the allocator may waste. planner.py finds a strategy that fits, jobs.py reads a
+job's own files, validation.py reads the errors of the committed runs. build.py makes the real model, traced.py
+simulates the allocator on it; only these two import torch.
 """
 
 from helpers.memory.predict.configuration import Configuration, Lora, Strategy

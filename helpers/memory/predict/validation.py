@@ -1,0 +1,101 @@
+"""Read how good predictions were: the committed runs on GPUs, with what was predicted and what each needed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from helpers.files import read_json_object
+
+# The first that exists counts. Configurations of the second that were added when the formulas were finished:
+FILES = ("prediction_validation.json", "prediction.json")
+ADDED_LATER = (
+    "LoRA, 16-bit weights, one long row",
+    "wide, full, ZeRO-2, checkpointing",
+    "6B LoRA, ZeRO-2, published buckets",
+)
+
+
+@dataclass(frozen=True)
+class ValidatedRun:
+    """One configuration, predicted and measured, in bytes of the fullest GPU.
+
+    Attributes:
+        name: What it is made of.
+        ranks: Number of GPUs.
+        held_out: Whether no constant and no formula was fitted to it.
+        predicted: The prediction.
+        measured: NVML's peak, without what was in use before.
+        item_errors: Predicted less measured bytes for everything that can be measured by itself.
+    """
+
+    name: str
+    ranks: int
+    held_out: bool
+    predicted: int
+    measured: int
+    item_errors: Mapping[str, int]
+
+    @property
+    def error_percent(self) -> float:
+        """How much the prediction is above what was measured, in percent of that."""
+        return 100 * (self.predicted / self.measured - 1)
+
+    @property
+    def worst_item(self) -> str:
+        """The item that is furthest off."""
+        return max(self.item_errors, key=lambda item: abs(self.item_errors[item]))
+
+
+def read_validation(folder: Path) -> list[ValidatedRun]:
+    """Read the committed runs.
+
+    Args:
+        folder: notebooks/results.
+
+    Returns:
+        The runs of the validation on one and two GPUs; before there was one, those of prediction.json, with expandable
+        segments. Runs that failed are left out.
+
+    Raises:
+        UserError: There is no results file.
+    """
+    path = next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[-1])
+    content = read_json_object(path, f"no measurements in {path}; tests/benchmarks/prediction.py writes them")
+    runs = []
+    for name, entry in content["configurations"].items():
+        if "failed" in entry or any(rank["nvml"] is None for rank in entry["measured"]):
+            continue
+        rank = max(entry["measured"], key=lambda found: found["nvml"])
+        runs.append(
+            ValidatedRun(
+                name,
+                len(entry["measured"]),
+                entry.get("held_out", name in ADDED_LATER),
+                entry["predicted_total"],
+                rank["nvml"],
+                MappingProxyType(item_errors(entry)),
+            )
+        )
+    return runs
+
+
+def item_errors(entry: Mapping[str, Any]) -> dict[str, int]:
+    """Return predicted less measured bytes of the fullest rank for what can be measured by itself.
+
+    Args:
+        entry: A configuration of a results file.
+
+    Returns:
+        Bytes by item.
+    """
+    rank = max(entry["measured"], key=lambda found: found["nvml"])
+    predicted = entry["predicted"]
+    outside = predicted["CUDA context"] + predicted["NCCL"]
+    states = {name: predicted[name] - rank[name] for name in ("parameters", "optimizer states") if name in rank}
+    return states | {
+        "all tensors": entry["predicted_allocated"] - rank["allocated"],
+        "allocator allowance": predicted["allocator allowance"] - (rank["reserved"] - rank["allocated"]),
+        "CUDA context and NCCL": outside - (rank["nvml"] - rank["reserved"]),
+    }
