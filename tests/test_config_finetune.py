@@ -109,6 +109,7 @@ def test_of_speed_only_what_changes_no_result_is_on_where_nothing_is_said():
         ({"compile_layers": True}, {}, 2, None),
         ({"compile_layers": True, "recompute_inputs": True}, {}, 0, None),
         ({"recompute_inputs": True}, {}, 0, ["recompute_inputs", "compile_layers: true"]),
+        ({"fp8_transposed": True}, {}, 0, ["fp8_transposed", "fp8: true"]),
     ],
 )
 def test_what_does_not_go_together_is_named(speed, training, stage, named):

@@ -192,6 +192,21 @@ class Readers(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
+def test_a_transposed_copy_of_the_codes_changes_nothing_but_what_backward_reads():
+    results = []
+    for copied in (False, True):
+        layer = layer_of(torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0)))
+        if copied:
+            layer.keep_transposed()
+        x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        output = layer(x)
+        if copied:
+            layer.weight.data.zero_()  # backward does not need it
+        output.square().sum().backward()
+        results.append({"output": output, "gradient": x.grad})
+    assert largest_difference(*results) == 0
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_joined_matrices_are_one_product_forward_and_backward(compiled):
     separate, readers = Readers(), Readers()
@@ -204,6 +219,10 @@ def test_joined_matrices_are_one_product_forward_and_backward(compiled):
         name: tensor.tolist() for name, tensor in separate.state_dict().items()
     }
     assert len({layer.weight.untyped_storage().data_ptr() for layer in readers.children()}) == 1
+    if compiled:
+        for layer in readers.children():
+            layer.keep_transposed()
+        assert readers.q.joined.transposed.shape == (INPUTS, OUTPUTS + 32) and readers.k.transposed is None
     run = torch.compile(readers, fullgraph=True, backend="aot_eager") if compiled else readers
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
@@ -396,6 +415,7 @@ def test_the_predictor_counts_a_byte_a_weight_and_its_scales(rounded, small_chec
     expected = base_bytes(Configuration(shape, fp8=True))
     scales = sum(buffer.nbytes for name, buffer in rounded.named_buffers() if name.endswith("scale_bits"))
     assert sum(parameter.nbytes for parameter in rounded.parameters()) + scales == expected
+    assert base_bytes(Configuration(shape, fp8=True, fp8_transposed=True)) == expected + 2 * shape.layer_matrices
     fp8, half = (predict(Configuration(TINY, fp8=fp8)) for fp8 in (True, False))
     assert fp8.phases["optimizer step"] < half.phases["optimizer step"]
     with pytest.raises(UserError, match="fp8 is True; such weights are frozen and not partitioned"):

@@ -124,6 +124,7 @@ NEUTRAL_SPEED = {
     "gpu_memory_gib": 80,
     "small_nccl_buffers": True,
     "fp8": False,
+    "fp8_transposed": False,
 }
 
 

@@ -79,6 +79,8 @@ def check_speed(config: FinetuneConfig, deepspeed: dict[str, Any] | None) -> Non
     """Raise UserError if an option of ``speed`` cannot be combined with the rest of the job."""
     if config.speed.recompute_inputs and not config.speed.compile_layers:
         raise UserError("speed: recompute_inputs is for compiled layers; set compile_layers: true, or remove it")
+    if config.speed.fp8_transposed and not config.speed.fp8:
+        raise UserError("speed: fp8_transposed is for matrices in fp8; set fp8: true, or remove it")
     limit = config.speed.gpu_memory_gib
     if limit is not None and limit < 3:
         raise UserError(f"speed: gpu_memory_gib {limit} leaves nothing for tensors; give 3 or more")

@@ -61,6 +61,8 @@ class SpeedOptions:
         small_nccl_buffers: Let NCCL use few channels with small buffers: less memory, and slower collectives.
         fp8: Round the frozen matrices to fp8 and multiply in it (``helpers.quantization.fp8``): faster, in half of
             their memory, and not quite the same training.
+        fp8_transposed: With ``fp8``, keep the matrices transposed as well, in another byte per weight, instead of
+            transposing them in each backward. The training is the same.
     """
 
     packing: int | None = None
@@ -74,6 +76,7 @@ class SpeedOptions:
     gpu_memory_gib: int | None = None
     small_nccl_buffers: bool = False
     fp8: bool = False
+    fp8_transposed: bool = False
 
 
 @dataclass(frozen=True)

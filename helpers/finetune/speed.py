@@ -16,6 +16,7 @@ from helpers.finetune.method import Model, base_network, has_prefix
 from helpers.finetune.shared_dropout import share_dropout
 from helpers.libraries.deepspeed import gather_whole_layers
 from helpers.memory.units import GIB
+from helpers.quantization.fp8 import Fp8Linear
 from helpers.quantization.fp8_joined import join_products
 
 SDPA = "sdpa"  # transformers' name for what every model starts with; used for padded batches and generation
@@ -71,6 +72,10 @@ def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = Fal
             share_dropout(readers)
         if speed.fp8:
             join_products([getattr(reader, "base_layer", reader) for reader in readers])
+    if speed.fp8_transposed:
+        for module in base.model.layers.modules():
+            if isinstance(module, Fp8Linear):
+                module.keep_transposed()
     if speed.compile_layers:
         # Layers rather than the whole model: they share their code, so one compilation of seconds serves them all.
         backend = recompute_inputs if speed.recompute_inputs else "inductor"

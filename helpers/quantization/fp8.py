@@ -69,32 +69,35 @@ class _Product(torch.autograd.Function):
     """x Wᵀ for a frozen W. Backward needs W and no activation, so nothing is saved that was not there before."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, scales)
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, transposed: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes if transposed is None else transposed, scales)
+        ctx.is_transposed = transposed is not None
         rows, row_scales = round_rows(x.flatten(0, -2))
         return multiply(rows, row_scales, codes, scales, x.dtype).view(*x.shape[:-1], codes.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         codes, scales = ctx.saved_tensors
+        transposed = codes if ctx.is_transposed else codes.t().contiguous()
         rows, row_scales = round_rows(gradient.flatten(0, -2) * scales.t())  # in fp32, as the scales are
-        ones = torch.ones(codes.shape[1], 1, device=scales.device)
-        product = multiply(rows, row_scales, codes.t().contiguous(), ones, gradient.dtype)
-        return product.view(*gradient.shape[:-1], codes.shape[1]), None, None
+        ones = torch.ones(transposed.shape[0], 1, device=scales.device)
+        product = multiply(rows, row_scales, transposed, ones, gradient.dtype)
+        return product.view(*gradient.shape[:-1], transposed.shape[0]), None, None, None
 
 
-def multiply_frozen(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+def multiply_frozen(x: Tensor, codes: Tensor, scales: Tensor, transposed: Tensor | None = None) -> Tensor:
     """Compute x Wᵀ in fp8, and in backward the gradient of x.
 
     Args:
         x: Any floating-point type [..., inputs].
         codes: Of W in e4m3 [outputs, inputs].
         scales: Of its rows in fp32 [outputs, 1].
+        transposed: The codes once more, contiguous [inputs, outputs], for backward; None transposes them there.
 
     Returns:
         The product [..., outputs], in the type of ``x``.
     """
-    return _Product.apply(x, codes, scales)
+    return _Product.apply(x, codes, scales, transposed)
 
 
 class Fp8Linear(nn.Linear):
@@ -113,6 +116,7 @@ class Fp8Linear(nn.Linear):
     """
 
     scale_bits: Tensor
+    transposed: Tensor | None = None
 
     def __init__(
         self,
@@ -165,7 +169,11 @@ class Fp8Linear(nn.Linear):
         Returns:
             The outputs [..., outputs].
         """
-        return self.with_bias(multiply_frozen(input, self.codes, self.scales))
+        return self.with_bias(multiply_frozen(input, self.codes, self.scales, self.transposed))
+
+    def keep_transposed(self) -> None:
+        """Keep a transposed copy of the codes: as much memory again, and no transposing in backward."""
+        self.transposed = self.codes.t().contiguous()
 
     def with_bias(self, output: Tensor) -> Tensor:
         """Add the bias, if there is one.

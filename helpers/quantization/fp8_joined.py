@@ -22,12 +22,14 @@ class _Joined:
         scale_bits: In int32, with the bytes of fp32 [rows of all, 1].
         rows: Of each matrix.
         outputs: Of the matrices after the first, in order, until they are called.
+        transposed: The codes in e4m3 once more [inputs, rows of all], if backward does not transpose them.
     """
 
     codes: Tensor
     scale_bits: Tensor
     rows: list[int]
     outputs: tuple[Tensor, ...] = ()
+    transposed: Tensor | None = None
 
 
 class _First(Fp8Linear):
@@ -35,10 +37,14 @@ class _First(Fp8Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         joined = self.joined
-        product = multiply_frozen(input, joined.codes.view(E4M3), joined.scale_bits.view(torch.float32))
+        scales = joined.scale_bits.view(torch.float32)
+        product = multiply_frozen(input, joined.codes.view(E4M3), scales, joined.transposed)
         output, *others = product.split(joined.rows, dim=-1)
         joined.outputs = tuple(others)
         return self.with_bias(output)
+
+    def keep_transposed(self) -> None:
+        self.joined.transposed = self.joined.codes.view(E4M3).t().contiguous()
 
 
 class _Next(Fp8Linear):
@@ -49,6 +55,9 @@ class _Next(Fp8Linear):
         assert output.shape[:-1] == input.shape[:-1], "matrices are called in another order than they were joined"
         self.joined.outputs = tuple(others)
         return self.with_bias(output)
+
+    def keep_transposed(self) -> None:
+        pass  # the first one keeps the codes of all
 
 
 def join_products(layers: list[nn.Module]) -> None:

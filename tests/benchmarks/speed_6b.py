@@ -76,6 +76,7 @@ RUNS = [
     Run("two packs at once", FAST, training={"per_device_train_batch_size": 2}),
     Run("lora_fp8.yaml: frozen matrices in fp8", FP8),
     Run("bf16, one dropout for q, k, v", FAST, speed={"shared_dropout": True}),
+    Run("fp8, weights also transposed", FP8, speed={"fp8_transposed": True}),
     Run("fp8, a dropout for each adapter", FP8, speed={"shared_dropout": False}),
     Run("fp8, adapters' inputs recomputed", FP8, speed={"recompute_inputs": True}),
     Run("fp8, loss in chunks of 512", FP8, speed={"loss_chunk": 512}),

@@ -111,6 +111,7 @@ class Configuration:
         checkpointing: Whether backward recomputes every layer from its input.
         quantization_bits: 8 or 4 quantises the layers' matrices under LoRA; 16 leaves them as they are.
         fp8: Whether they are rounded to fp8 and multiplied in it (helpers.quantization.fp8).
+        fp8_transposed: With ``fp8``, whether the matrices are kept transposed as well.
         fused_rounding: With ``fp8``, whether activations and gradients are rounded by the operation that makes them, as
             in compiled layers; otherwise fp32 copies exist.
         gradient_accumulation_steps: Micro-batches per optimizer step.
@@ -140,6 +141,7 @@ class Configuration:
     checkpointing: bool = False
     quantization_bits: int = 16
     fp8: bool = False
+    fp8_transposed: bool = False
     fused_rounding: bool = True
     gradient_accumulation_steps: int = 1
     expandable_segments: bool = False

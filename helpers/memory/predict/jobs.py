@@ -76,6 +76,7 @@ def configuration_of(
         checkpointing=job.checkpointing is True,
         quantization_bits=job.quantization_bit or 16,
         fp8=job.speed.fp8,
+        fp8_transposed=job.speed.fp8_transposed,
         fused_rounding=job.speed.compile_layers,
         gradient_accumulation_steps=training.get("gradient_accumulation_steps", 1),
         expandable_segments=job.speed.expandable_segments,

@@ -108,7 +108,8 @@ def base_bytes(configuration: Configuration) -> int:
     bits = 8 if c.fp8 else c.quantization_bits
     quantised = sum(matrix_bytes(rows, columns, bits) for rows, columns in c.shape.linears.values())
     others = c.frozen_parameters - c.shape.layers * c.shape.layer_matrices
-    return c.shape.layers * quantised + others * c.residual_bytes
+    second = c.shape.layer_matrices if c.fp8_transposed else 0  # a byte per weight
+    return c.shape.layers * (quantised + second) + others * c.residual_bytes
 
 
 def states(configuration: Configuration) -> States:

@@ -266,7 +266,8 @@ class Step:
             # When gate_up_proj multiplies, its gradient in fp8 is where down_proj's was, and the matrix is transposed.
             # Before that, the rounding may have had its input and the magnitudes in fp32.
             in_fp32 = 2 * FP32 * 2 * c.tokens * c.shape.intermediate - narrow
-            mlp += weights if c.fused_rounding else max(weights, in_fp32)
+            transposed = 0 if c.fp8_transposed else weights
+            mlp += transposed if c.fused_rounding else max(transposed, in_fp32)
         return max(mlp, norm) + c.tokens * c.shape.hidden * c.residual_bytes + dequantised
 
 
