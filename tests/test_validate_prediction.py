@@ -1,5 +1,6 @@
 """The validation of predictions: its list is fixed, and it runs from end to end on a CPU."""
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from load_benchmark import load_benchmark
 
+from helpers.hardware import Gpu, describe_machine
 from helpers.memory.measured import RankMemory
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
@@ -125,6 +127,23 @@ def test_parts_are_joined(script, tmp_path):
     script.join(whole, parts)
     assert script.read(whole) == {"before": {}, "case 0": {}}
     assert not any(part.exists() for part in parts)
+
+
+def test_an_interrupted_run_goes_on_with_the_held_out_cases_first(script, tmp_path, monkeypatch):
+    path, asked = tmp_path / "all.json", []
+    first, *_ = script.parts_of(path, 2)
+    done = next(name for name, case in script.held_out_first(CASES).items() if name.startswith("1 x"))
+    script.benchmark.write(first, {"configurations": {done: {"failed": "x"}}})
+    gpus = (Gpu("H100", 80 * 2**30, (9, 0)),) * 2
+    monkeypatch.setattr(script, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=gpus))
+    monkeypatch.setattr(script, "side_by_side", lambda cases, *_: asked.extend(cases.values()))
+    monkeypatch.setattr(script, "work_through", lambda cases, *_: asked.extend(cases.values()))
+    script.main(["--resume", "--results", str(path)])
+    assert script.read(path).keys() == {done} and not first.exists()
+    assert len(asked) == len(CASES) - 1 and CASES[done] not in asked
+    for ranks in (1, 2):
+        order = [case.held_out for case in asked if case.configuration.strategy.world_size == ranks]
+        assert order == sorted(order, reverse=True)
 
 
 def test_recorded_runs_are_predicted_again_and_the_allocator_simulated_where_it_can_be(script):
