@@ -28,8 +28,7 @@ EPOCHS, FEATURES = 3, 5
 # Ranks, and rows of the data. A sampler repeats the first rows until all ranks have the same number; two steps each.
 CASES = ((2, 31), (3, 46))
 CLOSE = 1e-5  # of weights
-# Kept until the rank ends. A model that is freed after its process group waits for gloo's threads and holds the GIL,
-# which these need to free what they sent.
+# Kept until the rank ends: freed after gloo's process group, a DDP model often hangs if its messages are watched.
 _MODELS: list[torch.nn.Module] = []
 
 
