@@ -1,4 +1,4 @@
-"""Chapter 08: ZeRO-3's own functions, which another module judges, and what its exercises ask for."""
+"""Chapter 08: what its exercises ask for; other modules judge ZeRO-3's own functions and FSDP2."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.exercises.answers import WORLDS, NotYet, agree, exercise, without_fault
+from helpers.exercises.fsdp import ddp_to_fsdp
 from helpers.exercises.layers import (
     SIZES,
     Function,
@@ -25,6 +26,7 @@ from helpers.parallel.traffic import count_traffic
 __all__ = [
     "accumulation",
     "backward",
+    "ddp_to_fsdp",
     "forward",
     "gradients",
     "how_large",

@@ -5,6 +5,9 @@ UNSHARD = """    dist.all_gather_into_tensor(sharded.flat, sharded.shard)
 BY_REDUCE = """    sharded.flat.zero_().chunk(dist.get_world_size())[dist.get_rank()].copy_(sharded.shard)
     dist.all_reduce(sharded.flat)
 """
+LAYERS = """    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+"""
 
 WRONG = {
     "shards": {
@@ -94,6 +97,17 @@ WRONG = {
         "it needs only its own weights by now": (
             "begun[ahead] = begin(kept[ahead])",
             "begun[ahead] = begin(kept[ahead])\n                begun[ahead].wait()",
+        ),
+    },
+    "ddp_to_fsdp": {
+        "gathers 1 times": (LAYERS, ""),
+        "is not sharded": ("    return fully_shard(model, mesh=mesh)", "    return model"),
+        "the model is not returned": ("return fully_shard(model", "fully_shard(model"),
+        "gathers each layer once": ("(layer, mesh=mesh)", "(layer, mesh=mesh, reshard_after_forward=False)"),
+        "is not complete: it is of type DTensor": ("weight.full_tensor().cpu()", "weight"),
+        "it does not return: rank 0": (
+            "model.state_dict().items()}",
+            "model.state_dict().items()} if dist.get_rank() == 0 else {}",
         ),
     },
 }
