@@ -83,8 +83,8 @@ def nf4_codebook(answer: Function) -> None:
     for outermost in (None, 0.95, 0.99):
         found = call(answer) if outermost is None else call(answer, outermost)
         where = "with the default" if outermost is None else f"with the outermost quantile {outermost}"
-        if not isinstance(found, torch.Tensor) or found.shape != (16,):
-            raise NotYet(f"{where}, it does not return a tensor of 16 levels")
+        if not isinstance(found, torch.Tensor) or found.shape != (16,) or found.dtype != torch.float32:
+            raise NotYet(f"{where}, it does not return a tensor of 16 levels in fp32")
         levels = found.tolist()
         if levels != sorted(levels) or levels[0] != -1 or levels[-1] != 1:
             raise NotYet(f"{where}, levels should rise from -1 to 1, and go from {levels[0]:.3f} to {levels[-1]:.3f}")
@@ -125,11 +125,11 @@ def blocks(quantise: Function, dequantise: Function) -> None:
         if not torch.allclose(scales, in_blocks.abs().amax(1)):
             raise NotYet(f"{where}, a scale is not what maps the largest of its block's weights to 1")
         _check_nearest(where, codes, in_blocks / scales[:, None], table)
-        chosen = random(seed, count, block).long() % levels
-        back = call(dequantise, chosen, scales, table, torch.Size(shape))
-        _check_shape(where, "the dequantised matrix", back, shape)
-        if not torch.allclose(back.reshape(count, block), table[chosen] * scales[:, None]):
-            raise NotYet(f"{where}, dequantising does not return each code's level times its block's scale")
+        for given in (random(seed, count, block).long() % levels, codes):
+            back = call(dequantise, given, scales, table, torch.Size(shape))
+            _check_shape(where, "the dequantised matrix", back, shape)
+            if not torch.allclose(back.reshape(count, block), table[given.long()] * scales[:, None]):
+                raise NotYet(f"{where}, dequantising does not return each code's level times its block's scale")
 
 
 @exercise

@@ -12,6 +12,7 @@ from helpers.memory.peak_bytes import PeakBytes
 
 WIDTH = 4  # of the hidden states: far below the vocabulary, so that logits decide about the peak
 UPSTREAM = 2.5  # gradient of the loss
+GRADIENT_COPIES = 5  # tensors as large as a chunk's logits: far fewer than the chunks of the largest trial
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,11 @@ def _check_work(
     logits = 4 * chunk * vocabulary
     if found.kept > 4 * tokens * (WIDTH + 6) + 256:
         raise NotYet(f"{where}, {found.kept:,} bytes are kept after forward; a few numbers per token are enough")
-    # One chunk's logits and small tensors. Gradients of the logits in backward, or in forward with a frozen head, may
-    # be made beside them.
     small = 4 * tokens * (2 * WIDTH + 20) + 512
-    head = 2 * 4 * vocabulary * WIDTH if trained_head else 0
-    beside = (
-        ((1, "one chunk's logits are"), (3, "three of a chunk's size are"))
-        if trained_head
-        else ((3, "three of a chunk's size are"),)
-    )
-    for direction, peak, (times, enough) in zip(("forward", "backward"), found.peaks, beside, strict=False):
-        if peak > times * logits + small + head * (direction == "backward"):
-            raise NotYet(f"{where}, {direction} holds {peak / logits:.3g} times one chunk's logits; {enough} enough")
+    head = 2 * 4 * vocabulary * WIDTH if trained_head else 0  # its gradient, and what a chunk adds to it
+    # Where gradients of the logits are made, probabilities and a copy or two may lie beside them.
+    limits: tuple[int, ...] = (1, GRADIENT_COPIES) if trained_head else (GRADIENT_COPIES,)
+    for direction, peak, most in zip(("forward", "backward"), found.peaks, limits, strict=False):
+        if peak > most * logits + small + head * (direction == "backward"):
+            enough = f"{most} {'is' if most == 1 else 'are'} enough"
+            raise NotYet(f"{where}, {direction} holds {peak / logits:.3g} times one chunk's logits, and {enough}")
