@@ -395,8 +395,6 @@ DEFAULT_ALLOCATOR_PERCENT = {
     "LoRA, ZeRO-3": 7,
     "6B LoRA, DDP, rows differ": 6,
 }
-# With expandable segments: one hole less than the formula has, see moments._left_by_flattening.
-EXPANDABLE_PERCENT = {"wide, full, ZeRO-2, checkpointing": 9}
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +410,7 @@ def test_predictions_are_what_was_measured(script, name, expandable):
     prediction = predict(dataclasses.replace(configuration, expandable_segments=expandable))
     (measured,) = (entry if expandable else entry["default_allocator"])["measured"]
     assert prediction.allocated == pytest.approx(measured["allocated"], rel=0.005)
-    percent = (EXPANDABLE_PERCENT if expandable else DEFAULT_ALLOCATOR_PERCENT).get(name, 5)
+    percent = 5 if expandable else DEFAULT_ALLOCATOR_PERCENT.get(name, 5)
     assert prediction.total == pytest.approx(measured["nvml"], rel=percent / 100)
     outside = measured["nvml"] - measured["reserved"]
     assert prediction.items["CUDA context"] + prediction.items["NCCL"] == pytest.approx(outside, rel=0.025)
@@ -496,13 +494,16 @@ def test_expandable_segments_hold_whole_pages_and_one_hole(c):
         assert beside - hole < 20 * MIB and (prediction.allocated + beside - hole) % (20 * MIB) == 0
 
 
-def test_deepspeeds_flat_tensors_leave_the_built_ones_behind():
+@pytest.mark.parametrize(("rows", "flat_gradients"), [(16, False), (40, True)])
+def test_deepspeeds_flat_tensors_leave_the_built_ones_behind(rows, flat_gradients):
     c = Configuration(
-        lora=None, precision="bf16", strategy=Strategy("zero-2", 2), micro_batch_size=1, sequence_length=64
+        lora=None, precision="bf16", strategy=Strategy("zero-2", 2), micro_batch_size=rows, sequence_length=64
     )
     prediction = predict(dataclasses.replace(c, expandable_segments=True))
-    built, flat_gradients = 2 * ModelShape().parameters, 2 * ModelShape().parameters // 2
-    assert 0 <= prediction.reserved - prediction.allocated - built - flat_gradients < 22 * MIB
+    assert prediction.peak_phase == STEP
+    # Many activations take the free block in which the flat gradients would fit.
+    holes = 2 * ModelShape().parameters * (1.5 if flat_gradients else 1)
+    assert 0 <= prediction.reserved - prediction.allocated - holes < 22 * MIB
 
 
 def test_buckets_larger_than_the_logits_come_beside_them():

@@ -1,8 +1,7 @@
 """Predict what torch's caching allocator holds beyond the tensors: rounded sizes, unusable holes, free segments.
 
-The causes below were inferred from runs on an H100 (notebooks/results/prediction.json). With expandable segments, of
-three configurations added later two are within 3 % and one is 8 % lower than this predicts. With the default allocator
-the runs agree to 11 %.
+The causes below were inferred from runs on an H100 (notebooks/results/prediction.json). With expandable segments, two
+configurations added later are within 2 %. With the default allocator the runs agree to 11 %.
 """
 
 from collections.abc import Mapping
@@ -61,16 +60,22 @@ def _left_by_flattening(step: Step, sizes: Mapping[str, int]) -> int:
     4.00 bytes per parameter beyond their tensors (notebooks/results/prediction.json), 6.00 with buckets of 1 GB.
 
     Those runs peaked in the optimizer's step. If ZeRO-1 or ZeRO-2 peak before it, activations lie where the flat
-    gradients were: chapters 06 and 07 held 2.2 bytes per parameter, of which the built ones are 2.
+    gradients were: chapters 06 and 07 held 2.2 bytes per parameter, of which the built ones are 2. And expandable
+    segments leave one free block as large as the fp32 gradients, with which DeepSpeed initialises Adam's states. If
+    activations leave enough of it, the flat gradients lie there: "wide, full, ZeRO-2, checkpointing" held 2.0.
     """
     c, states = step.configuration, step.states
     if not c.strategy.zero_stage or c.strategy.offload_parameters:
         return 0
     partition = -(-c.trainable_parameters // (c.strategy.world_size if c.strategy.zero_stage == 3 else 1))
     gradients = max(states.kept, states.resident.get("gradients", 0))
-    if c.strategy.zero_stage < 3 and max(sizes, key=lambda phase: sizes[phase]) != STEP:
-        gradients = 0
-    return partition * c.trainable_bytes + gradients
+    built = partition * c.trainable_bytes
+    if c.strategy.zero_stage < 3:
+        before = max(size for phase, size in sizes.items() if phase != STEP)
+        room = built + gradients // c.trainable_bytes * FP32 - gradients
+        if before > sizes[STEP] or (c.expandable_segments and before - sum(states.resident.values()) <= room):
+            gradients = 0
+    return built + gradients
 
 
 def _fetched_early(step: Step) -> int:
