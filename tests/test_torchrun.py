@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from rank_server import PYTHONPATH
+from small_finetune import TRAIN
 
 from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.files import fresh_folder
+from helpers.finetune import demo, torchrun
 from helpers.finetune.demo import CONFIGS
 from helpers.finetune.torchrun import format_command, run_command, torchrun_command
+from helpers.hardware import describe_machine
 
 
 def test_the_command_is_what_one_would_type(monkeypatch, tmp_path):
@@ -97,31 +100,37 @@ def test_a_second_run_gets_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_main_job_changes_what_the_model_says(tmp_path):
-    # A quarter of the steps and a tenth of the answers are enough: chapter 14 runs the job as it is.
+def test_the_main_job_changes_what_the_model_says(
+    tmp_path, monkeypatch, capsys, rank_server, on_the_cpu, progress_bars_afterwards
+):
+    # A quarter of the steps and a tenth of the answers are enough: chapter 14 runs the job as it is, under torchrun.
     configs = shutil.copytree(CONFIGS, tmp_path / "configs")
     config = yaml.safe_load((configs / "lora_tiny.yaml").read_text(encoding="utf-8")) | {"max_eval_samples": 24}
     config["training_args"] |= {"max_steps": 36, "eval_strategy": "steps", "eval_steps": 36}
     (configs / "lora_tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    job = f"demo.CONFIGS = pathlib.Path({str(configs)!r}); demo.main()"
-    script = f"import pathlib; from helpers.finetune import demo; {job}"
-    finished = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PYTHONPATH},
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    def fork_ranks(command):
+        assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        assert command[4:7] == ["--nproc_per_node=2", "-m", "helpers.finetune.train"]
+        finished = rank_server.run(TRAIN, *command[7:], nprocs=2)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        return finished.returncode
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "CONFIGS", configs)
+    monkeypatch.setattr(demo, "run_command", fork_ranks)
+    monkeypatch.setattr(torchrun, "describe_machine", lambda: replace(describe_machine(), gpus=()))
+    demo.main()
+    printed = capsys.readouterr().out
     run = json.loads((tmp_path / "output" / "tiny" / "run.json").read_text())
     assert run["world_size"] == 2 and run["deepspeed"]["zero_optimization"]["stage"] == 2
     scores = run["scores"]
     assert scores["tuned"]["rouge-l"] > scores["base"]["rouge-l"] + 20
     answers = dict(
         line.split(maxsplit=1)
-        for line in finished.stdout.splitlines()
+        for line in printed.splitlines()
         if line.startswith(("base  ", "tuned  ")) and "." not in line
     )
     assert answers["base"] and answers["tuned"] and answers["base"] != answers["tuned"]
     for shown in ("loss_and_memory.png", "predictions.jsonl", "checkpoint-"):
-        assert shown in finished.stdout
+        assert shown in printed
