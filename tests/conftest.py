@@ -8,6 +8,7 @@ more, for seconds) or computes for more than a second: what is left runs in a mi
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import transformers
 from rank_server import RankServer
 from small_chatglm import random_lora, random_model, small_config, small_tokenizer
 from small_finetune import write_rows
+from warm_kernels import NAME, WarmKernels
 
 from helpers.chatglm3 import ChatGLMTokenizer
 from helpers.finetune.checkpoints import describe_files, write_manifest
@@ -35,8 +37,17 @@ needs_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
 needs_two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Prepare this process, and what it starts, for tests that run beside others."""
+    executes = config.getoption("nbval_lax", False) and config.option.nbval_kernel_name is None
+    if executes and GPUS == 0 and sys.platform == "linux":
+        if not hasattr(config, "workerinput"):  # workers of pytest-xdist share it
+            kernels = WarmKernels()
+            config.add_cleanup(kernels.close)
+            path = os.pathsep.join(filter(None, (kernels.jupyter_path, os.environ.get("JUPYTER_PATH"))))
+            os.environ["JUPYTER_PATH"] = path
+        config.option.nbval_kernel_name = NAME
+        config.option.nbval_kernel_startup_timeout = LIMIT  # the first waits for the imports
     # Several tests send Ctrl-C. A shell lets what it runs in the background ignore it, children included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: what a test starts must get its default back
