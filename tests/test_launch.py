@@ -490,12 +490,12 @@ class TestScript:
     @pytest.fixture(scope="class")
     @classmethod
     def finished(cls, tmp_path_factory):
-        """Status and output of a script that has two launches."""
+        """Status and output of a script that has three launches."""
         process = start_script(
             tmp_path_factory.mktemp("script"),
             """
             print("the script begins")
-            import os, signal
+            import functools, multiprocessing, os, signal
             from multiprocessing import shared_memory
             import torch.distributed as dist
             from helpers.launch import RankError, run
@@ -503,6 +503,13 @@ class TestScript:
             def fn():
                 return dist.get_rank() * size
             print(run(fn, size).results)
+            class Thing:
+                def __init__(self, x): self.x = x
+            def square(thing): return Thing(thing.x ** 2)
+            def in_a_pool():
+                with multiprocessing.Pool(2) as pool:
+                    return [thing.x for thing in pool.map(square, [Thing(2), Thing(3)])]
+            print(run(functools.partial(in_a_pool), 1).results)
             def die():
                 print(shared_memory.SharedMemory(create=True, size=4096).name, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -519,6 +526,9 @@ class TestScript:
     def test_it_needs_no_guard_and_runs_once(self, finished):
         status, out = finished
         assert status == 0 and out.count("the script begins") == 1 and "[0, 2]" in out
+
+    def test_a_pool_in_a_rank_finds_what_the_main_module_defines(self, finished):
+        assert "[[4, 9]]" in finished[1]
 
     def test_shared_memory_of_a_rank_that_died_goes_with_the_script_at_the_latest(self, finished):
         _, out = finished
@@ -671,23 +681,6 @@ def ends_its_group():
     return os.getpid()
 
 
-SCRIPT = """
-import functools, multiprocessing, sys
-from helpers.launch import run
-
-class Thing:
-    def __init__(self, x): self.x = x
-
-def square(thing): return Thing(thing.x ** 2)
-
-def fn():
-    with multiprocessing.Pool(2) as pool:
-        return [thing.x for thing in pool.map(square, [Thing(2), Thing(3)])]
-
-print(run(functools.partial(fn), 1).results)
-"""
-
-
 class TestAnOrdinaryProcess:
     """What works in a notebook's own process works in a rank."""
 
@@ -695,12 +688,6 @@ class TestAnOrdinaryProcess:
         method, batches, _ = workers_and_an_exception.results[0]
         assert batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
         assert method == ("fork" if sys.platform == "linux" else "spawn")
-
-    def test_a_pool_finds_what_the_main_module_defines(self):
-        command = [sys.executable, "-c", SCRIPT]
-        environ = os.environ | {"PYTHONPATH": PYTHONPATH}
-        finished = subprocess.run(command, capture_output=True, text=True, env=environ)
-        assert "[[4, 9]]" in finished.stdout, finished.stderr
 
     def test_an_exception_can_be_a_result(self):
         error = workers_and_an_exception.results[0][2]

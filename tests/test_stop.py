@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch.distributed as dist
@@ -88,19 +86,16 @@ def test_a_worker_leaves_signals_to_its_rank():
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_model_loads_is_one_line(tmp_path, data_dir, small_checkpoint):
+def test_a_signal_while_the_model_loads_is_one_line(tmp_path, data_dir, small_checkpoint, rank_server):
+    script = tmp_path / "stopped_early.py"
+    script.write_text(
+        "import os, signal\n"
+        "from helpers.finetune import train\n"
+        "train._load_model = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "train.main()\n"
+    )
     output = tmp_path / "output"
-    code = (
-        "import os, signal, sys; from helpers.finetune import train; "
-        "train._load_model = lambda *_: os.kill(os.getpid(), signal.SIGTERM); train.main(sys.argv[1:])"
-    )
-    arguments = [data_dir, small_checkpoint, write_config(tmp_path), "--output-dir", output]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
+    done = rank_server.run(script, data_dir, small_checkpoint, write_config(tmp_path), "--output-dir", output)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stdout.splitlines()[-1] == "stopped by SIGTERM" and "Traceback" not in done.stderr
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
