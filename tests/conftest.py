@@ -11,22 +11,21 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Networks this small gain nothing from a second thread, and on busy cores threads wait for each other. Before numpy is
 # imported, which starts a thread for each core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
 import torch
-import transformers
 from rank_server import RankServer
-from small_chatglm import random_lora, random_model, small_config, small_tokenizer
-from small_finetune import write_rows
 from warm_kernels import NAME, WarmKernels
 
-from helpers.chatglm3 import ChatGLMTokenizer
-from helpers.finetune.checkpoints import describe_files, write_manifest
+# Other imports are in the fixtures: pytest-xdist's first process needs none of them, and its workers wait for it.
+if TYPE_CHECKING:
+    from helpers.chatglm3 import ChatGLMTokenizer
+
 
 # Seconds after which a process that a test waits for counts as hung. No test measures speed, so a slow or busy machine
 # stretches it: TEST_TIME_FACTOR=10.
@@ -63,14 +62,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory) -> ChatGLMTokenizer:
+def tokenizer(tmp_path_factory) -> "ChatGLMTokenizer":
     """A tokenizer of about 400 pieces."""
+    from small_chatglm import small_tokenizer
+
     return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory, tokenizer) -> Path:
     """Folder of a random checkpoint in the published layout, float32, with its tokenizer. Copy it to change it."""
+    from small_chatglm import random_model, small_config
+
     folder = tmp_path_factory.mktemp("small_checkpoint")
     random_model(small_config(eos_token_id=tokenizer.stop_token_ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -80,6 +83,10 @@ def small_checkpoint(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory, small_checkpoint) -> Path:
     """Output folder of a run on ``small_checkpoint``: checkpoint-2 and checkpoint-10, and 20 that was not finished."""
+    from small_chatglm import random_lora
+
+    from helpers.finetune.checkpoints import describe_files, write_manifest
+
     output = tmp_path_factory.mktemp("small_run")
     for step in (2, 10):
         checkpoint = output / f"checkpoint-{step}"
@@ -92,6 +99,8 @@ def small_run(tmp_path_factory, small_checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Forty rows to train on and six to answer."""
+    from small_finetune import write_rows
+
     return write_rows(tmp_path_factory.mktemp("data"), train=40, dev=6)
 
 
@@ -111,6 +120,9 @@ def on_the_cpu(monkeypatch) -> None:
 @pytest.fixture
 def progress_bars_afterwards() -> Iterator[None]:
     """Undo what a command that ran inside the test did for its own output."""
+    import datasets
+    import transformers
+
     yield
     datasets.enable_progress_bars()
     transformers.utils.logging.enable_progress_bar()
