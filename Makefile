@@ -45,7 +45,7 @@ campaign: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(RUN) tests/benchmarks/finetune_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
-	$(RUN) tests/benchmarks/speed_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
+	$(RUN) tests/benchmarks/speed_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random) --profile
 	$(RUN) tests/benchmarks/full_6b.py $(or $(CHECKPOINT),output/chatglm3-6b-random)
 
 practice: $(VENV)/installed
