@@ -296,7 +296,11 @@ def job_of_the_benchmark(deepspeed, ranks):
     """What finetune_6b.json measured: transformers' loss and mask, and DeepSpeed's own limit of ZeRO-3."""
     # The sampler's seed makes 177 tokens the longest row of the 20 steps, on rank 0; rank 1 has 173.
     job = read_job(ROOT / "configs" / "lora.yaml", deepspeed, shape=ModelShape(), world_size=ranks, sequence_length=177)
-    strategy = dataclasses.replace(job.strategy, max_live_parameters=Strategy().max_live_parameters)
+    strategy = dataclasses.replace(
+        job.strategy,
+        max_live_parameters=Strategy().max_live_parameters,
+        max_reuse_distance=Strategy().max_reuse_distance,
+    )
     return dataclasses.replace(job, loss_chunk=None, padding_mask=True, strategy=strategy)
 
 

@@ -175,6 +175,7 @@ def _strategies(world_size: int) -> Iterator[Strategy]:
         world_size,
         reduce_bucket_size=SMALL_BUCKET,
         max_live_parameters=LIVE_PARAMETERS,
+        max_reuse_distance=LIVE_PARAMETERS,
     )
     if world_size == 1:
         yield Strategy("single")
