@@ -3,7 +3,7 @@
 import copy
 
 from helpers.finetune.fewer_bits import fewer_bits_table, means, measured_runs, spread
-from helpers.finetune.results import SPEED_RESULTS, read_results
+from helpers.finetune.results import FEWER_BITS, SPEED_RESULTS, read_results
 
 
 def run(name, seed, loss, rouge):
@@ -44,3 +44,14 @@ def test_speeds_are_those_of_runs_that_differ_in_the_format_only():
     assert measured_runs(speed) == {"not rounded": fast, "fp8": rounded}
     table = fewer_bits_table(RESULTS, speed)
     assert "30,000 (" in table.rows[1][5] and table.rows[2][5:] == ["not measured", ""]
+
+
+def test_the_committed_runs_say_what_chapters_12_and_14_read_from_them():
+    results = read_results(FEWER_BITS)
+    found = means(results)
+    first = found["not rounded"]["dev_loss"]
+    changes = {name: abs(mean["dev_loss"] / first - 1) for name, mean in found.items()}
+    assert max(changes["fp8"], changes["8 bits"]) < spread(results) < changes["4 bits"] / 2
+    scores = [mean["rouge-l"] for mean in found.values()]
+    assert max(scores) - min(scores) < 2
+    assert {run["answers"] for run in results["runs"].values()} == {240}
