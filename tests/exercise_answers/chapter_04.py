@@ -23,8 +23,8 @@ WRONG = {
             "    def backward(ctx, gradient):\n        return summed(gradient)",
         ),
         "Reduce changes the tensor that it gets": (
-            "x = x.clone(memory_format=torch.contiguous_format)",
-            "x = x.contiguous()",
+            "        return summed(x)",
+            "        x = x.contiguous()\n        dist.all_reduce(x)\n        return x",
         ),
     },
     "local_shard": {
