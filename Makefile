@@ -17,7 +17,8 @@ PYTHON ?= $(shell for name in python3.12 python3.13 python3.11 python3; do \
 
 # Two test files at a time, each with one thread. On a GPU one at a time: side by side they would count each other's memory.
 JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Bytecode is kept, whatever the shell says: without it each of thousands of ranks would compile our modules.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: ready run test check lint campaign benchmark practice slides notebooks lab clean
 
