@@ -277,9 +277,9 @@ def rounded(small_checkpoint):
 def test_compiled_layers_whose_matrices_and_adapters_share_can_be_recomputed(small_checkpoint, monkeypatch):
     compiled = functools.partial(torch.compile, fullgraph=True)
     monkeypatch.setattr(speed.torch, "compile", lambda forward, backend: compiled(forward, backend="aot_eager"))
+    torch._dynamo.reset()
     found = []
     for recomputed in (False, True):
-        torch._dynamo.reset()
         model = TrainedChatGLM3ForCausalLM.from_checked_folder(
             small_checkpoint, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=Fp8Config()
         )
@@ -287,7 +287,7 @@ def test_compiled_layers_whose_matrices_and_adapters_share_can_be_recomputed(sma
         targets = ["q_proj", "k_proj", "v_proj"]
         lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
         adapted = get_peft_model(model, lora).train()
-        apply_speed_options(adapted, SpeedOptions(fp8=True, shared_dropout=True, compile_layers=True))
+        apply_speed_options(adapted, SpeedOptions(fp8=True, shared_dropout=True, compile_layers=recomputed))
         if recomputed:
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapted.enable_input_require_grads()  # otherwise the first layer would be compiled apart
