@@ -1,6 +1,6 @@
 """Wrong answers to the exercises of chapter 09: by judge, what the verdict says, and the answer."""
 
-UP = """        host.staging[i].copy_(host.masters[i].detach())  # what Adam had ready: the values of one step before
+UP = """        host.staging[i].copy_(host.masters[i].detach())  # what Adam had finished: the values of one step before
         copy_to_device(host, i)
     wait()
     return pool.submit(adam_on, host, gradients)
