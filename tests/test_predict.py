@@ -367,7 +367,7 @@ def test_full_training_in_the_least_memory_holds_what_h100s_held():
     assert prediction.peak_phase == EMBEDDING
     assert prediction.allocated == pytest.approx(measured["ranks"][0]["allocated"], rel=0.001)
     # Between the embedding's four copies a quarter of a GiB stays free, which nothing here derives.
-    assert -0.08 < prediction.total / max(measured["nvml_peak"]) - 1 < 0
+    assert prediction.total < max(measured["nvml_peak"]) < error_bar(job).most(prediction.total)
 
 
 def test_backward_has_all_offloaded_checkpoints_at_once():
@@ -565,8 +565,12 @@ def test_more_rows_tokens_or_layers_never_need_fewer_tensors(c, more):
     for field in ("micro_batch_size", "sequence_length"):
         larger = dataclasses.replace(c, **{field: getattr(c, field) + more})
         assert predict(larger).allocated >= predict(c).allocated
-    deeper = dataclasses.replace(c, shape=dataclasses.replace(c.shape, layers=c.shape.layers + more))
-    assert predict(deeper).allocated >= predict(c).allocated
+    # How much ZeRO-3 has prefetched when the peak comes depends on how its buckets divide the layers.
+    plain = dataclasses.replace(
+        c, strategy=dataclasses.replace(c.strategy, prefetch_bucket_size=0, max_reuse_distance=0)
+    )
+    deeper = dataclasses.replace(plain, shape=dataclasses.replace(c.shape, layers=c.shape.layers + more))
+    assert predict(deeper).allocated >= predict(plain).allocated
 
 
 @given(configurations)

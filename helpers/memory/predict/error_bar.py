@@ -31,11 +31,15 @@ def error_bar(configuration: Configuration) -> ErrorBar:
     """Look up how good predictions for such a configuration are.
 
     Args:
-        configuration: The job. With the default allocator, fragmentation is harder to predict.
+        configuration: The job. With the default allocator, or a prefetch of ZeRO-3, fragmentation is harder to predict.
 
     Returns:
-        The largest errors, from notebooks/results/prediction.json and finetune_6b.json.
+        The largest errors, from the runs that constants.py names.
     """
-    if configuration.expandable_segments:
-        return ErrorBar(*constants.ERRORS_EXPANDABLE)
-    return ErrorBar(*constants.ERRORS_DEFAULT_ALLOCATOR)
+    c, errors = configuration, constants.ERRORS_DEFAULT_ALLOCATOR
+    if c.expandable_segments:
+        errors = constants.ERRORS_EXPANDABLE
+    too_low, too_high = errors
+    if c.strategy.zero_stage == 3 and c.strategy.world_size > 1 and c.strategy.prefetch_bucket_size:
+        too_low = max(too_low, constants.PREFETCHED_TOO_LOW)
+    return ErrorBar(too_low, too_high)
