@@ -34,6 +34,7 @@ from helpers.plots import (
     matmul_parts,
     matrix_parts,
     measured_against_formula,
+    megatron_block,
     memory_bars,
     memory_sources,
     memory_steps,
@@ -43,6 +44,7 @@ from helpers.plots import (
     model_sizes,
     model_states,
     offload_lanes,
+    offload_memories,
     overlap,
     partition_lanes,
     predicted_and_measured,
@@ -53,6 +55,7 @@ from helpers.plots import (
     score_bars,
     smoothed,
     stacked_seconds,
+    techniques,
     token_lengths,
     trade_off,
     transfer_times,
@@ -971,3 +974,53 @@ def test_a_memory_history_keeps_each_segment_in_its_place():
     assert left.get_ylim() == right.get_ylim()
     with pytest.raises(UserError, match="no segments"):
         allocator_history({"default": [[]]}, "Nothing")
+
+
+# --- diagrams
+
+
+def colours_of(axes):
+    return {to_hex(patch.get_facecolor()) for patch in axes.patches}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_megatron_block_has_a_lane_with_its_shapes_for_each_rank(ranks):
+    fig = megatron_block(ranks, "A layer")
+    for axes, shape in zip(fig.axes, (f"[b, s, h / {ranks}]", f"[b, s, m / {ranks}]"), strict=True):
+        words = [text.get_text() for text in axes.texts]
+        assert sum(shape in text for text in words) == ranks
+        assert words.count("f") == words.count("g") == 1
+        assert TECHNIQUE_COLOURS["tensor parallel"].lower() in colours_of(axes)
+
+
+def test_a_megatron_block_of_one_rank_or_five_is_refused():
+    for ranks in (1, 5):
+        with pytest.raises(UserError, match=f"ranks={ranks}; give 2 to 4"):
+            megatron_block(ranks, "")
+
+
+def test_the_ranks_of_each_technique_hold_all_model_states_together():
+    axes = techniques("All").axes[0]
+    colour = {to_hex(CATEGORY_COLOURS[state]): state for state in ("parameters", "gradients", "optimizer states")}
+    areas = {}
+    for patch in axes.patches:
+        state = colour.get(to_hex(patch.get_facecolor()))
+        if state and patch.get_x() > 1:  # the bars further left are the techniques' colours
+            key = int(patch.get_y()), state
+            areas[key] = areas.get(key, 0) + patch.get_width() * patch.get_height()
+    whole = areas[1, "parameters"]  # four ranks with a slice each
+    copies = [[round(areas[row, state] / whole) for state in colour.values()] for row in range(6)]
+    assert copies == [[4, 4, 4], [1, 1, 1], [1, 1, 1], [4, 4, 1], [4, 1, 1], [1, 1, 1]]
+
+
+def test_the_two_memories_have_the_colours_of_their_categories():
+    kept = ("parameters", "gradients", "optimizer states", "activations")
+    assert {CATEGORY_COLOURS[category].lower() for category in kept} <= colours_of(offload_memories("").axes[0])
+
+
+def test_a_narrow_range_of_step_times_has_plain_numbers_on_its_axis():
+    fig = layout_times({"a": {"compute": 0.26}, "b": {"compute": 0.37}}, {"a": 0.28, "b": 0.38}, "")
+    axis, (low, high) = fig.axes[1].xaxis, fig.axes[1].get_xlim()
+    shown = [place for place in axis.get_majorticklocs() if low <= place <= high]
+    assert axis.get_major_formatter().format_ticks(shown) == ["0.3", "0.4", "0.5", "0.6"]
+    assert not any(axis.get_minor_formatter().format_ticks(axis.get_minorticklocs()))

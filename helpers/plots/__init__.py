@@ -9,6 +9,7 @@ from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
 from helpers.plots.cluster import cluster_sketch
 from helpers.plots.communication import collective, collective_rounds, overlap, trace_lanes, transfer_times
 from helpers.plots.curves import bytes_over_step, measured_against_formula
+from helpers.plots.diagrams import megatron_block, offload_memories
 from helpers.plots.matrices import matmul_parts, matrix_parts
 from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps, predicted_and_measured
 from helpers.plots.memory_timeline import memory_timeline
@@ -22,6 +23,7 @@ from helpers.plots.roofline import roofline
 from helpers.plots.saved_tensors import saved_tensor_bars, trade_off
 from helpers.plots.schedule import Span, lanes, message_orders, partition_lanes, schedule_lanes
 from helpers.plots.style import CATEGORY_COLOURS, RANK_COLOURS, CourseFigure, save_figure
+from helpers.plots.techniques import techniques
 from helpers.plots.training import dev_loss_over_examples, loss_and_memory, score_bars, smoothed, token_lengths
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "matmul_parts",
     "matrix_parts",
     "measured_against_formula",
+    "megatron_block",
     "memory_bars",
     "memory_sources",
     "memory_steps",
@@ -55,6 +58,7 @@ __all__ = [
     "model_states",
     "movement",
     "offload_lanes",
+    "offload_memories",
     "overlap",
     "partition_lanes",
     "predicted_and_measured",
@@ -68,6 +72,7 @@ __all__ = [
     "score_bars",
     "smoothed",
     "stacked_seconds",
+    "techniques",
     "token_lengths",
     "trace_lanes",
     "trade_off",

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from helpers.errors import UserError
 from helpers.plots.style import (
@@ -121,7 +122,10 @@ def layout_times(
     seconds_of_all = [*measured.values(), *(sum(parts.values()) for parts in predicted.values())]
     right.set_xscale("log")
     right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter(NullFormatter())  # its labels would be powers of ten
     right.set_xlim(0.8 * min(seconds_of_all), 1.6 * max(seconds_of_all))
+    several_decades = max(seconds_of_all) > 10 * min(seconds_of_all)
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if several_decades else (1, 2, 3, 4, 5, 6, 8)))
     left.set_xlim(0, 1)
     left.set_ylim(len(predicted) - 0.4, -0.6)
     label_axes(left, "", "share of the predicted step", "")
