@@ -40,7 +40,8 @@ def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str, unit: str =
     if not bars:
         raise UserError("memory_bars: there are no bars to draw")
     categories = list(dict.fromkeys(category for parts in bars.values() for category in parts))
-    fig = new_figure(title, width=13, height=1.9 + min(0.75 * len(bars), 3 + 0.4 * len(bars)))
+    # Many bars get thinner: 20 of them still fit on a slide.
+    fig = new_figure(title, width=13, height=1.9 + min(0.75 * len(bars), 2.2 + 0.2 * len(bars)))
     axes = fig.subplots()
     axes.margins(y=0.02)  # of the axis; more bars would get more empty space
     greys = cycle(("#8C8C8C", "#BDBDBD", "#DADADA"))
