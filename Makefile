@@ -6,6 +6,7 @@
 # make benchmark    measures the fine-tune of the 6B model on this machine's GPUs; CHECKPOINT=folder for real weights
 # make practice     writes notebooks/practice: every chapter with its core functions for you to write
 # make slides       writes output/slides: every chapter as slides, in HTML files that need no network
+# make site         writes output/site: all chapters as a website with search
 # make notebooks    executes every notebook in place, outputs as they are committed
 # make lab          opens the course in JupyterLab
 VENV ?= .venv
@@ -20,7 +21,7 @@ JOBS ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,2)
 # Bytecode is kept, whatever the shell says: without it each of thousands of ranks would compile our modules.
 PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: ready run test check lint campaign benchmark practice slides notebooks lab clean
+.PHONY: ready run test check lint campaign benchmark practice slides site notebooks lab clean
 
 ready: $(VENV)/installed
 	$(RUN) -m helpers.ready
@@ -55,6 +56,10 @@ practice: $(VENV)/installed
 slides: $(VENV)/installed
 	$(RUN) -m helpers.slides output/slides
 
+# Any warning, such as a link that leads nowhere, is an error.
+site: $(VENV)/installed
+	$(RUN) -m sphinx -q -W --keep-going -c website -d output/site_cache . output/site
+
 notebooks: $(VENV)/installed
 	$(VENV)/bin/jupyter nbconvert --to notebook --inplace --execute --coalesce-streams \
 	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
@@ -66,7 +71,7 @@ $(VENV)/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FITS)' >/dev/null 2>&1 || \
 	  { echo "error: $(or $(PYTHON),no python3 on the PATH) is not Python 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --editable '.[test]'
+	$(RUN) -m pip install --editable '.[test,site]'
 	@touch $@
 
 clean:

@@ -31,12 +31,23 @@ def draw_formulas(markdown: str) -> str:
 def _drawn(match: re.Match[str]) -> str:
     display, inline = match["display"], match["inline"]
     if display:
-        return f'<p class="formula">{_image(" ".join(display.split()))}</p>'
-    return _image(inline) if inline else match[0]
+        return f'<p class="formula">{draw_formula(" ".join(display.split()))}</p>'
+    return draw_formula(inline) if inline else match[0]
 
 
 @functools.cache
-def _image(formula: str) -> str:
+def draw_formula(formula: str) -> str:
+    """Draw one formula.
+
+    Args:
+        formula: TeX, on one line and without dollar signs.
+
+    Returns:
+        An ``<img>`` element that contains the drawing.
+
+    Raises:
+        UserError: Matplotlib, which draws it, does not know a command.
+    """
     from matplotlib.font_manager import FontProperties
     from matplotlib.mathtext import math_to_image
 
