@@ -58,7 +58,7 @@ slides: $(VENV)/installed
 
 # Any warning, such as a link that leads nowhere, is an error.
 site: $(VENV)/installed
-	$(RUN) -m sphinx -q -W --keep-going -c website -d output/site_cache . output/site
+	$(RUN) -m sphinx -q -W --keep-going -c docs -d output/site_cache . output/site
 
 notebooks: $(VENV)/installed
 	$(VENV)/bin/jupyter nbconvert --to notebook --inplace --execute --coalesce-streams \

@@ -8,8 +8,8 @@ other hosts: Furo and Sphinx bring their scripts along, and ``pages.py`` draws t
 import sys
 from pathlib import Path
 
-WEBSITE = Path(__file__).resolve().parent
-sys.path[:0] = [str(WEBSITE), str(WEBSITE.parent)]  # for pages.py and helpers/
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # for pages.py and helpers/
 
 project = "Train large models on several GPUs"
 extensions = ["myst_nb", "pages"]
