@@ -16,7 +16,9 @@ from helpers.config.values import annotations, wants_number
 from helpers.finetune.checkpoints import MANIFEST, file_hash, find_damage, numbered_checkpoints
 from helpers.finetune.recorder import read_metrics
 
-STEPS, SAVE_STEPS = 8, 2
+STEPS, SAVE_STEPS = 12, 2
+# A signal at this step stops the job before its end: ranks agree a step or two later.
+LATEST_KILL = STEPS - 4
 GOOD = ("identical", "refused", "valid")  # verdicts
 # Under these values a run would only be long, or wait for what this machine does not have.
 LONG = ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size", "ddp_timeout")
@@ -105,16 +107,17 @@ def checkpoints_fault(output: Path, least: int) -> str:
 
 
 def draw_kill(rng: random.Random, ranks: int) -> dict[str, Any]:
-    """A signal to one rank, after the first checkpoint and before the last step, or while saving."""
+    """A signal to one rank, after the first checkpoint and before the last steps, or while saving."""
     during = rng.choice(("step", "save"))
-    steps = range(SAVE_STEPS + 1, STEPS - 1) if during == "step" else range(2 * SAVE_STEPS, STEPS, SAVE_STEPS)
+    first, apart = (SAVE_STEPS + 1, 1) if during == "step" else (2 * SAVE_STEPS, SAVE_STEPS)
+    steps = range(first, LATEST_KILL + 1, apart)
     return {
         "rank": rng.randrange(ranks),
         "signal": rng.choice(("KILL", "KILL", "TERM", "INT", "HUP", "STOP+KILL")),
         "during": during,
         "step": rng.choice(steps),
         "delay": rng.choice((0.0, round(rng.uniform(0, 0.1), 4))),
-        "latest": STEPS - 2,
+        "latest": LATEST_KILL,
     }
 
 

@@ -1,6 +1,7 @@
 """Inject faults into the fine-tune, by seed: kills, damaged checkpoints, full disks, bad values, bad rows, changes.
 
-    python tests/benchmarks/faults.py [--faults 1000] [--first 0] [--minutes 60] [--workers 2] [--results FILE]
+    python tests/benchmarks/faults.py [--faults 1000] [--first 0] [--minutes 60] [--workers 2]
+        [--only KIND] [--results FILE]
 
 Every fault must end in the result of an undisturbed run, bit for bit, or in one clear line and a status that is not 0.
 A fault is repeated with ``--first SEED --faults 1``.
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=max(2, (os.cpu_count() or 1) // 2), help="faults at the same time"
     )
+    parser.add_argument("--only", choices=FAULTS, help="of the seeds, those of this kind")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args()
@@ -207,7 +209,8 @@ def main() -> None:
 
         records = []
         with ThreadPoolExecutor(arguments.workers) as pool:
-            seeds = range(arguments.first, arguments.first + arguments.faults)
+            drawn = range(arguments.first, arguments.first + arguments.faults)
+            seeds = [seed for seed in drawn if arguments.only in (None, KINDS[seed % len(KINDS)])]
             for record in filter(None, pool.map(in_time, seeds)):
                 records.append(record)
                 if record["verdict"] not in GOOD:
