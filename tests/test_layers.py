@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # although its name is that of the package below.
 LAYERS = """
 errors
-files
+files notebooks
 assets config libraries
 memory
 activations hardware

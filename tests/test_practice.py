@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from helpers.errors import UserError
-from helpers.exercises.practice import NOTEBOOKS, blank, fill, practice_edition, source
+from helpers.exercises.practice import blank, fill, practice_edition
+from helpers.notebooks import NOTEBOOKS, find_chapters, source
 
-CHAPTERS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+CHAPTERS = find_chapters(NOTEBOOKS)
 CELL = '''def first(x):
     """What it does."""
     y = x + 1

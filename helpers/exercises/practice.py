@@ -8,8 +8,7 @@ The worked notebooks are the only source. A core cell's metadata say what is bla
 
 In the practice edition these bodies raise NotImplementedError; signature and docstring stay. The cell still ends with
 its judge, and later cells use what the learner wrote. A cell that writes a program (``%%writefile``) has its judge in
-the next code cell. Solutions are a link to the worked edition, and outputs stay,
-labelled as recorded.
+the next code cell. Solutions are a link to the worked edition, and outputs stay, labelled as recorded.
 """
 
 import argparse
@@ -23,18 +22,14 @@ from typing import Any
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_write
+from helpers.notebooks import NOTEBOOKS, Cell, Notebook, find_chapters, source
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-CHAPTERS = "[0-9][0-9]_*.ipynb"
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 LINK = re.compile(r"(\]\()(?!https?:|#|[0-9]{2}_\w+\.ipynb)([^)]+\))")
 MACHINE = re.compile(r"^GPU +(\d+ x [^,\n]+)", re.MULTILINE)
 MAGIC = "%%"  # begins a cell that is not run, but for example written to a file
 # Cells find files from the worked notebooks' folder. Run twice, the line changes nothing.
 SETUP = 'import os\n\nif os.path.basename(os.getcwd()) == "practice":\n    os.chdir("..")'
-
-Cell = dict[str, Any]
-Notebook = dict[str, Any]
 
 
 def practice_edition(notebook: Notebook, name: str) -> Notebook:
@@ -73,11 +68,6 @@ def practice_edition(notebook: Notebook, name: str) -> Notebook:
     cells.insert(1, _markdown("practice", _welcome(machine, name)))
     cells.insert(2, _code("practice-setup", SETUP))
     return notebook | {"cells": cells}
-
-
-def source(cell: Cell) -> str:
-    """Return a cell's text, which JSON holds as one string or as a list of lines."""
-    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
 
 
 def blank(code: str, names: Sequence[str]) -> str:
@@ -199,9 +189,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--source", type=Path, default=NOTEBOOKS, help="folder of the worked notebooks")
     arguments = parser.parse_args()
-    chapters = sorted(arguments.source.glob(CHAPTERS))
-    if not chapters:
-        raise UserError(f"{arguments.source} holds no chapters ({CHAPTERS}); name the folder of the worked notebooks")
+    chapters = find_chapters(arguments.source)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for path in chapters:
         edition = practice_edition(json.loads(path.read_text(encoding="utf-8")), path.name)

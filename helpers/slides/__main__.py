@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from helpers.errors import UserError, exit_with_one_line
-from helpers.exercises.practice import CHAPTERS, NOTEBOOKS
+from helpers.errors import exit_with_one_line
 from helpers.files import atomic_write
+from helpers.notebooks import NOTEBOOKS, find_chapters
 from helpers.slides.deck import make_deck
 from helpers.slides.page import write_page
 
@@ -17,9 +17,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--source", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
     arguments = parser.parse_args()
-    chapters = sorted(arguments.source.glob(CHAPTERS))
-    if not chapters:
-        raise UserError(f"{arguments.source} holds no chapters ({CHAPTERS}); name the folder of the notebooks")
+    chapters = find_chapters(arguments.source)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for path in chapters:
         slides = make_deck(json.loads(path.read_text(encoding="utf-8")))

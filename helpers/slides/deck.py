@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from helpers.exercises.practice import Cell, Notebook, source
+from helpers.notebooks import Cell, Notebook, source
 
 MOST_CODE = 20  # lines; of a longer cell only the output is shown
 COMPARED = "# NBVAL_CHECK_OUTPUT\n"  # for the tests, not for the reader

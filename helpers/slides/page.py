@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.exercises.practice import Cell
+from helpers.notebooks import Cell
 from helpers.slides.deck import Slide
 from helpers.slides.formulas import draw_formulas
 
