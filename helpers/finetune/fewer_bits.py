@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from helpers.finetune.results import nvml_used
+from helpers.finetune.results import nvml_used, rate_with_range
 from helpers.memory.table import Table
 
 # Packs of the same size, compiled: the other formats have no configuration that differs from these in nothing else.
@@ -93,10 +93,6 @@ def fewer_bits_table(results: Mapping[str, Any], speed: Mapping[str, Any]) -> Ta
     if "fp8" in runs:
         header += ["6B: tokens/s (slowest to fastest)", "NVML peak, GiB"]
         for row in rows:
-            row += _speed(runs[row[0]]) if row[0] in runs else ["not measured", ""]
+            run = runs.get(row[0])
+            row += [rate_with_range(run), f"{nvml_used(run):.2f}"] if run else ["not measured", ""]
     return Table(header, rows)
-
-
-def _speed(run: dict[str, Any]) -> list[str]:
-    slowest, fastest = run["tokens_per_second_per_gpu_range"]
-    return [f"{run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f})", f"{nvml_used(run):.2f}"]

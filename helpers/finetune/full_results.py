@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from helpers.finetune.results import RESULTS, nvml_used
+from helpers.finetune.results import RESULTS, nvml_used, rate_with_range
 
 FULL_RESULTS = RESULTS.with_name("full_6b.json")
 
@@ -25,11 +25,9 @@ def full_table(results: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, run in runs.items():
-        slowest, fastest = run["tokens_per_second_per_gpu_range"]
         lines.append(
             f"| {name}: `{run['config']}` with `{run['deepspeed']}` | {run['ranks']} "
-            f"| {run['tokens_per_gpu_and_step']:,.0f} "
-            f"| {run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f}) | {nvml_used(run):.2f} |"
+            f"| {run['tokens_per_gpu_and_step']:,.0f} | {rate_with_range(run)} | {nvml_used(run):.2f} |"
         )
     weights = "random weights of the full size" if results["random_weights"] else "the published weights"
     lines += ["", f"{machine['gpus'][0]['name']}, {weights}, torch {machine['versions']['torch']}."]

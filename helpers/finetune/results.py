@@ -99,7 +99,15 @@ def by_way(results: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     return ways
 
 
-def _rate(run: dict[str, Any]) -> str:
+def rate_with_range(run: dict[str, Any]) -> str:
+    """Format a run's tokens per second and GPU.
+
+    Args:
+        run: One of a results file.
+
+    Returns:
+        The median, and in brackets the slowest and the fastest interval.
+    """
     slowest, fastest = run["tokens_per_second_per_gpu_range"]
     return f"{run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f})"
 
@@ -125,7 +133,9 @@ def markdown_table(results: dict[str, Any]) -> str:
     ]
     lines = [" | ".join(("| LoRA, r = 8", *heads)) + " |", "|---" * (1 + len(heads)) + "|"]
     for way, runs in by_way(results).items():
-        found = [text for c in counts for text in ((_rate(runs[c]), _peaks(runs[c])) if c in runs else ("", ""))]
+        found = [
+            text for c in counts for text in ((rate_with_range(runs[c]), _peaks(runs[c])) if c in runs else ("", ""))
+        ]
         lines.append(" | ".join((f"| {way}", *found)) + " |")
     lines += ["", _measured_on(results)]
     return "\n".join(lines)
@@ -168,7 +178,7 @@ def gpu_table(results: dict[str, Any]) -> str:
         for label, those in ((gpus, everywhere), (f"{gpus}, compute capability 8.9 or later", fitting)):
             best = max(those, key=lambda run: run["tokens_per_second_per_gpu"], default=None)
             if best and (those is everywhere or best.get("fp8")):
-                lines.append(f"| {label} | {best['name']} | {nvml_used(best):.2f} | {_rate(best)} |")
+                lines.append(f"| {label} | {best['name']} | {nvml_used(best):.2f} | {rate_with_range(best)} |")
     return "\n".join([*lines, "", _measured_on(results)])
 
 
@@ -241,11 +251,8 @@ def speed_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for label, run in runs.items():
-        slowest, fastest = run["tokens_per_second_per_gpu_range"]
-        lines.append(
-            f"| {label} | {run['ranks']} | {run['tokens_per_second_per_gpu']:,.0f} ({slowest:,.0f} to {fastest:,.0f}) "
-            f"| {run['share_of_product_rate']:.0%} | {nvml_used(run):.2f} |"
-        )
+        share = f"{run['share_of_product_rate']:.0%}"
+        lines.append(f"| {label} | {run['ranks']} | {rate_with_range(run)} | {share} | {nvml_used(run):.2f} |")
     lines += ["", f"{machine['gpus'][0]['name']}, {_weights(results)}, torch {machine['versions']['torch']}."]
     return "\n".join(lines)
 
