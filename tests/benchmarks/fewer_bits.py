@@ -11,7 +11,6 @@ About twenty minutes on two idle CPU cores for two seeds.
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from typing import Any
 import bitsandbytes
 import yaml
 from finetune_6b import ROOT, commit
+from same_finetune import run_job
 
-from helpers.assets import TINY_DATA, TINY_MODEL
 from helpers.files import atomic_write
 from helpers.finetune.recorder import read_metrics
 from helpers.finetune.results import FEWER_BITS
-from helpers.finetune.torchrun import run_command, torchrun_command
 from helpers.hardware import describe_machine
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -44,11 +42,8 @@ def write_config(path: Path, changes: dict[str, Any], seed: int) -> Path:
 
 
 def fine_tune(folder: Path, config: Path) -> dict[str, Any]:
-    """Run the job on one rank; return the losses and the scores."""
-    output = folder / config.stem
-    status = run_command(torchrun_command(TINY_DATA, TINY_MODEL, config, output_dir=output, nprocs=1))
-    if status:
-        sys.exit(status)
+    """Run the job; return the losses and the scores."""
+    output = run_job(folder, config)
     records = read_metrics(output / "metrics.jsonl")
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
     return {

@@ -64,13 +64,18 @@ def pack_count() -> int:
     return len(best_fit_packing(split.rows["tokens"][:], capacity=PACK, seed=0))
 
 
-def fine_tune(folder: Path, config: Path) -> dict[str, Any]:
-    """Run the job on one rank; return the examples seen and the dev loss at each evaluation."""
+def run_job(folder: Path, config: Path) -> Path:
+    """Run the job on one rank; return its output folder, of the configuration's name."""
     output = folder / config.stem
     status = run_command(torchrun_command(TINY_DATA, TINY_MODEL, config, output_dir=output, nprocs=1))
     if status:
         sys.exit(status)
-    records = read_metrics(output / "metrics.jsonl")
+    return output
+
+
+def fine_tune(folder: Path, config: Path) -> dict[str, Any]:
+    """Run the job; return the examples seen and the dev loss at each evaluation."""
+    records = read_metrics(run_job(folder, config) / "metrics.jsonl")
     seen, examples, losses = 0.0, [], []
     for record in records:
         if "samples_per_second" in record:
