@@ -25,6 +25,8 @@ UNANSWERED = "NotImplementedError"
 # A frame of the learner's code in a rank's traceback: the line, and the function.
 FRAME = re.compile(r"(?:Cell In\[\d+\]|File \"<(?!frozen)[^\"]*>\"), line (\d+), in (\w+)")
 
+Function = Callable[..., Any]  # what a learner wrote
+
 
 class NotYet(Exception):
     """The answer is not right yet; the message says in one sentence what differs, without giving the result away."""

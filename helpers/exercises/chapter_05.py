@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import NotYet, agree, call, exercise, without_fault
+from helpers.exercises.answers import Function, NotYet, agree, call, exercise, without_fault
 from helpers.memory.predict import ModelShape
 from helpers.parallel.mesh import AXES, Layout, Parallel3D, device_mesh
 from helpers.parallel.network import TINY, batch, build, largest_difference, weights
@@ -20,7 +20,6 @@ from helpers.parallel.traffic import count_traffic
 SIZES = ((2, 2, 2), (2, 3, 4), (4, 1, 2), (3, 5, 1))  # of the axes pipeline, data, tensor
 SHORT = replace(TINY, layers=4)
 LENGTH = 8
-Function = Callable[..., Any]
 
 # --- the chapter's own functions ---
 

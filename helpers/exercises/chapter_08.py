@@ -6,11 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import WORLDS, NotYet, agree, exercise, without_fault
+from helpers.exercises.answers import WORLDS, Function, NotYet, agree, exercise, without_fault
 from helpers.exercises.fsdp import ddp_to_fsdp
 from helpers.exercises.layers import (
     SIZES,
-    Function,
     Sizes,
     chain,
     complete,

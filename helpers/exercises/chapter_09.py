@@ -6,11 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import WORLDS, NotYet, agree, alone, exercise, without_fault
+from helpers.exercises.answers import WORLDS, Function, NotYet, agree, alone, exercise, without_fault
 from helpers.exercises.inputs import random
 from helpers.exercises.offload import (
     DTYPES,
-    Function,
     copy_to_host,
     host_gradients,
     host_parameters,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import WORLDS, NotYet, agree, attempt, call, exercise, without_fault
+from helpers.exercises.answers import WORLDS, Function, NotYet, agree, attempt, call, exercise, without_fault
 from helpers.exercises.inputs import random
 from helpers.memory.peak_bytes import PeakBytes
 from helpers.parallel.traffic import count_traffic
@@ -16,7 +16,6 @@ from helpers.parallel.traffic import count_traffic
 # QLoRA's table (Dettmers et al. 2023, appendix E), to four digits.
 BELOW = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911]
 NF4_ROUNDED = [*BELOW, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
-Function = Callable[..., Any]
 
 # --- the chapter's own functions ---
 

@@ -15,15 +15,14 @@ from helpers.activations.flops import count_flops
 from helpers.assets import TINY_MODEL
 from helpers.chatglm3.chat import encode_conversation
 from helpers.errors import UserError
-from helpers.exercises.answers import NotYet, attempt, call, exercise
+from helpers.exercises.answers import Function, NotYet, attempt, call, exercise
 from helpers.exercises.inputs import random
 from helpers.memory.predict import Configuration, Lora, ModelShape, predict
 from helpers.memory.predict.jobs import read_job
+from helpers.memory.units import GIB
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IGNORED = -100
-GIB = 2**30
-Function = Callable[..., Any]
 
 # --- the chapter's own functions ---
 

@@ -1,19 +1,17 @@
 """Judge what chapter 10 does with records in a file: read, write back, and read ahead with two buffers or more."""
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from helpers.exercises.answers import alone, exercise
+from helpers.exercises.answers import Function, alone, exercise
 from helpers.exercises.inputs import random
 
 LENGTHS = (5, 2000, 1024, 3001)  # of records, in elements; a page has 1024
 LONG, SHORT = 2.0, 0.05  # seconds to wait for what should happen, and for what should not
-Function = Callable[..., Any]
 
 
 def _records(fetch: Function, store: Function, make: Function) -> str | None:

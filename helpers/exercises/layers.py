@@ -1,16 +1,16 @@
 """Linear layers to shard, and what can be wrong with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from helpers.exercises.answers import Function
 from helpers.exercises.inputs import random
 
 SIZES = (((3, 4), (4, 5), (5, 2)), ((2, 6), (6, 6), (6, 1)), ((1, 1), (1, 7), (7, 3)))  # of linear layers, by world
 Sizes = Sequence[tuple[int, int]]
-Function = Callable[..., Any]
 
 
 def chain(sizes: Sizes) -> torch.nn.Sequential:

@@ -1,19 +1,18 @@
 """Judge how chapter 10 keeps layers in files: their memory, their gradients, their parts on N ranks, and tiles."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import WORLDS, agree, alone, exercise, without_fault
+from helpers.exercises.answers import WORLDS, Function, agree, alone, exercise, without_fault
 from helpers.exercises.inputs import random
 from helpers.parallel.traffic import count_traffic
 
 SHAPES = ((3, 4), (5,), (2, 2, 3))  # of a layer's parameters
-Function = Callable[..., Any]
 
 
 def _life(drop: Function, load: Function) -> str | None:

@@ -3,21 +3,20 @@
 A trial takes the chapter's own functions that it needs beside the answer: the notebook's, which were judged before.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import WORLDS, agree, alone, exercise, without_fault
+from helpers.exercises.answers import WORLDS, Function, agree, alone, exercise, without_fault
 from helpers.exercises.inputs import random
 from helpers.parallel.traffic import count_traffic
 
 SHAPES = ((3, 4), (5,), (2, 2, 3))  # of a host's parameters
 DTYPES = (torch.float32, torch.bfloat16)
 STEPS = 3
-Function = Callable[..., Any]
 
 
 def host_parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from helpers.exercises.answers import alone, exercise
+from helpers.exercises.answers import Function, alone, exercise
 from helpers.exercises.layers import SIZES, Sizes, chain, gradients_of, rows
-from helpers.exercises.offload import STEPS, Function, Reference, host_gradients, host_parameters, off_by
+from helpers.exercises.offload import STEPS, Reference, host_gradients, host_parameters, off_by
 
 
 class _Log:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import WORLDS, agree, exercise, without_fault
+from helpers.exercises.answers import WORLDS, Function, agree, exercise, without_fault
 from helpers.exercises.inputs import random
 from helpers.exercises.layers import (
     SIZES,
-    Function,
     Sizes,
     chain,
     complete,
