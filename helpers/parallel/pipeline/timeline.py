@@ -158,7 +158,9 @@ def transfer_batches(schedule: Schedule, rank: int) -> list[tuple[Transfer, ...]
     its result exists. Then the ranks cannot deadlock, not even if every message blocks until both sides are at it.
     Proof: look at the first message, in the order of :func:`transfers`, that has not happened. Everything that its
     sender computes before it needs only earlier messages, which have happened. Neither side is stuck in another
-    message, because both keep to the order. So it happens.
+    message, because both keep to the order. So it happens. A batch of two must not hold
+    one message back until the other's side is there. NCCL does that until both directions are connected, so the
+    executor connects them first.
 
     Args:
         schedule: The actions of each rank.
