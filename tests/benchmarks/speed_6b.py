@@ -1,6 +1,6 @@
 """LoRA on ChatGLM3-6B's full size: the published recipe, each thing that makes it faster alone, and all of them.
 
-    python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--profile] [--results FILE]
+    python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--profile] [--results FILE] [--commit HASH]
 
 Every run is the ordinary command on the same examples, of AdvertiseGen's length, one run after the other;
 ``python -m helpers.finetune.readme`` then draws the figure and writes the README's table. CHECKPOINT is a folder in
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="texts in the names of the runs to make")
     parser.add_argument("--profile", action="store_true", help="also profile some of them, in runs of their own")
     parser.add_argument("--results", type=Path, default=SPEED_RESULTS)
+    parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("no GPU here; this measures the 6B model on GPUs")
@@ -178,7 +179,7 @@ def main() -> None:
             runs[run.name] = found | {"config": run.config} | changes | {"share_of_product_rate": share_of(rate, found)}
             if arguments.profile and run.name in PROFILED:
                 runs[run.name]["profile"] = profile_of(command, output_dir.with_name(f"profile-{len(runs)}"))
-            facts = {"commit": commit(), "product_tflops": rate, "mean_tokens": mean_tokens(next(iter(runs.values())))}
+            facts = {"commit": arguments.commit, "product_tflops": rate, "mean_tokens": mean_tokens(next(iter(runs.values())))}
             write_results(arguments.results, arguments.checkpoint, runs, **facts)
     for name, run in runs.items():
         print(
