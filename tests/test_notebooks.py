@@ -11,6 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # Words that begin a path on one machine; a reader's machine has others.
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|opt|mnt|srv|Users)/\w")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
+CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -49,6 +50,10 @@ class TestNotebook:
             assert promise in texts[0]
         assert sum(text.count("<summary>Solution</summary>") for text in texts) >= 3
         assert any(text.startswith("## References") or "\n## References" in text for text in texts)
+
+    def test_it_has_one_title(self, path):
+        texts = [CODE_BLOCK.sub("", source(cell)) for cell in cells(path, "markdown")]
+        assert len(re.findall(r"^# ", "\n".join(texts), re.MULTILINE)) == 1  # the website makes a page of each
 
     def test_its_links_lead_somewhere(self, path):
         targets = {target for cell in cells(path, "markdown") for target in LINK.findall(source(cell))}
