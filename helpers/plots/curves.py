@@ -1,8 +1,9 @@
 """Draw measured points against a formula, and bytes over the course of a step."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from helpers.errors import UserError
@@ -69,11 +70,23 @@ def measured_against_formula(
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
-    if not log and all(float(x).is_integer() for curve in measured.values() for x in curve):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_axes(axes, "", x_label, y_label)
+    xs = sorted({x for curve in measured.values() for x in curve})
+    if not log and all(float(x).is_integer() for x in xs):
+        _set_whole_ticks(axes, xs)
     legend_below(axes)
     return fig
+
+
+def _set_whole_ticks(axes: Axes, measured: Sequence[float]) -> None:
+    """Put the ticks where something was measured if these places span the axis and are far enough apart."""
+    first, last = axes.get_xlim()
+    gap = min((after - before for before, after in pairwise(measured)), default=0.0)
+    apart = gap >= 0.013 * (1 + len(f"{measured[-1]:,.0f}")) * (last - first)  # a digit takes 1.3 % of the axis
+    if apart and measured[-1] - measured[0] >= 0.8 * (last - first):
+        axes.set_xticks(measured)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def bytes_over_step(

@@ -1,13 +1,17 @@
 """Share one style among all figures: palette, text sizes, and a figure that notebooks show as PNG."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 
 from helpers.errors import UserError
@@ -119,14 +123,44 @@ def colours_for(names: Iterable[str]) -> dict[str, str]:
     return {name: techniques.get(name) or next(free, GREY) for name in unique}
 
 
+def paler(colour: str, share: float) -> str:
+    """Mix a colour with white.
+
+    Args:
+        colour: As ``#RRGGBB``.
+        share: Of white, from 0 to 1.
+
+    Returns:
+        The mixture, as ``#rrggbb``.
+    """
+    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    return to_hex((red + (1 - red) * share, green + (1 - green) * share, blue + (1 - blue) * share))
+
+
 def ink_on(colour: str) -> str:
     """Choose black text on pale colours and white text on dark ones, by relative luminance (WCAG 2)."""
     red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
     return BLACK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.35 else "white"
 
 
+class PlainNumbers(ScalarFormatter):
+    """Write ticks as the text writes numbers: thousands apart, no powers of ten, no offset to add."""
+
+    def __init__(self) -> None:
+        super().__init__(useOffset=False)
+        self.set_scientific(False)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        if abs(x) >= 1000 and float(x).is_integer():
+            return self.fix_minus(f"{x:,.0f}")
+        return super().__call__(x, pos)
+
+
 def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Set title and labels, a horizontal grid, and no frame at the top and right."""
+    """Set title and labels, plain numbers, a horizontal grid, and no frame at the top and right."""
+    for axis in (axes.xaxis, axes.yaxis):
+        if type(axis.get_major_formatter()) is ScalarFormatter:  # neither names nor a scale with ticks of its own
+            axis.set_major_formatter(PlainNumbers())
     axes.set_title(title, fontsize=TEXT_SIZE)
     axes.set_xlabel(x_label, fontsize=TEXT_SIZE)
     axes.set_ylabel(y_label, fontsize=TEXT_SIZE)
@@ -149,13 +183,23 @@ def legend_below(axes: Axes) -> None:
         return
     grid = axes.get_gridspec()
     width = cast(Figure, axes.figure).get_figwidth() / (grid.ncols if grid else 1)  # inches
-    columns = max(1, int(width * 72 / (SMALL_SIZE * (4 + 0.55 * max(map(len, labels))))))
     axes.legend(
         handles,
         labels,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.16),
-        ncols=min(columns, len(labels)),
+        ncols=_columns_that_fit(labels, 0.9 * 72 * width),
         fontsize=SMALL_SIZE,
         frameon=False,
     )
+
+
+def _columns_that_fit(labels: Sequence[str], available: float) -> int:
+    """Choose the largest number of columns of a legend that are together at most ``available`` points wide."""
+    widths = [TextPath((0, 0), label, size=SMALL_SIZE).get_extents().width for label in labels]
+    for columns in range(len(labels), 1, -1):
+        widest = [max(column) for column in np.array_split(widths, columns)]  # as matplotlib fills them
+        # A handle and the pad beside it take 2.8 em, the space between two columns 2 em: matplotlib's defaults.
+        if sum(widest) + SMALL_SIZE * (2.8 * columns + 2 * (columns - 1)) <= available:
+            return columns
+    return 1
