@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from matplotlib.colors import to_hex
 from matplotlib.patches import Patch
 
 from helpers.errors import UserError
@@ -15,9 +14,10 @@ from helpers.plots.style import (
     ink_on,
     label_axes,
     new_figure,
+    paler,
 )
 
-CHARACTER_WIDTH = 0.0078  # as a share of the axis
+CHARACTER_WIDTH = 0.0098  # as a share of the longest bar
 
 
 def saved_tensor_bars(bars: Mapping[str, Mapping[str, float]], title: str, x_label: str) -> CourseFigure:
@@ -41,7 +41,7 @@ def saved_tensor_bars(bars: Mapping[str, Mapping[str, float]], title: str, x_lab
     longest = max(sum(parts.values()) for parts in bars.values())
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     # After the six colours of the palette come the same six, paler.
-    colours = {name: _shade(RANK_COLOURS[n % 6], n // 6) for n, name in enumerate(names)}
+    colours = {name: paler(RANK_COLOURS[n % 6], 0.45 * min(n // 6, 2)) for n, name in enumerate(names)}
     fig = new_figure(title, width=13, height=2.0 + 1.0 * len(bars))
     axes = fig.subplots()
     labelled: set[str] = set()
@@ -51,8 +51,9 @@ def saved_tensor_bars(bars: Mapping[str, Mapping[str, float]], title: str, x_lab
             if amount < 0:
                 raise UserError(f"saved_tensor_bars: {name!r} is {amount}; give amounts of 0 or more")
             axes.barh(row, amount, left=left, height=0.66, color=colours[name], edgecolor="white", linewidth=0.8)
-            lines = name.split(" ") if len(name) > 12 else [name]
-            if amount / longest >= CHARACTER_WIDTH * max(map(len, lines)):
+            room = amount / longest / CHARACTER_WIDTH - 0.5  # characters, and a margin
+            lines = [name] if len(name) <= room else name.split(" ")
+            if max(map(len, lines)) <= room:
                 labelled.add(name)
                 axes.text(
                     left + amount / 2, row, "\n".join(lines), ha="center", va="center", fontsize=SMALL_SIZE,
@@ -70,12 +71,6 @@ def saved_tensor_bars(bars: Mapping[str, Mapping[str, float]], title: str, x_lab
     if handles:
         fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL_SIZE, frameon=False)
     return fig
-
-
-def _shade(colour: str, paler: int) -> str:
-    share = 0.45 * min(paler, 2)
-    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return to_hex((red + (1 - red) * share, green + (1 - green) * share, blue + (1 - blue) * share))
 
 
 def trade_off(points: Mapping[str, tuple[float, float]], title: str, x_label: str, y_label: str) -> CourseFigure:
