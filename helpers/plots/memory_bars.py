@@ -1,6 +1,6 @@
 """Draw memory as stacked bars: per configuration, per source, per step."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import cycle
 from typing import Any
 
@@ -25,6 +25,8 @@ from helpers.plots.style import (
 def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str, unit: str = "GiB") -> CourseFigure:
     """Draw one stacked bar per configuration, with its sum at the end.
 
+    The legend leaves out parts that are too thin to see: below 1 % of the longest bar.
+
     Args:
         bars: ``{configuration: {category: amount}}``. Categories keep the order of the first bar. They have the colours
             of ``CATEGORY_COLOURS``, or shades of grey if they are not in it.
@@ -46,24 +48,33 @@ def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str, unit: str =
     axes.margins(y=0.02)  # of the axis; more bars would get more empty space
     greys = cycle(("#8C8C8C", "#BDBDBD", "#DADADA"))
     left = dict.fromkeys(bars, 0.0)
+    visible = _visible(bars.values())
     for category in categories:
         widths = [parts.get(category, 0.0) for parts in bars.values()]
         if min(widths) < 0:
             raise UserError(f"memory_bars: {category!r} is {min(widths):.2f} {unit}; memory cannot be negative")
         look = _look(category) if category in CATEGORY_COLOURS else {"facecolor": next(greys)}
-        axes.barh(list(bars), widths, left=list(left.values()), height=0.62, label=category, **look)
+        label = category if category in visible else None
+        axes.barh(list(bars), widths, left=list(left.values()), height=0.62, label=label, **look)
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     digits = _digits(max(left.values()))
     for row, total in enumerate(left.values()):
         axes.text(total, row, f" {total:,.{digits}f}", va="center", fontsize=TEXT_SIZE)
-    _finish_bars(fig, axes, f"GPU memory ({unit})", 1.12 * max(left.values()), len(categories))
+    _finish_bars(fig, axes, f"GPU memory ({unit})", 1.12 * max(left.values()), len(visible))
     return fig
+
+
+def _visible(bars: Collection[Mapping[str, float]]) -> set[str]:
+    """Return the categories that are wide enough in some bar to be seen."""
+    longest = max(sum(parts.values()) for parts in bars)
+    return {category for parts in bars for category, size in parts.items() if size > 0 and size >= longest / 100}
 
 
 def memory_sources(ranks: Mapping[str, Mapping[str, Mapping[str, int] | None]], title: str) -> CourseFigure:
     """Draw the memory of one configuration as each source reports it: stacked bars, one panel per rank.
 
-    All panels share one axis in GiB, MiB or KiB, and the colours of ``CATEGORY_COLOURS``.
+    All panels share one axis in GiB, MiB or KiB, and the colours of ``CATEGORY_COLOURS``. The legend leaves out parts
+    that are too thin to see: below 1 % of the tallest bar.
 
     Args:
         ranks: ``{"rank 0": {"predicted": {category: bytes}, "counted": ..., "NVML": None}}``, as
@@ -96,8 +107,8 @@ def memory_sources(ranks: Mapping[str, Mapping[str, Mapping[str, int] | None]], 
         axes.set_ylim(0, 1.1 * max(max(sum(parts.values()) for parts in bars) / unit.size, 0.01))
     for axes in panels[len(ranks) :]:
         axes.set_visible(False)
-    present = {category for parts in bars for category, size in parts.items() if size}
-    patches = [Patch(label=name, **_look(name)) for name in CATEGORY_COLOURS if name in present]
+    visible = _visible(bars)
+    patches = [Patch(label=name, **_look(name)) for name in CATEGORY_COLOURS if name in visible]
     fig.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
     return fig
 
@@ -118,7 +129,8 @@ def _draw_sources(axes: Axes, sources: Mapping[str, Mapping[str, int] | None], u
                 bottom += height
         label = unit.amount(sum(parts.values())) if parts is not None else "not\navailable"
         axes.text(column, bottom, label, ha="center", va="bottom", fontsize=SMALL_SIZE)
-    axes.set_xticks(range(len(sources)), list(sources))
+    names = [name.replace(", ", ",\n") if len(sources) > 3 else name for name in sources]  # or they would touch
+    axes.set_xticks(range(len(sources)), names)
     axes.set_xlim(-0.6, len(sources) - 0.4)
 
 
@@ -166,7 +178,7 @@ def predicted_and_measured(
     label_axes(axes, "", "", f"memory ({unit.name})")
     axes.set_xticks(places, [source for pair in pairs for source, _ in pair], fontsize=SMALL_SIZE)
     axes.tick_params(axis="x", length=0)
-    visible = {name for parts in bars for name, size in parts.items() if size >= tallest / 100}
+    visible = _visible(bars)
     patches = [Patch(label=name, **_look(name)) for name in CATEGORY_COLOURS if name in visible]
     fig.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=SMALL_SIZE, frameon=False)
     return fig
