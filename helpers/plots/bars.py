@@ -93,12 +93,18 @@ def stacked_seconds(
         widths = [parts.get(cause, 0.0) for parts in predicted.values()]
         axes.barh(list(predicted), widths, left=left, height=0.66, color=colour, label=cause)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    for row, (name, total) in enumerate(zip(predicted, left, strict=True)):
+        text = f"{total:.3g}" + (f", measured {measured[name]:.3g}" if name in measured else "")
+        axes.annotate(
+            text, (max(total, measured.get(name, 0.0)), row), (9, 0), textcoords="offset points", va="center",
+            fontsize=SMALL_SIZE,
+        )  # fmt: skip
     if measured:
         rows = [row for row, name in enumerate(predicted) if name in measured]
         values = [measured[name] for name in predicted if name in measured]
         axes.plot(values, rows, "D", color=BLACK, markersize=9, markeredgecolor="white", label="measured")
     axes.set_ylim(len(predicted) - 0.4, -0.6)
-    axes.set_xlim(0, 1.06 * max(*left, *measured.values(), 0.0))
+    axes.set_xlim(0, (1.25 if measured else 1.1) * max(*left, *measured.values(), 0.0))
     label_axes(axes, "", x_label, "")
     grid_along_x(axes)
     fig.legend(loc="outside lower center", ncols=6, fontsize=SMALL_SIZE, frameon=False)

@@ -148,10 +148,16 @@ def transfer_times(
     """
     fig = new_figure(title, width=10, height=4.8)
     axes = fig.subplots()
-    for (name, curve), colour, marker in zip(seconds.items(), RANK_COLOURS, "os^Dv<>X", strict=False):
+    for number, ((name, curve), colour, marker) in enumerate(
+        zip(seconds.items(), RANK_COLOURS, "os^Dv<>X", strict=False)
+    ):
         sizes = sorted(curve)
         milliseconds = [1e3 * curve[size] for size in sizes]
-        axes.plot(sizes, milliseconds, f"{marker}-", color=colour, linewidth=1.8, markersize=7, label=name)
+        later = len(seconds) - 1 - number  # curves may coincide: earlier ones are wider, so that each stays visible
+        axes.plot(
+            sizes, milliseconds, f"{marker}-", color=colour, linewidth=1.8 + 0.9 * later, markersize=7 + 1.5 * later,
+            label=name,
+        )  # fmt: skip
         bend = (bends or {}).get(name)
         if bend and sizes[0] <= bend <= sizes[-1]:
             height = np.exp(np.interp(np.log(bend), np.log(sizes), np.log(milliseconds)))

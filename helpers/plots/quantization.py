@@ -105,8 +105,13 @@ def loss_differences(curves: Mapping[str, Sequence[float]], reference: str, titl
     fig = new_figure(title, width=13, height=4.6)
     left, right = fig.subplots(1, 2)
     steps = range(1, len(curves[reference]) + 1)
-    for (name, losses), colour, marker in zip(curves.items(), RANK_COLOURS, "os^Dv<>X", strict=False):
-        left.plot(steps, losses, marker=marker, markersize=5, color=colour, label=name)
+    for number, ((name, losses), colour, marker) in enumerate(
+        zip(curves.items(), RANK_COLOURS, "os^Dv<>X", strict=False)
+    ):
+        later = len(curves) - 1 - number  # curves may coincide: earlier ones are wider, so that each stays visible
+        left.plot(
+            steps, losses, marker=marker, markersize=5 + 2 * later, linewidth=1.5 + 2 * later, color=colour, label=name
+        )
         if name != reference:
             apart = [loss - base for loss, base in zip(losses, curves[reference], strict=True)]
             right.plot(steps, apart, marker=marker, markersize=6, color=colour, label=name)

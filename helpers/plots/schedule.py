@@ -1,6 +1,7 @@
 """Draw what each rank did when, on a common clock: overlap, pipeline schedules, waiting; and the order of messages."""
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from matplotlib.patches import Patch
@@ -130,7 +131,11 @@ def schedule_lanes(
                 Span(_pass(action, len(ranks)), start - begin, end - begin, str(action[2]))
                 for action, start, end in actions
             ]
-    return lanes(rows, title, PASS_COLOURS, unit)
+    fig = lanes(rows, title, PASS_COLOURS, unit)
+    edges = accumulate(map(len, runs.values()))
+    for edge in list(edges)[:-1]:  # between two runs
+        fig.axes[0].axhline(edge - 0.5, color=GREY, linewidth=1.2, linestyle=":")
+    return fig
 
 
 def _pass(action: Action, world_size: int) -> str:
