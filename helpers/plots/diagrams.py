@@ -22,9 +22,9 @@ from helpers.plots.style import (
 
 # Of each block: name, first matrix, what a rank has between the two, second matrix.
 BLOCKS = (
-    ("attention", "q, k, v\ncolumn parallel\n[h, (h + 2k) / {n}]", "its heads\n[b, s, h / {n}]",
+    ("attention", "q, k, v\ncolumn parallel\n[h, (h + 2k) / {n}]", "rank {r}:\nits heads\n[b, s, h / {n}]",
      "o_proj\nrow parallel\n[h / {n}, h]"),
-    ("MLP", "gate, up\ncolumn parallel\n[h, 2m / {n}]", "silu(gate) · up\n[b, s, m / {n}]",
+    ("MLP", "gate, up\ncolumn parallel\n[h, 2m / {n}]", "rank {r}:\nsilu(gate) · up\n[b, s, m / {n}]",
      "down\nrow parallel\n[m / {n}, h]"),
 )  # fmt: skip
 PALE = "#F4F4F4"
@@ -45,10 +45,10 @@ def megatron_block(ranks: int, title: str) -> CourseFigure:
     """
     if not 2 <= ranks <= 4:
         raise UserError(f"megatron_block: ranks={ranks}; give 2 to 4, one lane is drawn for each")
-    fig = new_figure(title, width=13, height=2.0 + 1.2 * ranks * len(BLOCKS))
+    fig = new_figure(title, width=13, height=1.7 + 0.9 * ranks * len(BLOCKS))
     panels = fig.subplots(len(BLOCKS), 1)
     for axes, (name, *inside) in zip(panels, BLOCKS, strict=True):
-        _draw_block(axes, name, [text.format(n=ranks) for text in inside], ranks)
+        _draw_block(axes, name, inside, ranks)
     fig.supxlabel(
         "f: passes on in forward, all-reduce in backward          g: all-reduce in forward, passes on in backward",
         fontsize=TEXT_SIZE, color=TECHNIQUE_COLOURS["tensor parallel"],
@@ -70,7 +70,10 @@ def _draw_block(axes: Axes, name: str, inside: Sequence[str], ranks: int) -> Non
         ends = (2.8, 3.55), (5.55, 5.85), (7.55, 7.85), (9.5, 10.05)
         for place, text in zip((3.55, 5.85, 7.85), inside, strict=True):
             matrix = place != 5.85
-            _box(axes, place, y, 2.0 if place == 3.55 else 1.7, text, colour if matrix else "#FFFFFF", colour)
+            _box(
+                axes, place, y, 2.0 if place == 3.55 else 1.7, text.format(n=ranks, r=rank),
+                colour if matrix else "#FFFFFF", colour,
+            )  # fmt: skip
         for begin, end in ends:
             _arrow(
                 axes,
@@ -78,7 +81,6 @@ def _draw_block(axes: Axes, name: str, inside: Sequence[str], ranks: int) -> Non
                 (end, y if end != 10.05 else _near(y, middle)),
                 colour,
             )
-        axes.text(3.48, y + 0.36, f"rank {rank}", fontsize=SMALL_SIZE, color=BLACK, ha="right", va="center")
     axes.set_xlim(-0.1, 13.1)
     axes.set_ylim(-0.55, ranks - 0.1)
     axes.axis("off")

@@ -47,7 +47,10 @@ def matrix_parts(
     slots = {name: max(width, 0.055 * len(name)) for name, (_, width) in sides.items()}  # at least as wide as the name
     total = sum(slots.values()) + GAP * (len(held) - 1)
     tallest = max(height for height, _ in sides.values())
-    fig = new_figure(title, width=13, height=min(5.2, 1.0 + 12.5 * (tallest + LABEL_HEIGHT) / total))
+    height = min(5.2, 1.0 + 12.5 * (tallest + LABEL_HEIGHT) / total)
+    # As wide as the matrices at this height, and as the title.
+    width = min(13.0, max(0.6 + (height - 1.0) * total / (tallest + LABEL_HEIGHT), 0.13 * len(title)))
+    fig = new_figure(title, width, height)
     axes = fig.subplots()
     left = 0.0
     for name, masks in held.items():
@@ -80,7 +83,7 @@ def matmul_parts(equations: Mapping[str, Sequence[tuple[str, Sequence[np.ndarray
     """Draw matrix multiplications X A = Y as rectangles, with each part in the colour of the rank that holds it.
 
     Args:
-        equations: ``{name: [(label, masks) of X, of A, of Y]}``, one per line; masks as in :func:`matrix_parts`.
+        equations: ``{name: [(label, masks) of X, of A, of Y]}``, side by side; masks as in :func:`matrix_parts`.
         title: The figure's title.
 
     Returns:
@@ -89,8 +92,8 @@ def matmul_parts(equations: Mapping[str, Sequence[tuple[str, Sequence[np.ndarray
     shapes = [np.shape(masks[0]) for factors in equations.values() for _, masks in factors]
     longest, tallest = max(map(max, shapes)), max(rows for rows, _ in shapes)
     widest = max(sum(np.shape(masks[0])[1] / longest + 0.4 for _, masks in factors) for factors in equations.values())
-    fig = new_figure(title, width=9, height=0.6 + 2.2 * len(equations))
-    for axes, (name, factors) in zip(np.atleast_1d(fig.subplots(len(equations))), equations.items(), strict=True):
+    fig = new_figure(title, width=13, height=3.6)
+    for axes, (name, factors) in zip(np.atleast_1d(fig.subplots(1, len(equations))), equations.items(), strict=True):
         left = 0.0
         for (label, masks), sign in zip(factors, ("×", "=", ""), strict=True):
             rows, columns = np.shape(masks[0])
