@@ -117,7 +117,7 @@ def layout_times(
         right.plot([pair[0]], [row], "o", color="white", markeredgecolor=BLACK, markersize=10,
                    label="predicted" if row == 0 else None)  # fmt: skip
         right.plot([pair[1]], [row], "D", color=BLACK, markersize=8, label="measured" if row == 0 else None)
-        right.annotate(f"x {pair[1] / pair[0]:.2g}", (max(pair), row), xytext=(10, 0), textcoords="offset points",
+        right.annotate(f"× {pair[1] / pair[0]:.1f}", (max(pair), row), xytext=(10, 0), textcoords="offset points",
                        va="center", fontsize=SMALL_SIZE)  # fmt: skip
     seconds_of_all = [*measured.values(), *(sum(parts.values()) for parts in predicted.values())]
     right.set_xscale("log")

@@ -46,7 +46,11 @@ def model_sizes(
         axes.plot([weights, states], [row, row], color=GREY, linewidth=3, zorder=1)
         for size, marker, colour in ((weights, "o", BLUE), (states, "D", GREEN)):
             axes.plot(size, row, marker, color=colour, markersize=11)
-        axes.text(states, row, f"   {states:,.0f} GiB", va="center", fontsize=TEXT_SIZE)
+        # On white, because a capacity may be drawn through the text.
+        axes.annotate(
+            f"{states:,.0f} GiB", (states, row), (12, 0), textcoords="offset points", va="center", fontsize=TEXT_SIZE,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
     for memory in capacities.values():
         axes.axvline(memory / GIB, color=VERMILION, linewidth=1.6, linestyle="--", zorder=0)
     axes.set_xscale("log")

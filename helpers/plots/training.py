@@ -167,7 +167,7 @@ def dev_loss_over_examples(runs: Mapping[str, tuple[Sequence[int], Sequence[floa
     axes = fig.subplots()
     for (name, (examples, losses)), colour, marker in zip(runs.items(), RANK_COLOURS, "os^vDX", strict=False):
         axes.plot(examples, losses, color=colour, marker=marker, markersize=7, linewidth=2, label=name)
-    label_axes(axes, "", "training examples seen", "loss of the dev examples (nats per token)")
+    label_axes(axes, "", "training examples seen", "dev loss (nats per token)")
     axes.set_ylim(bottom=0)
     legend_below(axes)
     return fig
