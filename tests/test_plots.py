@@ -211,7 +211,7 @@ def test_every_gpu_has_its_curve_in_gib_with_baseline_and_peak(gpus):
         assert axes.texts[0].get_text() == f"GPU {index}\n● before 1.0 GiB\n▲ peak {30 + index}.0 GiB"
         assert [tuple(line.get_xydata()[0]) for line in axes.lines[1:]] == [(0, 1), (40, 30 + index)]
         assert axes.get_ylim() == fig.axes[0].get_ylim()
-    assert fig.axes[-1].get_xlabel() == "seconds"
+    assert fig.axes[-1].get_xlabel() == "seconds since the start"
     assert fig.axes[-1].get_xlim() == (0, 100)
     assert fig.axes[0].get_title(loc="left") == "used memory of each GPU, read from NVML"
 
@@ -813,7 +813,7 @@ def test_layouts_show_shares_of_the_prediction_and_both_times_with_their_ratio()
     fig = layout_times({"a": {"compute": 1.0, "tensor": 3.0}, "b": {"compute": 8.0, "tensor": 0}}, {"b": 8, "a": 8}, "")
     left, right = fig.axes
     assert [(p.get_x(), p.get_width()) for p in left.patches] == [(0, 0.25), (0.25, 0.75), (0, 1), (1, 0)]
-    assert [t.get_text() for t in right.texts] == ["x 2", "x 1"] and right.get_xscale() == "log"
+    assert [t.get_text() for t in right.texts] == ["× 2.0", "× 1.0"] and right.get_xscale() == "log"
     points = [line.get_xdata()[0] for line in right.lines if line.get_marker() in "oD"]
     assert points == [4, 8, 8, 8] and right.get_xlabel() == "seconds per step"
     for predicted, measured in (({}, {}), ({"a": {"compute": 1.0}}, {"b": 1.0})):
@@ -828,6 +828,7 @@ def test_predicted_seconds_are_stacked_and_a_diamond_is_what_was_measured():
     assert axes.lines[0].get_xydata().tolist() == [[2.5, 1]] and axes.get_xlim()[1] > 2.5
     assert axes.get_xlabel() == "seconds per step"
     assert stacked_seconds({"a": {"x": 1.0}}, {}, "step", "per token").axes[0].get_xlabel() == "per token"
+    assert [t.get_text() for t in axes.texts] == ["1.5", "2, measured 2.5"]
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["measured", "compute", "bubble"]
     with pytest.raises(UserError, match="nothing to draw"):
         stacked_seconds({}, {}, "")
