@@ -129,7 +129,7 @@ def predicted(c):
     ids=("kept", "prefetched", "checkpointing", "full", "full, checkpointing, prefetched"),
 )
 def test_deepspeed_gathers_what_is_predicted(c, script, two_ranks, monkeypatch):
-    script.prepare_deepspeed()
+    script.prepare_deepspeed(lean=True)
     most, expected = watch(script, c, monkeypatch), predicted(c)
     assert {key: most[key] for key in expected} == expected
 

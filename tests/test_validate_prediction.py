@@ -132,18 +132,34 @@ def test_parts_are_joined(script, tmp_path):
 def test_an_interrupted_run_goes_on_with_the_held_out_cases_first(script, tmp_path, monkeypatch):
     path, asked = tmp_path / "all.json", []
     first, *_ = script.parts_of(path, 2)
-    done = next(name for name, case in script.held_out_first(CASES).items() if name.startswith("1 x"))
-    script.benchmark.write(first, {"configurations": {done: {"failed": "x"}}})
+    done, failed = [n for n, case in script.held_out_first(CASES).items() if n.startswith("1 x") and case.held_out][:2]
+    script.benchmark.write(first, {"configurations": {done: {}, failed: {"failed": "x"}}})
     gpus = (Gpu("H100", 80 * 2**30, (9, 0)),) * 2
     monkeypatch.setattr(script, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=gpus))
     monkeypatch.setattr(script, "side_by_side", lambda cases, *_: asked.extend(cases.values()))
     monkeypatch.setattr(script, "work_through", lambda cases, *_: asked.extend(cases.values()))
     script.main(["--resume", "--results", str(path)])
-    assert script.read(path).keys() == {done} and not first.exists()
+    assert script.read(path).keys() == {done, failed} and not first.exists()
     assert len(asked) == len(CASES) - 1 and CASES[done] not in asked
     for ranks in (1, 2):
-        order = [case.held_out for case in asked if case.configuration.strategy.world_size == ranks]
-        assert order == sorted(order, reverse=True)
+        of_ranks = [case for case in asked if case.configuration.strategy.world_size == ranks]
+        if ranks == 1:
+            assert of_ranks.pop() == CASES[failed]  # it may fail again
+        order = [(not case.held_out, case.configuration.compiled) for case in of_ranks]
+        assert order == sorted(order)
+
+
+def test_a_case_that_fails_unexpectedly_does_not_end_the_others(script, monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("not the number of parameters that was predicted")
+
+    monkeypatch.setattr(script, "run", run)
+    case = next(case for case in CASES.values() if case.capacity)
+    entry = script.measure(case)
+    assert entry == {
+        "failed": "AssertionError: not the number of parameters that was predicted",
+        "held_out": case.held_out,
+    }
 
 
 def test_recorded_runs_are_predicted_again_and_the_allocator_simulated_where_it_can_be(script):

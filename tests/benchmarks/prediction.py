@@ -216,7 +216,7 @@ def train(configuration: Configuration, limit: int | None = None) -> dict[str, A
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     torch.manual_seed(0)
     if c.strategy.zero_stage:
-        prepare_deepspeed()
+        prepare_deepspeed(lean=c.lean)
     model = build(c, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3 leaves a part of each
@@ -284,12 +284,17 @@ def deepspeed_config(c: Configuration) -> dict[str, Any]:
     }
 
 
-def prepare_deepspeed() -> None:
-    """Configure DeepSpeed before it starts."""
+def prepare_deepspeed(*, lean: bool) -> None:
+    """Configure DeepSpeed; if not ``lean``, ZeRO-3's frozen matrices keep their inputs, as DeepSpeed ships them."""
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as Linear
+
     from helpers.launch import device
     from helpers.libraries.deepspeed import configure_deepspeed
 
+    published = Linear.setup_context
     configure_deepspeed(device())
+    if not lean:
+        Linear.setup_context = staticmethod(published)
 
 
 def _deepspeed(c: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
