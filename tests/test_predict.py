@@ -321,6 +321,13 @@ def test_the_6b_job_is_what_h100s_measured(way, deepspeed, ranks):
     assert prediction.total / GIB == pytest.approx(nvml_used(measured), rel=0.013)
 
 
+def test_a_run_without_gpus_is_compared_with_what_it_can_have():
+    prediction = predict(Configuration())
+    assert prediction.items_on("nccl") == prediction.items
+    missing = {"CUDA context", "NCCL", "allocator allowance", "buffers"}
+    assert prediction.items.keys() - prediction.items_on("gloo") == missing
+
+
 def test_each_rank_has_the_memory_of_its_own_rows():
     allocated = by_way(read_results())["DDP"][2]["torch_allocated_gib"]
     for tokens, measured in zip((177, 173), allocated, strict=True):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers.errors import UserError
 from helpers.memory.categories import CATEGORIES, ITEMS
 from helpers.memory.measured import RankMemory
-from helpers.memory.report import SOURCES, Difference, RankReport, memory_table
+from helpers.memory.report import SOURCES, Difference, RankReport, memory_table, rank_reports, totals_table
 from helpers.memory.units import GIB, KIB, MIB, Unit, unit_for
 
 ON_CPU = RankMemory(None, None, None, 3 * GIB)
@@ -135,6 +135,22 @@ def test_the_table_has_a_row_per_item_and_a_column_per_source():
         [line] = [line for line in lines if line.startswith(name)]
         end = "left over" if name == "allocator cache" else "NVML"
         assert len(line) == lines[0].index(end) + len(end)
+
+
+def test_runs_are_compared_in_one_table():
+    runs = {"plain": report(), "in\ntwo lines": report(allocated=GIB, predicted={})}
+    table = totals_table(runs, {"on the host": {"plain": None, "in\ntwo lines": 2 * GIB}})
+    assert [*table.header] == ["GiB", *SOURCES, "on the host", "prediction"]
+    totals = ["15.50", "13.00", "15.00", "17.00", "19.00"]
+    assert table.rows[0] == ["plain", *totals, "not available", "-18.4 %"]
+    assert table.rows[1] == ["in two lines", "not available", "13.00", "1.00", *totals[3:], "2.00", ""]
+    with pytest.raises(UserError, match="for each run"):
+        totals_table({}, {})
+
+
+def test_ranks_with_one_prediction_have_a_report_each():
+    first, second = rank_reports(PREDICTED, [COUNTED, {}], [report().measured, ON_CPU])
+    assert first == report() and second == RankReport(1, PREDICTED, {}, ON_CPU)
 
 
 def test_every_rank_has_its_rows_in_the_same_unit():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.parallel.clock import tokens_per_second
+from helpers.parallel.clock import host_bandwidth, tokens_per_second
 from helpers.parallel.step_profile import (
     COPY,
     IDLE,
@@ -105,3 +105,7 @@ def test_without_a_gpu_nothing_is_run():
 
 def test_speed_is_that_of_one_rank():
     assert tokens_per_second(4, 1024, seconds=0.5) == 8192
+
+
+def test_the_link_to_host_memory_has_a_rate():
+    assert host_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 2**20) > 0

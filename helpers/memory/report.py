@@ -8,6 +8,7 @@ The inputs are plain mappings of bytes. A number that was not measured reads "no
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from helpers.errors import UserError
@@ -165,6 +166,47 @@ def memory_table(reports: Sequence[RankReport]) -> Table:
     return Table([unit.name, *SOURCES, "left over"], rows)
 
 
+def rank_reports(
+    predicted: Mapping[str, int], counted: Sequence[Mapping[str, int]], measured: Sequence[RankMemory]
+) -> list[RankReport]:
+    """Make the reports of a run whose ranks all have the same prediction.
+
+    Args:
+        predicted: Bytes by item.
+        counted: Bytes by category, of each rank.
+        measured: The peaks of each rank.
+
+    Returns:
+        One report per rank, in their order.
+    """
+    pairs = zip(counted, measured, strict=True)
+    return [RankReport(rank, predicted, *pair) for rank, pair in enumerate(pairs)]
+
+
+def totals_table(reports: Mapping[str, RankReport], more: Mapping[str, Mapping[str, int | None]]) -> Table:
+    """Compare runs: a row for each, a column per source, and how far the prediction is off.
+
+    Args:
+        reports: One rank of each run, by the run's name.
+        more: Further columns by title: bytes by run, None if unknown.
+
+    Returns:
+        The table, in one unit throughout.
+
+    Raises:
+        UserError: There is no report.
+    """
+    if not reports:
+        raise UserError("there is no report to show; make a RankReport for each run")
+    unit = unit_for(total for report in reports.values() for total in report.totals.values() if total)
+    rows = []
+    for name, report in reports.items():
+        sizes = [*report.totals.values(), *(column[name] for column in more.values())]
+        off = f"{report.difference.percent:+.1f} %" if report.difference else ""
+        rows.append([name.replace("\n", " "), *(_text(size, unit) for size in sizes), off])
+    return Table([unit.name, *SOURCES, *more, "prediction"], rows)
+
+
 def _largest_difference(report: RankReport, other: RankReport) -> int | None:
     """Return the largest number of bytes by which two reports differ; None if only one of them has some number."""
     largest = 0
@@ -182,10 +224,12 @@ def _largest_difference(report: RankReport, other: RankReport) -> int | None:
     return largest
 
 
-def _rows(report: RankReport, unit: Unit) -> list[list[str]]:
-    def text(size: int | None) -> str:
-        return "not available" if size is None else unit.amount(size)
+def _text(size: int | None, unit: Unit) -> str:
+    return "not available" if size is None else unit.amount(size)
 
+
+def _rows(report: RankReport, unit: Unit) -> list[list[str]]:
+    text = partial(_text, unit=unit)
     empty = [""] * len(SOURCES)
     rows = []
     for item in ITEMS:

@@ -58,6 +58,26 @@ def tokens_per_second(micro_batch_size: int, sequence_length: int, seconds: floa
     return micro_batch_size * sequence_length / seconds
 
 
+def host_bandwidth(device: torch.device, nbytes: int = 2**27) -> float:
+    """Measure how fast a tensor gets from a device into page-locked host memory (chapter 09).
+
+    Args:
+        device: The device. On a CPU, the copy stays in host memory.
+        nbytes: Size of the tensor: large, so that the latency of a copy does not count.
+
+    Returns:
+        Bytes per second of the fastest of three copies.
+    """
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=source.is_cuda)
+    laps = []
+    for _ in range(4):  # the first warms up
+        begin = Event(device)
+        host.copy_(source, non_blocking=True)
+        laps.append(Event(device).since(begin))
+    return nbytes / min(laps[1:])
+
+
 @contextmanager
 def time_all_reduces(device: torch.device | str, group: dist.ProcessGroup) -> Iterator[list[tuple[Event, Event]]]:
     """Record when each ``dist.all_reduce`` in a ``with`` block began and ended on this rank.

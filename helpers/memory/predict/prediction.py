@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from helpers.memory.categories import ITEMS
+from helpers.memory.categories import ITEMS, OUTSIDE_TORCH
 from helpers.memory.predict import constants
 from helpers.memory.predict.allocator_allowance import allowance_bytes
 from helpers.memory.predict.configuration import Configuration
@@ -13,6 +13,8 @@ from helpers.memory.predict.step import Step
 
 # Items that are tensors: what torch.cuda.max_memory_allocated counts.
 TENSORS = ITEMS[:7]
+# What ranks without a GPU do not have.
+GPU_ONLY = (*OUTSIDE_TORCH, "allocator allowance", "buffers")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ class Prediction:
     def reserved(self) -> int:
         """Bytes that torch's allocator holds of the GPU (``torch.cuda.max_memory_reserved``)."""
         return self.allocated + self.items["allocator allowance"]
+
+    def items_on(self, backend: str) -> dict[str, int]:
+        """Return the items that can be compared with a run, which may have been on a CPU.
+
+        Args:
+            backend: Of the run's ranks: "nccl" if they had GPUs, else "gloo".
+
+        Returns:
+            Bytes by item; without GPUs, those of :data:`GPU_ONLY` are left out.
+        """
+        return {name: size for name, size in self.items.items() if backend == "nccl" or name not in GPU_ONLY}
 
 
 def predict(configuration: Configuration, allowance: int | None = None) -> Prediction:
