@@ -179,7 +179,11 @@ def main() -> None:
             runs[run.name] = found | {"config": run.config} | changes | {"share_of_product_rate": share_of(rate, found)}
             if arguments.profile and run.name in PROFILED:
                 runs[run.name]["profile"] = profile_of(command, output_dir.with_name(f"profile-{len(runs)}"))
-            facts = {"commit": arguments.commit, "product_tflops": rate, "mean_tokens": mean_tokens(next(iter(runs.values())))}
+            facts = {
+                "commit": arguments.commit,
+                "product_tflops": rate,
+                "mean_tokens": mean_tokens(next(iter(runs.values()))),
+            }
             write_results(arguments.results, arguments.checkpoint, runs, **facts)
     for name, run in runs.items():
         print(
