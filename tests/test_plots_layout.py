@@ -30,6 +30,7 @@ from helpers.plots import (
     saved_tensor_bars,
     stacked_seconds,
     techniques,
+    trace_lanes,
     transfer_times,
 )
 from helpers.plots.style import DPI
@@ -159,3 +160,11 @@ def test_a_timeline_names_unused_gpus_and_begins_shortly_before_the_first_phase(
     assert axes.get_xlim() == (45, 100)
     assert axes.lines[1].get_xydata().tolist() == [[45, 1]]  # the memory before
     assert all(patch.get_alpha() is None for patch in axes.patches) and len(axes.patches) == 2
+
+
+def test_a_window_of_a_trace_is_cut_and_narrow_bars_have_no_white_edge_that_looks_like_waiting():
+    spans = [("copies", 0.0, 1.0), ("communication", 1.0, 1.001), ("copies", 1.001, 2.0), ("copies", 3.0, 4.0)]
+    (axes,) = trace_lanes({"a": {"computes": spans}}, "", window=(0.5, 2.5)).axes
+    assert [bar.get_x() for bar in axes.patches] == pytest.approx([0.0, 0.5, 0.501])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.5, 0.001, 0.999])
+    assert [bar.get_linewidth() > 0 for bar in axes.patches] == [True, False, True]

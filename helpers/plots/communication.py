@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from helpers.memory.units import unit_for
-from helpers.plots.schedule import Span, lanes
+from helpers.plots.schedule import Span, cut, lanes
 from helpers.plots.style import (
     BLACK,
     BLUE,
@@ -110,19 +110,24 @@ def overlap(steps: Mapping[str, tuple[float, float, Sequence[tuple[float, float]
     return lanes(rows, title, OVERLAP_COLOURS)
 
 
-def trace_lanes(traces: Mapping[str, Mapping[str, Sequence[tuple[str, float, float]]]], title: str) -> CourseFigure:
+def trace_lanes(
+    traces: Mapping[str, Mapping[str, Sequence[tuple[str, float, float]]]],
+    title: str,
+    window: tuple[float, float] | None = None,
+) -> CourseFigure:
     """Draw what ranks computed and sent in a recorded step, one lane per stream or thread.
 
     Args:
         traces: ``{name: {lane: [(kind, begin, end)]}}`` in seconds since the step began
             (:class:`helpers.parallel.trace.StepTrace`).
         title: The figure's title.
+        window: Draw only the time from the first to the second number, in seconds; cuts spans at its ends.
 
     Returns:
         The figure.
     """
     rows = {
-        f"{name}, {lane}": [Span(*span) for span in spans]
+        f"{name}, {lane}": cut([Span(*span) for span in spans], window)
         for name, trace in traces.items()
         for lane, spans in trace.items()
     }

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from helpers.errors import UserError
-from helpers.plots.schedule import Span, lanes
+from helpers.plots.schedule import Span, cut, lanes
 from helpers.plots.style import BLUE, GREEN, ORANGE, SKY, VERMILION, CourseFigure
 
 LANES = ("device", "bus", "host")
@@ -35,13 +35,5 @@ def offload_lanes(work: Sequence[Work], title: str, window: tuple[float, float] 
     unknown = {lane for lane, _ in work} - set(LANES)
     if unknown:
         raise UserError(f"offload_lanes: there is no lane {', '.join(sorted(unknown))}; use {', '.join(LANES)}")
-    begin, end = window or (float("-inf"), float("inf"))
-    rows = {
-        lane: [
-            span._replace(start=max(span.start, begin), end=min(span.end, end))
-            for own, span in work
-            if own == lane and span.start < end and span.end > begin
-        ]
-        for lane in LANES
-    }
+    rows = {lane: cut([span for own, span in work if own == lane], window) for lane in LANES}
     return lanes(rows, title, KIND_COLOURS)

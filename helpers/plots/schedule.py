@@ -1,5 +1,6 @@
 """Draw what each rank did when, on a common clock: overlap, pipeline schedules, waiting; and the order of messages."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from helpers.plots.style import (
 
 TIME_UNITS = ((1.0, "seconds"), (1e-3, "milliseconds"), (1e-6, "microseconds"))
 CHARACTER_WIDTH = 0.0085  # as a share of the axis
+NARROW = 0.004  # as a share of the axis: a white edge would hide such a bar, and look like waiting
 PASSES = {"F": "forward", "B": "backward", "I": "backward: input", "W": "backward: weights"}
 PASS_COLOURS = {
     "forward": BLUE,
@@ -89,8 +91,10 @@ def lanes(
         for span in row:
             width = (span.end - span.start) / size
             left = (span.start - begin) / size
-            axes.barh(lane, width, left=left, height=0.78, color=kinds[span.kind], edgecolor="white", linewidth=0.6)
-            if span.text and (span.end - span.start) / (end - begin) >= CHARACTER_WIDTH * len(span.text):
+            share = (span.end - span.start) / (end - begin)
+            edge = 0.6 if share >= NARROW else 0.0
+            axes.barh(lane, width, left=left, height=0.78, color=kinds[span.kind], edgecolor="white", linewidth=edge)
+            if span.text and share >= CHARACTER_WIDTH * len(span.text):
                 axes.text(
                     left + width / 2, lane, span.text, ha="center", va="center", fontsize=SMALL_SIZE,
                     color=ink_on(kinds[span.kind]),
@@ -107,6 +111,24 @@ def lanes(
         handles=handles, loc="outside lower center", ncols=min(6, len(kinds)), fontsize=SMALL_SIZE, frameon=False
     )
     return fig
+
+
+def cut(spans: Sequence[Span], window: tuple[float, float] | None) -> list[Span]:
+    """Keep what happens in a window; cut the spans at its ends.
+
+    Args:
+        spans: What happened.
+        window: From the first to the second number, in seconds; None keeps everything.
+
+    Returns:
+        The spans in the window, in their order.
+    """
+    begin, end = window or (-math.inf, math.inf)
+    return [
+        span._replace(start=max(span.start, begin), end=min(span.end, end))
+        for span in spans
+        if span.start < end and span.end > begin
+    ]
 
 
 def schedule_lanes(
