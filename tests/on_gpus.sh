@@ -8,6 +8,7 @@ set -u
 OUT=${1:?name a folder for the logs}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
+CORES=$(nproc)  # before OMP_NUM_THREADS, which nproc obeys
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONFAULTHANDLER=1 TEST_TIME_FACTOR=${TEST_TIME_FACTOR:-0.4}
 ALWAYS="-p no:benchmark -p no:cacheprovider -vv -ra --tb=long --durations=30 -o faulthandler_timeout=150 --disable-warnings"
 SPREAD="--dist loadfile --no-loadscope-reorder"
@@ -16,7 +17,6 @@ for name in launch zero tensor_parallel pipeline data_parallel mesh offload offl
   quantization link traffic activations packing nvml; do ON_GPUS="$ON_GPUS tests/test_$name.py"; done
 OTHERS=$(ls tests/test_*.py | grep -v -x -F "$(printf '%s\n' $ON_GPUS)")
 TOGETHER="not campaign and not gpu_memory"
-CORES=$(nproc)
 # More than three launches on a GPU at once: each gets a slice of its time, and a collective waits for its peer's slice.
 taskset -c $((CORES / 2))-$((CORES - 1)) timeout 420 "$PYTHON" -m pytest $ALWAYS -n 3 $SPREAD -m "$TOGETHER" $ON_GPUS \
   > "$OUT/gpus.log" 2>&1 &
