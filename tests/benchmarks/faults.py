@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +211,15 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.workers) as pool:
             drawn = range(arguments.first, arguments.first + arguments.faults)
             seeds = [seed for seed in drawn if arguments.only in (None, KINDS[seed % len(KINDS)])]
-            for record in filter(None, pool.map(in_time, seeds)):
+            for ended in as_completed([pool.submit(in_time, seed) for seed in seeds]):
+                if (record := ended.result()) is None:
+                    continue
                 records.append(record)
                 if record["verdict"] not in GOOD:
                     print(json.dumps(record, ensure_ascii=False), flush=True)
+                if len(records) % 20 == 0:
+                    print(f"{len(records):,} of {len(seeds):,}, {time.perf_counter() - start:.0f} s", flush=True)
+        records.sort(key=lambda record: record["seed"])
         bench.close()
     table = Counter((record["kind"], record["verdict"]) for record in records)
     kills = [record for record in records if record["kind"] == "kill" and "(after the end)" not in record["what"]]
