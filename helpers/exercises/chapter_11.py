@@ -105,14 +105,29 @@ def recomputed(answer: type[torch.autograd.Function]) -> None:
         check_recomputed(answer, shape, inner, dropout)
 
 
+# Tokens, how many of them are ignored, tokens of a chunk, and vocabulary.
+CHUNKED = ((7, 0, 3, 40), (5, 2, 8, 33), (30, 6, 2, 600), (41, 40, 5, 50))
+
+
 @exercise
-def in_chunks(answer: type[torch.autograd.Function]) -> None:
-    """Judge the loss that has the logits of one chunk at a time.
+def loss_in_chunks(answer: type[torch.autograd.Function]) -> None:
+    """Judge the forward of a loss that has the logits of one chunk at a time.
 
     Args:
         answer: Applied to hidden states, the head's weight, targets and the number of tokens in a chunk.
     """
-    for tokens, ignored, chunk, vocabulary in ((7, 0, 3, 40), (5, 2, 8, 33), (30, 6, 2, 600), (41, 40, 5, 50)):
+    for tokens, ignored, chunk, vocabulary in CHUNKED:
+        compare_losses(answer, tokens, ignored, chunk, vocabulary, trained_head=True, backward=False)
+
+
+@exercise
+def in_chunks(answer: type[torch.autograd.Function]) -> None:
+    """Judge the same loss with its backward.
+
+    Args:
+        answer: As for :func:`loss_in_chunks`.
+    """
+    for tokens, ignored, chunk, vocabulary in CHUNKED:
         compare_losses(answer, tokens, ignored, chunk, vocabulary, trained_head=True)
 
 

@@ -1,6 +1,6 @@
 """Judge a loss over a vocabulary that never has the logits of all tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -21,25 +21,28 @@ class _Found:
 
     loss: torch.Tensor
     gradients: list[torch.Tensor | None]
-    flops: tuple[int, int]
-    peaks: tuple[int, int]
+    flops: tuple[int, ...]
+    peaks: tuple[int, ...]
     kept: int
 
 
-def _both_passes(
-    answer: type[torch.autograd.Function],
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    chunk: int,
+def _forward(
+    answer: type[torch.autograd.Function], hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int
 ) -> _Found:
-    with PeakBytes("cpu") as forward, count_flops() as there:
+    with PeakBytes("cpu") as memory, count_flops() as counter:
         loss = answer.apply(hidden, head, targets, chunk)
-        kept = forward.now
-    with PeakBytes("cpu") as backward, count_flops() as back:
-        loss.backward(torch.tensor(UPSTREAM))
-    flops = there.get_total_flops(), back.get_total_flops()
-    return _Found(loss.detach(), [hidden.grad, head.grad], flops, (forward.peak, backward.peak), kept)
+        kept = memory.now
+    return _Found(loss, [], (counter.get_total_flops(),), (memory.peak,), kept)
+
+
+def _both_passes(
+    answer: type[torch.autograd.Function], hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int
+) -> _Found:
+    there = _forward(answer, hidden, head, targets, chunk)
+    with PeakBytes("cpu") as memory, count_flops() as counter:
+        there.loss.backward(torch.tensor(UPSTREAM))
+    flops, peaks = (*there.flops, counter.get_total_flops()), (*there.peaks, memory.peak)
+    return replace(there, gradients=[hidden.grad, head.grad], flops=flops, peaks=peaks)
 
 
 def compare_losses(
@@ -49,6 +52,7 @@ def compare_losses(
     chunk: int,
     vocabulary: int,
     trained_head: bool,
+    backward: bool = True,
 ) -> None:
     """Compare the loss, its gradients, operations and bytes with those that are possible.
 
@@ -59,6 +63,7 @@ def compare_losses(
         chunk: Tokens whose logits may exist at a time.
         vocabulary: Number of logits per token.
         trained_head: Whether the head gets a gradient; if not, backward may multiply nothing.
+        backward: Whether the answer has a backward; if not, only forward is compared.
 
     Raises:
         NotAnswered: The answer is still blank.
@@ -71,10 +76,11 @@ def compare_losses(
     plain = functional.cross_entropy(hidden @ head.T, targets)
     leaves = [hidden, head] if trained_head else [hidden]
     expected = torch.autograd.grad(plain, leaves, torch.tensor(UPSTREAM))
-    found = attempt(answer, _both_passes, answer, hidden, head, targets, chunk)
+    found = attempt(answer, _both_passes if backward else _forward, answer, hidden, head, targets, chunk)
     where = f"for {tokens} tokens, {ignored} of them ignored, in chunks of {chunk}"
-    if not torch.allclose(found.loss, plain.detach(), atol=1e-5):
-        ratio = float(found.loss / plain.detach())
+    loss = found.loss.detach()
+    if not torch.allclose(loss, plain.detach(), atol=1e-5):
+        ratio = float(loss / plain.detach())
         raise NotYet(f"{where}, the loss is {ratio:.3g} times the mean cross-entropy")
     for name, mine, right in zip(("hidden", "the head"), found.gradients, expected, strict=False):
         if mine is None or not torch.allclose(mine, right, atol=1e-5):
@@ -87,7 +93,7 @@ def _check_work(
 ) -> None:
     multiplied = 2 * counted * WIDTH * vocabulary  # operations of one matmul with the head
     allowed = (1, 3) if trained_head else (2, 0)
-    for direction, flops, times in zip(("forward", "backward"), found.flops, allowed, strict=True):
+    for direction, flops, times in zip(("forward", "backward"), found.flops, allowed, strict=False):
         if flops > times * multiplied:
             matmuls = f"{flops / multiplied:.3g} matmuls' operations"
             raise NotYet(f"{where}, {direction} has {matmuls} of all counted tokens; {times} are enough")

@@ -55,14 +55,9 @@ WRONG = {
             "        ctx.more = x @ parameters[0]\n        return function(x)",
         ),
     },
-    "in_chunks": {
+    "loss_in_chunks": {
         "times the mean cross-entropy": ("loss / len(target_positions)", "loss / len(targets)"),
-        "the gradient of hidden": ("(logits * gradient / len", "(logits / len"),
-        "the gradient of the head": ("to_weight += logits.T", "to_weight = logits.T"),
-        "forward holds 2": (
-            "            loss = loss + (log_sum_exp[-1] - target_logit).sum()\n            del logits\n",
-            "            loss = loss + (log_sum_exp[-1] - target_logit).sum()\n",
-        ),
+        "forward holds 2": ("            del logits\n", ""),
         "forward has 1.67 matmuls": (  # ignored tokens are multiplied as well
             "        for positions in target_positions.split(chunk):\n",
             "        hidden[targets == -100] @ weight.T\n        for positions in target_positions.split(chunk):\n",
@@ -72,7 +67,15 @@ WRONG = {
             "            log_sum_exp.append(logits.logsumexp(1))\n"
             "            ctx.logits = [*getattr(ctx, 'logits', []), logits]\n",
         ),
+    },
+    "in_chunks": {
+        "the gradient of hidden": ("(logits * gradient / len", "(logits / len"),
+        "the gradient of the head": ("to_weight += logits.T", "to_weight = logits.T"),
         "(line ": ("logits.T @ hidden[positions]", "logits @ hidden[positions]"),
+        "backward has 4 matmuls": (  # the logits a third time
+            "            del logits\n",
+            "            logits = (hidden[positions] @ weight.T).float()\n            del logits\n",
+        ),
     },
     "fillings": {
         "the fillings have": ("    if pieces:\n        yield pieces\n", ""),
