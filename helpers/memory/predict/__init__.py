@@ -6,7 +6,8 @@
 model_shape.py and configuration.py describe the job. states.py, saved_tensors.py and gathered.py hold the formulas,
 constants.py what had to be measured. step.py sums what is alive at each phase, prediction.py finds the largest phase,
 and allocator_allowance.py adds what the allocator may waste. planner.py finds a strategy that fits, jobs.py reads a
-job's own files, validation.py reads the errors of the committed runs. build.py makes the real model, traced.py
+job's own files, validation.py reads the errors of the committed runs. divided.py lays out the ranks of a divided model
+(model_parallel.py). build.py makes the real model, traced.py
 simulates the allocator on it; only these two import torch.
 """
 

@@ -3,6 +3,7 @@
 python -m helpers.memory.predict --micro-batch-size 4 --sequence-length 768 --checkpointing
 python -m helpers.memory.predict configs/lora.yaml configs/ds_zero_2.json --gpus 2 --gpu-memory 24 --data DATA
 python -m helpers.memory.predict --full --gpus 2 --gpu-memory 24 --plan
+python -m helpers.memory.predict --full --gpus 4 --strategy pp      or tp, fsdp2: each rank of a divided model
 """
 
 import argparse
@@ -17,6 +18,7 @@ from helpers.memory.predict.configuration import (
     Lora,
     Strategy,
 )
+from helpers.memory.predict.divided import DIVIDED, divided_ranks, divided_table
 from helpers.memory.predict.error_bar import error_bar
 from helpers.memory.predict.lengths import StepLengths, step_lengths
 from helpers.memory.predict.machine import calibrated
@@ -81,7 +83,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", help="matrices with an adapter (q_proj k_proj v_proj)")
     parser.add_argument("--dropout", type=float, help="on the adapter's inputs (0.1)")
     parser.add_argument("--precision", choices=PRECISIONS, help="(autocast; bf16 under DeepSpeed)")
-    parser.add_argument("--strategy", choices=KINDS, help="(single; ddp with several GPUs)")
+    parser.add_argument("--strategy", choices=(*KINDS, *DIVIDED), help="(single; ddp with several GPUs)")
     parser.add_argument("--micro-batch-size", type=positive_int, help="sequences that run at once on a GPU (4)")
     parser.add_argument("--padded", action="store_true", default=None, help="sequences differ in length")
     parser.add_argument("--checkpointing", action="store_true", default=None, help="recompute activations in backward")
@@ -153,6 +155,30 @@ def _configuration(arguments: argparse.Namespace) -> Configuration:
     )
 
 
+def _divided(arguments: argparse.Namespace) -> str:
+    """Predict each rank of a model that --strategy divides."""
+    kind = arguments.strategy
+    for name in ("data", "gpu_memory", "plan", "trace", "checkpointing"):
+        if getattr(arguments, name):
+            raise UserError(f"{_option(name)} does not go with --strategy {kind}; drop it")
+    if not arguments.full or arguments.precision == "autocast":
+        raise UserError(
+            f"--strategy {kind} is predicted if all parameters are trained in their own precision: add --full, and "
+            "--precision bf16 or fp32 if you name one"
+        )
+    whole = argparse.Namespace(**vars(arguments) | {"strategy": "single", "precision": arguments.precision or "bf16"})
+    whole.gpus = 1
+    configuration = replace(_configuration(whole), machine=calibrated())
+
+    def partition(c: Configuration, stages: int) -> list[range]:
+        from helpers.parallel.pipeline import partition_layers  # imports torch, which takes seconds
+
+        return partition_layers(c.shape, stages, c.sequence_length)
+
+    ranks = divided_ranks(configuration, kind, arguments.gpus, partition)
+    return divided_table(configuration, kind, arguments.gpus, ranks)
+
+
 def prediction_table(configuration: Configuration, prediction: Prediction, typical: Prediction | None = None) -> str:
     """Lay out the items at the peak, and the total of each phase, in GiB.
 
@@ -196,6 +222,9 @@ def strategy_list(candidates: list[Candidate]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     arguments = _arguments(argv)
+    if arguments.strategy in DIVIDED and not arguments.config:
+        print(_divided(arguments))
+        return
     configuration = replace(_configuration(arguments), machine=calibrated())
     lengths = _lengths(arguments, configuration)
     typical = None
