@@ -7,7 +7,7 @@ from matplotlib.patches import Patch
 from helpers.errors import UserError
 from helpers.memory.allocator import Block, Segment
 from helpers.memory.units import unit_for
-from helpers.plots.style import SMALL_SIZE, VERMILION, CourseFigure, label_axes, new_figure
+from helpers.plots.style import VERMILION, CourseFigure, label_axes, legend_outside, new_figure
 
 FREE_COLOUR = "#D9D9D9"
 
@@ -57,7 +57,7 @@ def allocator_history(history: Mapping[str, Sequence[Sequence[Segment]]], title:
         label_axes(axes, name, "moment", f"segments ({unit.name})" if axes is panels[0] else "")
         axes.grid(visible=False)
     handles = [Patch(color=VERMILION, label="held by a tensor"), Patch(color=FREE_COLOUR, label="reserved, free")]
-    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig, handles)
     return fig
 
 

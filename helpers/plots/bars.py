@@ -19,6 +19,7 @@ from helpers.plots.style import (
     grid_along_x,
     ink_on,
     label_axes,
+    legend_outside,
     new_figure,
 )
 
@@ -59,7 +60,7 @@ def bars_by_rank(
     label_axes(axes, "", "", y_label)
     axes.set_xticks(range(world_size), [f"rank {rank}" for rank in range(world_size)], fontsize=TEXT_SIZE)
     axes.tick_params(axis="x", length=0)
-    fig.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig, handles)
     return fig
 
 
@@ -107,7 +108,7 @@ def stacked_seconds(
     axes.set_xlim(0, (1.25 if measured else 1.1) * max(*left, *measured.values(), 0.0))
     label_axes(axes, "", x_label, "")
     grid_along_x(axes)
-    fig.legend(loc="outside lower center", ncols=6, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig)
     return fig
 
 

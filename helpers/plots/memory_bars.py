@@ -18,6 +18,7 @@ from helpers.plots.style import (
     CourseFigure,
     grid_along_x,
     label_axes,
+    legend_outside,
     new_figure,
 )
 
@@ -60,7 +61,7 @@ def memory_bars(bars: Mapping[str, Mapping[str, float]], title: str, unit: str =
     digits = _digits(max(left.values()))
     for row, total in enumerate(left.values()):
         axes.text(total, row, f" {total:,.{digits}f}", va="center", fontsize=TEXT_SIZE)
-    _finish_bars(fig, axes, f"GPU memory ({unit})", 1.12 * max(left.values()), len(visible))
+    _finish_bars(fig, axes, f"GPU memory ({unit})", 1.12 * max(left.values()), legend=True)
     return fig
 
 
@@ -109,7 +110,7 @@ def memory_sources(ranks: Mapping[str, Mapping[str, Mapping[str, int] | None]], 
         axes.set_visible(False)
     visible = _visible(bars)
     patches = [Patch(label=name, **_look(name)) for name in CATEGORY_COLOURS if name in visible]
-    fig.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig, patches)
     return fig
 
 
@@ -180,7 +181,7 @@ def predicted_and_measured(
     axes.tick_params(axis="x", length=0)
     visible = _visible(bars)
     patches = [Patch(label=name, **_look(name)) for name in CATEGORY_COLOURS if name in visible]
-    fig.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig, patches)
     return fig
 
 
@@ -230,8 +231,8 @@ def memory_steps(
     for row, (total, previous) in enumerate(zip(left, [0.0, *left], strict=False)):
         text = f" {total:,.{digits}f}  ({total - previous:+,.{digits}f})"
         axes.text(total, row, text, va="center", fontsize=SMALL_SIZE)
-    kinds = len(categories) if len(categories) > 1 else 0
-    _finish_bars(fig, axes, f"{source} ({unit.name}; in brackets {bracket})", 1.18 * max(left), kinds)
+    x_label = f"{source} ({unit.name}; in brackets {bracket})"
+    _finish_bars(fig, axes, x_label, 1.18 * max(left), legend=len(categories) > 1)
     return fig
 
 
@@ -240,18 +241,12 @@ def _digits(largest: float) -> int:
     return 2 if largest < 20 else 1 if largest < 200 else 0
 
 
-def _finish_bars(fig: CourseFigure, axes: Axes, x_label: str, x_end: float, kinds: int) -> None:
-    """Finish horizontal bars: the first one on top, a vertical grid, and a legend if there are several kinds."""
+def _finish_bars(fig: CourseFigure, axes: Axes, x_label: str, x_end: float, legend: bool) -> None:
+    """Finish horizontal bars: the first one on top, a vertical grid, and a legend on request."""
     axes.invert_yaxis()
     axes.set_xlim(0, x_end)
     label_axes(axes, "", x_label, "")
     grid_along_x(axes)
     axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
-    if kinds:
-        fig.legend(
-            *axes.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=min(4, kinds),
-            fontsize=SMALL_SIZE,
-            frameon=False,
-        )
+    if legend:
+        legend_outside(fig)

@@ -17,6 +17,7 @@ from helpers.plots.style import (
     CourseFigure,
     grid_along_x,
     label_axes,
+    legend_outside,
     new_figure,
 )
 
@@ -67,7 +68,7 @@ def mesh_cube(groups: Mapping[str, Sequence[Sequence[int]]], ranks_per_node: int
     axes.set_aspect("equal")
     axes.axis("off")
     axes.margins(0.02)
-    fig.legend(loc="outside lower center", ncols=3, fontsize=TEXT_SIZE, frameon=False)
+    legend_outside(fig, size=TEXT_SIZE)
     return fig
 
 
@@ -134,5 +135,5 @@ def layout_times(
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
         grid_along_x(axes)
-    fig.legend(loc="outside lower center", ncols=4, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig)
     return fig

@@ -14,6 +14,7 @@ from helpers.plots.style import (
     CourseFigure,
     ink_on,
     label_axes,
+    legend_outside,
     new_figure,
 )
 
@@ -52,7 +53,7 @@ def model_states(sharded: Mapping[str, Collection[str]], world_size: int, title:
         axes.set_yticks(range(0, sum(BYTES.values()) + 1, 2))
     handles = [Patch(color=CATEGORY_COLOURS[state], label=state) for state in BYTES]
     handles.append(Patch(facecolor="none", edgecolor=GREY, linestyle=":", label="held by another rank"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig, handles)
     return fig
 
 

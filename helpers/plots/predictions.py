@@ -18,6 +18,7 @@ from helpers.plots.style import (
     CourseFigure,
     grid_along_x,
     label_axes,
+    legend_outside,
     new_figure,
 )
 
@@ -77,7 +78,7 @@ def model_sizes(
         ),
         Line2D([], [], color=VERMILION, marker="", linestyle="--", markersize=9, label=capacity_label),
     ]  # fmt: skip
-    fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig, handles)
     return fig
 
 
@@ -124,7 +125,5 @@ def prediction_errors(configurations: Mapping[str, tuple[int, int]], title: str)
     for axes in (left, right):
         grid_along_x(axes)
     right.tick_params(axis="y", length=0, labelleft=False)
-    fig.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=SMALL_SIZE, frameon=False
-    )
+    legend_outside(fig)
     return fig

@@ -13,6 +13,7 @@ from helpers.plots.style import (
     CourseFigure,
     ink_on,
     label_axes,
+    legend_outside,
     new_figure,
     paler,
 )
@@ -69,7 +70,7 @@ def saved_tensor_bars(bars: Mapping[str, Mapping[str, float]], title: str, x_lab
     axes.tick_params(axis="y", labelsize=TEXT_SIZE, length=0)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items() if name not in labelled]
     if handles:
-        fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL_SIZE, frameon=False)
+        legend_outside(fig, handles)
     return fig
 
 

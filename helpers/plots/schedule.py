@@ -20,6 +20,7 @@ from helpers.plots.style import (
     VERMILION,
     CourseFigure,
     ink_on,
+    legend_outside,
     new_figure,
 )
 
@@ -106,10 +107,7 @@ def lanes(
     axes.tick_params(labelsize=SMALL_SIZE)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    handles = [Patch(color=colour, label=kind) for kind, colour in kinds.items()]
-    fig.legend(
-        handles=handles, loc="outside lower center", ncols=min(6, len(kinds)), fontsize=SMALL_SIZE, frameon=False
-    )
+    legend_outside(fig, [Patch(color=colour, label=kind) for kind, colour in kinds.items()])
     return fig
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
@@ -194,12 +196,30 @@ def legend_below(axes: Axes) -> None:
     )
 
 
-def _columns_that_fit(labels: Sequence[str], available: float) -> int:
+def legend_outside(fig: Figure, handles: Sequence[Artist | Container] = (), size: float = SMALL_SIZE) -> None:
+    """Put the legend of a figure below all axes, in as many columns as fit.
+
+    Args:
+        fig: The figure.
+        handles: What the legend shows, with their labels; everything in the axes that has a label if there are none.
+        size: Of the text, in points.
+    """
+    handles = handles or [handle for axes in fig.axes for handle in axes.get_legend_handles_labels()[0]]
+    labels = [str(handle.get_label()) for handle in handles]
+    if labels:
+        columns = _columns_that_fit(labels, 0.95 * 72 * fig.get_figwidth(), size)
+        # Matplotlib takes containers as handles, too; its types do not say so.
+        artists = cast(Sequence[Artist], handles)
+        fig.legend(artists, labels, loc="outside lower center", ncols=columns, fontsize=size, frameon=False)
+
+
+def _columns_that_fit(labels: Sequence[str], available: float, size: float = SMALL_SIZE) -> int:
     """Choose the largest number of columns of a legend that are together at most ``available`` points wide."""
-    widths = [TextPath((0, 0), label, size=SMALL_SIZE).get_extents().width for label in labels]
+    widths = [TextPath((0, 0), label, size=size).get_extents().width for label in labels]
     for columns in range(len(labels), 1, -1):
         widest = [max(column) for column in np.array_split(widths, columns)]  # as matplotlib fills them
         # A handle and the pad beside it take 2.8 em, the space between two columns 2 em: matplotlib's defaults.
-        if sum(widest) + SMALL_SIZE * (2.8 * columns + 2 * (columns - 1)) <= available:
-            return columns
+        if sum(widest) + size * (2.8 * columns + 2 * (columns - 1)) <= available:
+            rows = -(-len(labels) // columns)
+            return -(-len(labels) // rows)  # as few as fill these rows
     return 1

@@ -11,6 +11,7 @@ from helpers.plots.style import (
     TECHNIQUE_COLOURS,
     TEXT_SIZE,
     CourseFigure,
+    legend_outside,
     new_figure,
 )
 
@@ -78,7 +79,7 @@ def techniques(title: str) -> CourseFigure:
     axes.set_ylim(len(ROWS), -0.4)
     axes.axis("off")
     handles = [Patch(color=CATEGORY_COLOURS[state], label=state) for state in STATES]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=SMALL_SIZE, frameon=False)
+    legend_outside(fig, handles)
     return fig
 
 
