@@ -10,6 +10,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # Words that begin a path on one machine; a reader's machine has others.
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|opt|mnt|srv|Users)/\w")
+CARD = re.compile(r"\(\d+ minutes, (?:easy|medium|hard), (?:core|optional)\)")  # of an exercise
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -50,6 +51,15 @@ class TestNotebook:
             assert promise in texts[0]
         assert sum(text.count("<summary>Solution</summary>") for text in texts) >= 3
         assert any(text.startswith("## References") or "\n## References" in text for text in texts)
+
+    def test_its_exercises_have_cards_and_judges(self, path):
+        every = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        last = every[next(i for i, cell in enumerate(every) if "## Exercises\n" in source(cell)) :]
+        _, _, text = "\n".join(source(cell) for cell in last).partition("## Exercises\n")
+        cards = re.findall(r"^\*\*(\d+) · .+?\*\* (\(.+?\))", text, re.MULTILINE)
+        assert cards and [int(number) for number, _ in cards] == list(range(1, len(cards) + 1))
+        assert not [card for _, card in cards if not CARD.fullmatch(card)]
+        assert len(re.findall(rf"^chapter_{path.stem[:2]}\.\w+\(", text, re.MULTILINE)) == len(cards)
 
     def test_it_has_one_title(self, path):
         texts = [CODE_BLOCK.sub("", source(cell)) for cell in cells(path, "markdown")]
