@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from fake_nvml import GIB
+from one_process import LENGTH, ROWS, TWO_LAYERS
+from one_process import train_alone as expected
 
 from helpers.hardware import Gpu, describe_machine
-from helpers.parallel.network import GLM_1_5B, TINY, batch, build, largest_difference, shape_for, weights
+from helpers.parallel.network import GLM_1_5B, TINY, batch, build, largest_difference, shape_for, train_alone, weights
 
 
 def test_a_seed_gives_the_same_weights_and_leaves_the_generator_alone():
@@ -41,6 +43,11 @@ def test_the_large_one_needs_a_gpu_for_each_rank(gibibytes, gpus, expected):
     cards = tuple(Gpu("card", gibibytes * GIB, (9, 0)) for _ in range(gpus))
     machine = dataclasses.replace(describe_machine(), gpus=cards)
     assert shape_for(machine, 2, micro_batch_size=2, sequence_length=512) == expected
+
+
+def test_one_process_trains_as_what_the_tests_compare_with():
+    trained = train_alone(TWO_LAYERS, ROWS, LENGTH, steps=2)
+    assert largest_difference(trained, expected(TWO_LAYERS, 1, steps=2).weights) <= 1e-7
 
 
 def test_differences():

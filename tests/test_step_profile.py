@@ -13,6 +13,7 @@ from helpers.parallel.step_profile import (
     MATMUL,
     NCCL,
     OTHER,
+    StepProfile,
     profile_step,
     profile_table,
     summarise,
@@ -109,3 +110,9 @@ def test_speed_is_that_of_one_rank():
 
 def test_the_link_to_host_memory_has_a_rate():
     assert host_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"), 2**20) > 0
+
+
+def test_the_kind_that_changed_most_is_found_with_its_sign():
+    steps = (5, 2, 1, 4, 0), (4, 2, 3, 1, 1)
+    slow, fast = (StepProfile(dict(zip(KINDS, seconds, strict=True)), 0, 0, 0) for seconds in steps)
+    assert slow.largest_change(fast) == (NCCL, 3) and fast.largest_change(slow) == (NCCL, -3)

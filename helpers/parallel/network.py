@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM
 
 from helpers.hardware import Machine
+from helpers.launch import device
 from helpers.memory.predict import Configuration, ModelShape
 from helpers.memory.predict.build import build_base_model
 from helpers.memory.predict.planner import fits
@@ -85,6 +86,29 @@ def batch(
     generator = torch.Generator().manual_seed(1_000_003 + step)
     ids = torch.randint(1, shape.vocab, (batch_size, sequence_length), generator=generator).to(device)
     return {"input_ids": ids, "labels": ids}
+
+
+def train_alone(shape: ModelShape, batch_size: int, sequence_length: int, steps: int) -> dict[str, Tensor]:
+    """Train on whole batches in one process, without any technique: what the others are compared with.
+
+    Every rank that calls this trains all rows on its own device, with AdamW in fp32.
+
+    Args:
+        shape: Of the network.
+        batch_size: Rows of the whole batch.
+        sequence_length: Tokens per row.
+        steps: Optimizer steps.
+
+    Returns:
+        The trained parameters by name, on the CPU.
+    """
+    model = build(shape, device())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=EQUALITY_EPSILON)
+    for step in range(steps):
+        model(**batch(shape, batch_size, sequence_length, step, device())).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

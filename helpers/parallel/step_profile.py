@@ -55,6 +55,18 @@ class StepProfile:
         """Seconds from the call until the GPU has done its work and the host waits for it."""
         return sum(self.seconds.values())
 
+    def largest_change(self, other: "StepProfile") -> tuple[str, float]:
+        """Find the kind of work that contributes most to the difference between two steps.
+
+        Args:
+            other: The step to compare with.
+
+        Returns:
+            The kind, and its seconds here minus its seconds there.
+        """
+        changes = {kind: self.seconds[kind] - other.seconds[kind] for kind in KINDS}
+        return max(changes.items(), key=lambda change: abs(change[1]))
+
 
 def profile_step(step: Callable[[], object], device: torch.device) -> StepProfile | None:
     """Run a step twice under torch.profiler and summarise the second, because starting the tracer takes time.
