@@ -62,7 +62,7 @@ def check_writable_folder(path: str | Path, remedy: str) -> None:
 
     Args:
         path: The folder.
-        remedy: What to do if that is not possible; it ends the error message.
+        remedy: Advice if that is not possible; it ends the error message.
 
     Raises:
         UserError: It cannot be made or written to.
@@ -135,8 +135,8 @@ def read_json_object(path: Path, missing: str, remedy: str = "correct the file")
 
     Args:
         path: The file.
-        missing: The whole error message if there is no file.
-        remedy: What to do about a file that is damaged; it ends the error message.
+        missing: The whole error message if the file does not exist.
+        remedy: Advice for a damaged file; it ends the error message.
 
     Returns:
         The object.

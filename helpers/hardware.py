@@ -131,7 +131,7 @@ def _gpus_from_nvml(nvml: Nvml, torch_cuda: str | None) -> tuple[tuple[Gpu, ...]
 
 
 def _gpus_from_torch(nvml: Nvml) -> tuple[tuple[Gpu, ...], list[str]]:
-    """Ask torch for GPUs if there is no NVML (AMD GPUs, some containers); this may create a CUDA context."""
+    """Ask torch for GPUs if NVML is missing (AMD GPUs, some containers); this may create a CUDA context."""
     import torch
 
     if not torch.cuda.is_available():
@@ -258,7 +258,7 @@ def _ram_bytes() -> int:
 
 
 def _cgroup(name: str) -> str:
-    """Read a limit of the container (control groups, version 2); "max" or empty if there is none."""
+    """Read a limit of the container (control groups, version 2); "max" or empty without one."""
     try:
         return Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
     except OSError:

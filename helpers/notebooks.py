@@ -22,7 +22,7 @@ def find_chapters(folder: Path) -> list[Path]:
         Their files, in the order of the chapters.
 
     Raises:
-        UserError: There are none.
+        UserError: The folder has no chapters.
     """
     chapters = sorted(folder.glob(CHAPTERS))
     if not chapters:

@@ -4,8 +4,8 @@ Each check prints one line: ok, note (the course runs) or problem (it does not),
 exit status is 1.
 
 :func:`look` finds the facts, and starts two ranks that really add up; :func:`judge` decides from the facts alone. An
-older Python must be able to parse this module, and packages may be missing: so nothing is imported at the top that is
-not in Python itself.
+older Python must be able to parse this module, and packages may be missing. So the top imports only Python's own
+modules.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def _probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(positions: Tensor, log_sum_exp: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split both in the same chunks; nothing if there are no targets, for which ``split`` gives one empty chunk."""
+    """Split both into the same chunks. Without targets return no chunk: ``split`` would return an empty one."""
     return zip(positions.split(chunk), log_sum_exp.split(chunk), strict=True) if positions.numel() else iter(())
 
 

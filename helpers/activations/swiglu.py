@@ -38,7 +38,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         gate_up: Gate in the first half of the last dimension, up in the second [..., 2 * width].
 
     Returns:
-        The product [..., width].
+        SiLU(gate) * up [..., width].
     """
     return _SwiGLU.apply(gate_up)
 

@@ -131,8 +131,8 @@ def conversation_turns(messages: Sequence[Message], tools: Sequence[Any] | None 
     Args:
         messages: Each with a ``role`` and its ``content``. An assistant's ``metadata`` names the tool that it calls,
             ``loss`` says whether a turn is trained: by default the assistant's are. Role ``tool`` (``name``,
-            ``parameters``, ``observation``) stands for two turns: the assistant's call and the observation that
-            answers it.
+            ``parameters``, ``observation``) makes two turns: the assistant's call and the observation that answers
+            it.
         tools: Descriptions (anything JSON can hold) for a system prompt in front, worded as published. A system
             message may also have them under ``tools``.
 
@@ -140,7 +140,7 @@ def conversation_turns(messages: Sequence[Message], tools: Sequence[Any] | None 
         The turns, in order.
 
     Raises:
-        UserError: A role is unknown, a text is not a string, metadata has several lines, or a call is no Python.
+        UserError: A role is unknown, a text is not a string, metadata has several lines, or a call is not Python.
     """
     turns = [turn for message in messages for turn in _turns_of(message)]
     if tools:
@@ -173,8 +173,8 @@ def encode_conversation(
 ) -> Encoded:
     """Encode a conversation, and mark the tokens that are trained.
 
-    Trained are the tokens after ``<|assistant|>``, up to and including the one that ends the turn, unless ``loss`` says
-    otherwise.
+    Without ``loss``, training covers the tokens after ``<|assistant|>``, up to and including the one that ends the
+    turn.
 
     Args:
         tokenizer: ChatGLM3's.

@@ -99,7 +99,7 @@ class ChatGLM3ForCausalLM(GlmForCausalLM):
             The model; with ``output_loading_info`` a tuple that begins with it, as in transformers.
 
         Raises:
-            UserError: There is no such checkpoint, or its weights do not fit its configuration.
+            UserError: The checkpoint does not exist, or its weights do not fit its configuration.
         """
         assert pretrained_model_name_or_path is not None, "name a folder, or a repository on the Hub"
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}

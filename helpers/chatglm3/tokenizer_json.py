@@ -1,9 +1,9 @@
 """Write ChatGLM3's tokenizer for programs without this package: ``tokenizer.json`` and a chat template.
 
 The ``tokenizers`` library has SentencePiece's BPE: the same pieces, merged in the order of their scores, and bytes for
-characters that are no piece. It puts the dummy prefix in front of each stretch of text between special tokens. That is
-where ChatGLM3 has it, so a template can spell the prompt layout: ``<|role|>``, the metadata, a newline, and the text
-after a space, which stands for the text's own dummy prefix.
+characters without a piece. It puts the dummy prefix in front of each stretch of text between special tokens, as
+ChatGLM3 does. So a template can write the prompt layout: ``<|role|>``, the metadata, a newline, and the text after a
+space, which replaces the text's own dummy prefix.
 
 A template is text, and so is what a user types. So the tokens in ``RECOGNISED`` are found in every text, which
 :class:`~helpers.chatglm3.tokenizer.ChatGLMTokenizer` never does. The template refuses messages that spell them. In
@@ -27,11 +27,11 @@ DUMMY_PREFIX = "▁"
 SPELLED = {"sop": "<sop>", "eop": "<eop>"}
 START = ("[gMASK]", "<sop>")
 CONTROL = ("<unk>", "<s>", "</s>")
-# What a text may turn into: what a template needs, and what `skip_special_tokens` is to leave out.
+# Special tokens that are recognised in text: those of the template, and those that `skip_special_tokens` leaves out.
 RECOGNISED = (*CONTROL, *START, *ROLE_TOKENS)
 # Pieces per text with which a conversion is checked.
 PIECES_PER_CHECK = 20
-# Spaces and characters that normalisation of Unicode would change; what is no piece becomes bytes.
+# Spaces and characters that normalisation of Unicode would change, and some without a piece, which become bytes.
 UNCHANGED = "  ａ\u3000①  e\u0301\n\0😀 "
 
 CHAT_TEMPLATE = """\

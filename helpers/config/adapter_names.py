@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-# query, key and value lie in one matrix there and are three here.
+# The published network has query, key and value in one matrix, ours in three.
 FUSED = "query_key_value"
 SPLIT = ("q_proj", "k_proj", "v_proj")
 # In this order; a backslash may stand before a dot, because names may be patterns.
@@ -32,7 +32,7 @@ def translate_name(name: str) -> tuple[str, ...]:
         name: Of a module, whole or its last parts: ``dense``, ``transformer.encoder.layers.0.self_attention.dense``.
 
     Returns:
-        The name here; three for the fused matrix. A name that is none of the published network's stays as it is.
+        The name here; three for the fused matrix. Names that the published network does not have stay as they are.
     """
     for pattern, ours in _RENAMED:
         name = pattern.sub(ours, name)

@@ -46,7 +46,7 @@ DROPPED = (
 REMOVED = ("sharded_ddp", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "adafactor", "dispatch_batches")
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # transformers' old name and its new one
 DEFAULT_SEED = 42
-BETAS = ("adam_beta1", "adam_beta2")  # torch's Adam refuses a whole number beside one with decimals
+BETAS = ("adam_beta1", "adam_beta2")  # torch's Adam refuses an int next to a float
 
 
 def training_setting(training: Mapping[str, Any], name: str) -> Any:

@@ -18,7 +18,7 @@ AUTO = "auto"
 DEFAULT_BUCKET_ELEMENTS = 5e8  # DeepSpeed's reduce_bucket_size if the file has none
 MIB = 2**20
 WARN_FROM_BYTES = 100 * MIB
-# What the top of a file may hold (DeepSpeedConfig._initialize_params in deepspeed/runtime/config.py); DeepSpeed itself
+# Keys at the top of a file (DeepSpeedConfig._initialize_params in deepspeed/runtime/config.py); DeepSpeed itself
 # ignores what it does not know. Blocks, with an example of some:
 BLOCKS: dict[str, str] = {
     "optimizer": '{"type": "AdamW", "params": {"lr": "auto"}}',

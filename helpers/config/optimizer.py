@@ -82,7 +82,7 @@ def check_optimizer(training: Mapping[str, Any], where: str) -> None:
         where: The block's place, for messages.
 
     Raises:
-        UserError: A package is missing, ``optim_args`` are no pairs, or the optimizer reads no such name or value.
+        UserError: A package is missing, ``optim_args`` are not pairs, or the optimizer reads no such name or value.
     """
     optimizer = training.get("optim", TrainingArguments.optim)
     package = next((package for part, package in _PACKAGES.items() if part in optimizer), None)

@@ -1,4 +1,4 @@
-"""What this job does with options of the Trainer and of PEFT that it does not simply pass on.
+"""List the options of the Trainer and of PEFT that this job does not simply pass on.
 
 Every option is used, refused or reported as ignored. This module lists those that are not used, the limits of numbers,
 and what only the library would notice, at the first evaluation or the first save.
@@ -41,7 +41,7 @@ class Ignored(NamedTuple):
     """An option that has no effect.
 
     Attributes:
-        effective: What the job does instead, as a value of the option: this value needs no remark.
+        effective: The value that the job uses instead. If a file has this value, nothing is reported.
         reason: Why, or what to use.
     """
 

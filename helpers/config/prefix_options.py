@@ -1,4 +1,4 @@
-"""What this job does with options of PEFT's prefix tuning that it does not simply pass on."""
+"""List the options of PEFT's prefix tuning that this job does not simply pass on."""
 
 from helpers.config.options import Ignored
 from helpers.config.values import Limits

@@ -12,7 +12,7 @@ HIDDEN = "***"
 
 
 def is_secret(key: object) -> bool:
-    """Tell whether a key's name says that its value must not be shown: ``hub_token``, ``api_key``, ``Password``."""
+    """Tell from a key's name whether its value is a secret: ``hub_token``, ``api_key``, ``Password``."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[-. ]", "_", str(key))
     return _SECRET.search(words.lower()) is not None
 

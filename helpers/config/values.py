@@ -25,7 +25,7 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a number, where the annotation only says that it is one.
+    """Bounds of a number. The annotation has only its type.
 
     Attributes:
         at_least: The smallest value.
@@ -156,7 +156,7 @@ def _unquoted(value: Any) -> str:
 
 def suggest(key: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown key: the most similar known one, or all known ones."""
-    close = difflib.get_close_matches(str(key), list(known), n=1)  # YAML has keys that are no text
+    close = difflib.get_close_matches(str(key), list(known), n=1)  # YAML's keys need not be text
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))[:200]}"
 
 

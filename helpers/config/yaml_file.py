@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         The keys and values.
 
     Raises:
-        FileNotFoundError: There is no file.
+        FileNotFoundError: The file does not exist.
         UserError: It cannot be read, is not YAML, has a key twice, refers to itself, or holds something else.
     """
     try:

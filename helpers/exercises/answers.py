@@ -33,7 +33,7 @@ class NotYet(Exception):
 
 
 class NotAnswered(Exception):
-    """There is no answer: it is None, or its body still raises NotImplementedError."""
+    """The answer is missing: it is None, or its body still raises NotImplementedError."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +158,7 @@ def agree(fault: str | None) -> str | None:
         fault: What this rank found; None if all is well so far.
 
     Returns:
-        The rank and its fault, the same on every rank; None if there is none.
+        The rank and its fault, the same on every rank; None without a fault.
     """
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
@@ -185,7 +185,7 @@ def alone(trial: Callable[..., str | None], **arguments: Any) -> None:
     """Run a trial that returns a fault in a process of its own, where it may replace what the answer calls.
 
     Args:
-        trial: Calls the answer, and returns the fault; None if there is none.
+        trial: Calls the answer, and returns the fault or None.
         arguments: The trial's keyword arguments.
 
     Raises:

@@ -64,7 +64,7 @@ def needs(answer: Callable[..., Any]) -> None:
 def _simulated(
     answer: Callable[..., Any], cases: Sequence[Schedule], seconds: Mapping[str, float]
 ) -> list[list[list[tuple[Action, float, float]]] | None]:
-    """In a rank, which can be ended: the times of every schedule, or None where the answer says that it never ends."""
+    """In a rank, which can be ended: the times of every schedule, or None if the answer is that it never ends."""
     found: list[list[list[tuple[Action, float, float]]] | None] = []
     for schedule in cases:
         try:

@@ -32,7 +32,7 @@ def rank_of(answer: Function) -> None:
         answer: Gets places on the axes pipeline, data and tensor, and the three sizes.
     """
     for sizes in SIZES:
-        # product lets the last axis run fastest.
+        # In itertools.product the last axis changes fastest.
         for expected, place in enumerate(product(*(range(size) for size in sizes))):
             found = call(answer, *place, sizes)
             if found != expected:

@@ -74,7 +74,7 @@ def _collected(collect: Callable[..., Any], reduce: Callable[..., Any], make: An
                 return found
         with count_traffic() as traffic:
             reduce(bucket)
-        left = left + sum(flats).chunk(n)[rank]  # type: ignore[union-attr]  # a sum of tensors is none of int
+        left = left + sum(flats).chunk(n)[rank]  # type: ignore[union-attr]  # a sum of tensors is never an int
         fault = _fault_of_reduce(bucket, set(parameters), left, traffic.sent, 4 * (n - 1) * len(left))
         if found := agree(fault):
             return f"{found} (micro-batch {number + 1})"
@@ -244,7 +244,7 @@ def _to_owners(answer: Callable[..., Any], sizes: Sequence[int]) -> tuple[list[i
     with count_traffic() as traffic:
         answer(gradients)
     own = range(rank, len(sizes), n)
-    return [i for i in own if not torch.equal(gradients[i], sum(of_rank[i] for of_rank in every))], traffic.sent  # type: ignore[arg-type]  # a sum of tensors is none of int
+    return [i for i in own if not torch.equal(gradients[i], sum(of_rank[i] for of_rank in every))], traffic.sent  # type: ignore[arg-type]  # a sum of tensors is never an int
 
 
 @exercise

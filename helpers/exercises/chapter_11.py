@@ -261,7 +261,7 @@ def _weighted(answer: Callable[..., Any], trained: Sequence[int]) -> tuple[torch
     labels[9 - trained[rank] :] = 3
     leaf = weight.clone().requires_grad_()
     with count_traffic() as traffic:
-        # A mean over this rank's tokens, whose gradient is their mean; 0 if there are none, as in the chunked loss.
+        # A mean over this rank's tokens, whose gradient is their mean; 0 without tokens, as in the chunked loss.
         loss = answer((tokens[rank] @ leaf).tanh().sum() / max(1, trained[rank]), labels)
     loss.backward()
     assert leaf.grad is not None

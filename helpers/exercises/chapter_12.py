@@ -160,7 +160,7 @@ def double_quantisation(quantise: Function, dequantise: Function) -> None:
 
 
 def _multiplied(answer: Any, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> Any:
-    """Run both passes: the output, the gradient of x, and the bytes kept between them beside the output."""
+    """Run both passes: the output, the gradient of x, and the bytes kept between them, without the output."""
     leaf = x.clone().requires_grad_()
     with PeakBytes("cpu") as memory:
         given = leaf * 1  # made here, so that it counts if it is kept

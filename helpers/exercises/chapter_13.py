@@ -26,7 +26,7 @@ def _call(answer: Function, inputs: Sequence[Any]) -> tuple[Any, bool, int]:
     with count_traffic() as traffic:
         found = answer(given)
     kept = given.item() if isinstance(given, torch.Tensor) else given
-    same = repr(kept) == repr(mine)  # not ==: a nan that stays is no fault
+    same = repr(kept) == repr(mine)  # not ==: a nan that stays is right
     if isinstance(found, Mapping):
         found = {name: _plain(value) for name, value in found.items()}
     return _plain(found), same, len(traffic.collectives)

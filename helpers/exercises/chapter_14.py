@@ -1,4 +1,4 @@
-"""Chapter 14: which tokens are learned, an adapter beside a matrix, packs, and what its exercises ask for."""
+"""Chapter 14: which tokens are learned, an adapter next to a matrix, packs, and the exercises."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +92,7 @@ def _adapted(answer: Any, sizes: tuple[int, int, int], shape: Sequence[int]) -> 
 
 @exercise
 def lora_layer(answer: type[nn.Module]) -> None:
-    """Judge a frozen linear layer with an adapter beside it, and the merged one.
+    """Judge a frozen linear layer with an adapter, and the merged layer.
 
     Args:
         answer: Made of a linear layer, r and alpha; has the adapter's matrices A and B.
@@ -241,7 +241,7 @@ def fit_it(line: str, deepspeed: str) -> None:
     """Judge the line with which lora.yaml fits a small GPU, and the file with which that fits two smaller ones.
 
     Args:
-        line: As it stands in the YAML file.
+        line: The line of the YAML file.
         deepspeed: Name of a file in configs.
     """
     settings = yaml.safe_load(line)

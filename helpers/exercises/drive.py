@@ -33,7 +33,7 @@ def _records(fetch: Function, store: Function, make: Function) -> str | None:
                 return fault
             if fault := _fault_of_fetch(disk, i, found, values[i]):
                 return fault
-            found.add_(1)  # a step changes the record where it is
+            found.add_(1)  # a step changes the record in place
             values[i] = values[i] + 1
             store(disk, i)
     return None
@@ -126,7 +126,7 @@ def _ahead(answer: Function, counts: tuple[int, ...]) -> str | None:
 
 @exercise
 def reading_ahead(answer: Function) -> None:
-    """Judge a step whose reads and writes happen beside its updates, with two buffers.
+    """Judge a step that reads and writes while it updates, with two buffers.
 
     Args:
         answer: Gets parameters, a disk, the step's number and a log. Calls fetch, update and store.

@@ -1,9 +1,9 @@
 """Let learners note a guess before a measurement, and show both in one line after it.
 
-    guessed = guess(gib=None)  # before: put a number in the place of None
+    guessed = guess(gib=None)  # before: replace None by a number
     guessed.compare(peak_bytes / 2**30)  # after: your guess 80 GiB, measured 102 GiB: ...
 
-A guess is optional. With None nothing is printed, and nothing that somebody writes there stops a notebook.
+A guess is optional: None prints no line. No value that a learner writes there stops a notebook.
 """
 
 import math
@@ -35,7 +35,7 @@ class Guess:
     value: float | None
 
     def compare(self, measured: float | None) -> None:
-        """Print the guess next to the measurement; nothing if there is no guess.
+        """Print the guess, if any, next to the measurement.
 
         Args:
             measured: In the unit of the guess; None if this machine cannot measure it.
@@ -54,9 +54,9 @@ class Guess:
 
 
 def guess(**quantity: object) -> Guess:
-    """Note a guess, or none.
+    """Note a guess.
 
-    What is no usable number is named in one printed line and counts as no guess, so that the notebook goes on.
+    If it is not a usable number, print a line about it and go on without a guess.
 
     Args:
         quantity: One of ``bytes``, ``gib``, ``seconds``, ``times``, ``idle`` and ``share`` with a number of 0 or more,

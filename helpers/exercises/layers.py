@@ -68,7 +68,7 @@ def fault_of_gradients(sharded: Any, part: torch.Tensor, when: str, sent: int) -
         sent: Bytes that it sent.
 
     Returns:
-        The fault; None if there is none.
+        The fault, or None.
     """
     if sharded.shard.grad is None or sharded.shard.grad.shape != part.shape:
         return f"after {when} shard.grad should be as long as the shard"

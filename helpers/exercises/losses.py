@@ -102,7 +102,7 @@ def _check_work(
         raise NotYet(f"{where}, {found.kept:,} bytes are kept after forward; a few numbers per token are enough")
     small = 4 * tokens * (2 * WIDTH + 20) + 512
     head = 2 * 4 * vocabulary * WIDTH if trained_head else 0  # its gradient, and what a chunk adds to it
-    # Where gradients of the logits are made, probabilities and a copy or two may lie beside them.
+    # The pass that computes gradients of the logits may also hold probabilities and a copy or two.
     limits: tuple[int, ...] = (1, GRADIENT_COPIES) if trained_head else (GRADIENT_COPIES,)
     for direction, peak, most in zip(("forward", "backward"), found.peaks, limits, strict=False):
         if peak > most * logits + small + head * (direction == "backward"):

@@ -1,6 +1,6 @@
 """Judge the functions that chapter 09 writes: copies, Adam on the host, a whole step, and one of N ranks.
 
-A trial takes the chapter's own functions that it needs beside the answer: the notebook's, which were judged before.
+A trial also uses other functions of the notebook, which were judged before.
 """
 
 from collections.abc import Iterator, Sequence

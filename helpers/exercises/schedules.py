@@ -1,4 +1,4 @@
-"""What a pipeline schedule should do, derived anew: times, inputs, and whether it is complete."""
+"""Derive what a pipeline schedule should do: times, inputs, and whether it is complete."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -80,7 +80,7 @@ def timeline_of(found: Any, ranks: int, micro_batches: int) -> ScheduleTimeline:
         What runs when.
 
     Raises:
-        NotYet: It is no schedule, not complete, or never ends.
+        NotYet: It is not a schedule, not complete, or never ends.
     """
     where = f"with {ranks} ranks and {micro_batches} micro-batches"
     try:

@@ -1,6 +1,6 @@
 """Judge the functions that chapter 08 writes: one sharded layer, and ZeRO-3's hooks.
 
-A trial takes the chapter's own functions that it needs beside the answer: the notebook's, which were judged before.
+A trial also uses other functions of the notebook, which were judged before.
 """
 
 from dataclasses import replace
@@ -168,7 +168,7 @@ def _backward(answer: Function, hook_forward: Function, make: Function, reshard:
         expect_weights(layer, sharded, number)
         layer.get_parameter("bias").register_post_accumulate_grad_hook(lambda _: seen.append(complete(kept)))
     with torch.no_grad():
-        layers(rows(rank, sizes))  # without gradients there is no backward
+        layers(rows(rank, sizes))  # without gradients, backward never runs
     loss = layers(rows(rank, sizes)).square().mean()
     with count_traffic() as traffic:
         loss.backward()

@@ -30,7 +30,7 @@ def check_adapter(lora: Mapping[str, Any], model_dir: Path, source: str, rounded
         rounded: Whether the layers' matrices are kept in fewer bits, in which they can only be frozen.
 
     Raises:
-        UserError: A name is no module's, or PEFT cannot put the adapter there.
+        UserError: A name belongs to no module, or PEFT cannot put the adapter there.
     """
     where = f"{source}, peft_config"
     with torch.device("meta"):
@@ -93,7 +93,7 @@ def check_prefix(config: FinetuneConfig, model_dir: Path, source: str) -> None:
     """Check that a prefix leaves room for the rows.
 
     Args:
-        config: Contents of ``lora.yaml``; without a prefix, nothing is checked.
+        config: Contents of ``lora.yaml``; only a prefix is checked.
         model_dir: The checkpoint's folder.
         source: The configuration's file, for messages.
 

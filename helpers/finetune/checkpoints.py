@@ -16,7 +16,7 @@ from helpers.errors import UserError
 from helpers.files import atomic_write, read_json_object
 
 MANIFEST = "manifest.json"
-# What a model is loaded from: an adapter, or a whole one.
+# Files from which an adapter or a full model is loaded.
 MODEL_FILES = ("adapter_config.json", "config.json", "*.safetensors", "*.safetensors.index.json")
 _RANK = re.compile(r"(?:rng_state|zero_pp_rank)_(\d+)[._]")
 
@@ -41,7 +41,7 @@ def describe_files(checkpoint: Path, rank: int) -> Files:
     Returns:
         Size in bytes and hash of each file, by its path inside ``checkpoint``.
     """
-    # People edit the model card; nothing depends on it.
+    # The README is left out: people edit it, and no program reads it.
     mine = (path for path in checkpoint.rglob("*") if _owner(path.name) == rank and path.name != "README.md")
     paths = sorted(path for path in mine if path.is_file())
     return {path.relative_to(checkpoint).as_posix(): (path.stat().st_size, file_hash(path)) for path in paths}
@@ -76,7 +76,7 @@ def read_manifest(checkpoint: Path) -> tuple[Files, dict[str, Any]]:
         The files and the facts, as they were given to :func:`write_manifest`.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: It is missing or damaged.
     """
     path = checkpoint / MANIFEST
     content = read_json_object(path, f"{checkpoint.name} was not finished: it has no {MANIFEST}")
@@ -147,7 +147,7 @@ def newest_intact(checkpoints: list[Path], left_out: list[str], only: tuple[str,
         only: Patterns of the files that matter; None for all.
 
     Returns:
-        Its folder; None if there is none.
+        Its folder, or None.
     """
     for checkpoint in reversed(checkpoints):
         damage = find_damage(checkpoint, only)

@@ -54,8 +54,8 @@ def export(
 ) -> None:
     """Merge an adapter into its base and write the result as a model of its own; a whole model needs no merging.
 
-    An adapter of a base in 8 or 4 bits is merged into the matrices that those codes stand for, because it was trained
-    on them; merged into the original weights it would be another model (chapter 12 measures it). An adapter of a base
+    An adapter of a base in 8 or 4 bits is merged into the matrices that those codes decode to, because it was trained
+    on them. Merged into the original weights it would be another model (chapter 12 measures it). An adapter of a base
     in fp8 is merged into the original weights. Merged weights are rounded to ``dtype``: in 16 bit, an answer may differ
     from the adapter's if two tokens were almost equally likely.
 

@@ -10,7 +10,7 @@ from typing import Any
 from helpers.finetune.results import nvml_used, rate_with_range
 from helpers.memory.table import Table
 
-# Packs of the same size, compiled: the other formats have no configuration that differs from these in nothing else.
+# Packs of the same size, compiled. The other formats have no configuration that differs only in the format.
 CONFIGURATIONS = {"not rounded": "lora_fast.yaml", "fp8": "lora_fp8.yaml"}
 
 
@@ -68,7 +68,7 @@ def measured_runs(speed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def fewer_bits_table(results: Mapping[str, Any], speed: Mapping[str, Any]) -> Table:
-    """Put the quality of each format beside its speed.
+    """List the quality of each format next to its speed.
 
     Args:
         results: Contents of ``fewer_bits.json``.

@@ -1,4 +1,4 @@
-"""End training at a loss or weights that are no longer finite, before a checkpoint of it is written."""
+"""End training if the loss or a weight is not finite, before a checkpoint is written."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ BadBatch = tuple[int, float, str]  # the step, the loss, and how the rows begin
 class FiniteCheck(TrainerCallback):
     """Look for nan and infinity where the host waits for the GPU anyway: when the loss is logged, and before a save.
 
-    A training step only keeps its loss and its tokens where they are.
+    A training step only keeps its loss and its tokens, on the GPU.
 
     Attributes:
         tokenizer: Shows the rows of a bad batch.
@@ -58,7 +58,7 @@ class FiniteCheck(TrainerCallback):
             args: The Trainer's arguments.
             state: Its state.
             control: Its switches; not used.
-            logs: What is logged; without a loss, nothing is looked at.
+            logs: The logged values; only a loss is looked at.
             kwargs: What else the Trainer passes.
 
         Raises:

@@ -24,7 +24,7 @@ class Forecast:
         worst: The job in the step with its longest row.
         typical: The job in a typical step.
         prediction: Memory of the worst step, which decides whether the job fits.
-        gpu_bytes: Memory of the smallest GPU; None if there is none, or none of known size.
+        gpu_bytes: Memory of the smallest GPU; None without a GPU of known size.
     """
 
     worst: Configuration

@@ -81,7 +81,7 @@ def read_file(path: Path) -> RawFile:
 
 
 def parse_line(raw: bytes) -> Any:
-    """Parse one line of JSON. Raises UserError with the reason why it is none."""
+    """Parse one line of JSON. Raises UserError with the reason if it is not JSON."""
     try:
         return json.loads(raw.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
@@ -166,7 +166,7 @@ def _array(path: Path, raw: bytes) -> list[Any]:
 
 
 def _table(path: Path, raw: bytes) -> RawFile:
-    """Read a table with a header; raise UserError if the file is none."""
+    """Read a table with a header; raise UserError if the file is not a table."""
     text = decode_utf8(path, raw)
     headers = {delimiter: _header(text, delimiter) for delimiter in DELIMITERS}
     delimiter = max(headers, key=lambda d: (len(KNOWN_KEYS.intersection(headers[d])), len(headers[d])))

@@ -8,21 +8,21 @@ from helpers.errors import UserError
 from helpers.files import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
-# transformers reads them without do_sample and says nothing, but refuses to write them.
+# Without do_sample, transformers reads these silently, but refuses to write them.
 SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def read_generation_config(folder: Path) -> tuple[GenerationConfig | None, str]:
-    """Read the generation configuration in a model's folder, without what would contradict greedy decoding.
+    """Read the generation configuration in a model's folder, without sampling values, which contradict greedy decoding.
 
     Args:
         folder: The model's.
 
     Returns:
-        The configuration, None if there is no such file; and which sampling values were left out, for people, or "".
+        The configuration, or None without such a file; and a text that lists the sampling values left out, or "".
 
     Raises:
-        UserError: The file is no JSON object, or holds values that transformers refuses.
+        UserError: The file is not a JSON object, or holds values that transformers refuses.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():

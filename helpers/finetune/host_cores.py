@@ -1,4 +1,4 @@
-"""Give each rank its share of the CPU's cores where the optimizer runs on the CPU."""
+"""Give each rank its share of the CPU's cores if the optimizer runs on the CPU."""
 
 import os
 import socket
@@ -39,7 +39,7 @@ def use_own_cores(deepspeed: Mapping[str, Any] | None, ranks: Ranks) -> list[str
         ranks: This process's place.
 
     Returns:
-        A line for people; none where nothing is to be done.
+        A line to print; empty if the cores stay as they are.
     """
     if "cpu_adam" not in needed_extensions(dict(deepspeed or {})) or not hasattr(os, "sched_setaffinity"):
         return []

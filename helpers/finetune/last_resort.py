@@ -1,8 +1,8 @@
 """Kill a rank that can no longer end itself: a process that is stopped, or stuck inside a library.
 
 torchrun asks such a rank to end and kills it half a minute later, and only if another rank on its host has ended. So a
-process beside each rank reads a byte a second from it, and kills it when they stay away. It knows nothing but its pipe:
-this file is run as a script, without the packages that would take a rank's memory.
+helper process per rank reads one byte per second from it, and kills it when they stop coming. The helper runs this file
+as a script, so it imports none of the packages that would take a rank's memory.
 """
 
 import os
@@ -17,7 +17,7 @@ LONGEST_WAIT = 5.0  # whoever was stopped itself (a suspended job or machine) ha
 
 
 class LastResort:
-    """The process beside this one.
+    """The helper process of this rank.
 
     Args:
         limit: Seconds without :meth:`live` after which it kills this process.
@@ -31,14 +31,14 @@ class LastResort:
         os.close(read)
 
     def live(self) -> None:
-        """Say that this process lives."""
+        """Send a sign of life."""
         try:
             os.write(self._write, b".")
         except OSError:  # it was killed, or is stopped and its pipe is full: the rank goes on without it
             pass
 
     def end(self) -> None:
-        """End the process beside this one."""
+        """End the helper process."""
         os.close(self._write)
         self._process.kill()
         self._process.wait()

@@ -33,7 +33,7 @@ Model = PreTrainedModel | PeftModel
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """Return the folder to load for ``path``: itself, or the newest checkpoint of a run's output folder.
 
-    ``path`` may also be a name on the Hub. Raises UserError if it is none of these; it names the checkpoints there are.
+    ``path`` may also be a name on the Hub. Otherwise raises UserError with the checkpoints that exist.
     """
     folder = Path(path)
     if not folder.exists():
@@ -89,7 +89,7 @@ def read_adapter_config(checkpoint: Path) -> dict[str, Any]:
 def find_base_model(checkpoint: Path, base: str | None = None) -> Path:
     """Return the folder of the model that the adapter in ``checkpoint`` was trained on.
 
-    ``base`` is the user's own statement of where it is. Raises UserError that names ``--model`` if it cannot be found.
+    ``base`` is the path that the user gave. Raises UserError that names ``--model`` if the folder is not found.
     """
     name = base or read_adapter_config(checkpoint).get("base_model_name_or_path")
     if not name:
@@ -169,10 +169,10 @@ def load_for_inference(
         device: Where to load. Default: the first GPU, or else the CPU.
         base: Where the base model is, if it is not where the adapter says.
         dequantize: An adapter that was trained on a base in 8 or 4 bits gets such a base again. With this option, it
-            gets the matrices that those codes stand for, in ``dtype``: the same function, into which you can merge. An
+            gets the matrices that those codes decode to, in ``dtype``: the same function, into which you can merge. An
             adapter that was trained on a base in fp8 then gets the original matrices: fp8 is a way to multiply faster,
-            whose errors differ from row to row of the activations, so there are no other matrices that it was trained
-            for. It gets them on a GPU that cannot multiply in fp8 as well, and a line says so.
+            whose errors differ from row to row of the activations, so it was not trained for other matrices. It also
+            gets them, with a printed line, on a GPU that cannot multiply in fp8.
 
     Returns:
         The model in evaluation mode (a ``PeftModel`` if ``path`` is an adapter), and its tokenizer.

@@ -22,7 +22,7 @@ ROLES = {
     "function_call": "call",
     "function_response": "observation",
 }
-# What a message may have besides its role, by what the role is here.
+# Keys of a message besides its role, by the role's name here.
 _COMMON = {"role", "from", "content", "value", "loss", "weight"}
 _USED = {
     "system": {"tools", "metadata"},
@@ -64,7 +64,7 @@ def normalised_messages(value: Any, key: str, unused: set[str]) -> tuple[list[Me
     Args:
         value: The list, or JSON of it.
         key: The row's key that holds it, for messages of errors.
-        unused: Gets "message: key" for each key that may matter and that is not used.
+        unused: Collects "message: key" for each unused key that its author may expect to count.
 
     Returns:
         The messages, and whether they were written as in ShareGPT.
@@ -121,7 +121,7 @@ def loss_option(message: dict[str, Any], where: str) -> dict[str, bool]:
 
     Args:
         message: May have either of them.
-        where: What it is, for messages of errors: "of message 2".
+        where: Its place, for messages of errors: "of message 2".
 
     Returns:
         ``{"loss": …}`` if the message says whether it is trained, otherwise nothing.

@@ -64,7 +64,7 @@ def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         scores: What :func:`score` returned for each answer.
 
     Returns:
-        Mean (0-100) by metric; empty if there are no answers.
+        Mean (0-100) by metric; empty without answers.
     """
     return {name: sum(s[name] for s in scores) / len(scores) for name in METRICS} if scores else {}
 

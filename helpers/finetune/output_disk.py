@@ -41,8 +41,8 @@ _TORCH_LOAD = ("PytorchStreamReader", "unexpected EOF", "failed finding central 
 def only_job(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the output folder's lock, which the system releases when the process ends, however it ends.
 
-    Rank 0 makes the folder and holds the lock; the others wait until it does. If nothing has been written into the
-    folder in the end, nothing of it stays.
+    Rank 0 makes the folder and holds the lock; the others wait until it does. A folder that is still empty in the
+    end is removed.
 
     Args:
         folder: The output folder.
@@ -94,7 +94,7 @@ def _locked(folder: Path) -> IO[str]:
 
 
 def is_disk_error(error: BaseException, folder: Path) -> bool:
-    """Tell whether an error is one of a file in ``folder``, or says that a disk is full or broken."""
+    """Tell whether an error concerns a file in ``folder``, or a disk that is full or broken."""
     if isinstance(error, OSError):
         named = str(error.filename or "")
         return error.errno in (*_ONLY_WRITING, *_BROKEN) or bool(named and Path(named).is_relative_to(folder))
@@ -208,7 +208,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _errno_of_writing(folder: Path) -> int | None:
-    """Find out why a library could not write, which said it in words of its own; ENOSPC if it works now."""
+    """Find out why a library could not write, whose message has no errno; ENOSPC if it works now."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(MIB))

@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "packed"
-# ChatGLM3's query heads share the keys of a group. Before torch 2.12 there is no such switch, and none is needed.
+# ChatGLM3's query heads share the keys of a group. Torch before 2.12 has no such switch, and does not need it.
 _SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 

@@ -168,7 +168,7 @@ class Ranks:
             raise UserError("the host of rank 0 has left the job; its own output says why") from error
 
     def reported_error(self) -> str | None:
-        """Return the error that a rank has met and reported; None if there is none, or nobody left to ask."""
+        """Return the error that a rank has met and reported. None without one, or if the store is gone."""
         with contextlib.suppress(dist.DistError):
             if self.store is not None and self.store.check([FAILED]):
                 return self.store.get(FAILED).decode()
@@ -198,7 +198,7 @@ class Ranks:
                 self.store.wait([REPORTED], timedelta(seconds=20))
                 reported = True
             except dist.DistNetworkError:
-                reported = True  # rank 0 keeps the store if there is no torchrun, and has ended
+                reported = True  # without torchrun rank 0 keeps the store, and has ended
             except dist.DistError:
                 pass  # rank 0 did not meet this error
         if not reported or self.local_rank == 0:

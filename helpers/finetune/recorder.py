@@ -73,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One record per logged step or evaluation; an empty list if the file does not exist. A last line that was only
-        half written is no record.
+        half written does not count.
 
     Raises:
         UserError: Another line is not a record.

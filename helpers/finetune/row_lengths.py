@@ -34,7 +34,7 @@ def read_row_lengths(data_dir: Path, config_file: Path, model_dir: Path | None) 
         model_dir: Folder with the checkpoint's tokenizer; None takes the embedded one.
 
     Returns:
-        Tokens of each row, and a line that says which tokenizer counted if it was not the checkpoint's.
+        Tokens of each row, and a line with the tokenizer that counted if it was not the checkpoint's.
 
     Raises:
         UserError: The data cannot be used, or the folder has no tokenizer.

@@ -1,6 +1,6 @@
 """Read a data file and check every row of it, before any weight is loaded.
 
-``helpers.finetune.formats`` says which files are read, ``helpers.finetune.shapes`` how a row may be written.
+``helpers.finetune.formats`` has the kinds of files, ``helpers.finetune.shapes`` the ways to write a row.
 """
 
 import re
@@ -27,7 +27,7 @@ class CheckedRow(NamedTuple):
     Attributes:
         turns: The conversation.
         shape: How the row is written: "content/summary", "messages" …
-        remarks: What its author may not expect.
+        remarks: Surprises for its author.
     """
 
     turns: list[Turn]

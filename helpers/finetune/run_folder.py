@@ -57,7 +57,7 @@ class RunFile:
         check_still_there(self.path.parent, self.path)
         with atomic_write(self.path) as temporary:
             text = json.dumps(without_secrets(self.content), indent=2, ensure_ascii=False, default=str)
-            # A path whose bytes are no UTF-8 holds half surrogates: written as such, not the end of the run.
+            # A path whose bytes are not UTF-8 holds half surrogates. They are escaped, so that the run goes on.
             temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
 

@@ -23,7 +23,7 @@ PAIRS = (
     ("question", "response"),
     ("input", "output"),
 )
-# What an instruction is applied to: a second part of the question.
+# The input of an instruction: a second part of the question.
 INPUTS = ("input", "context")
 SYSTEM = ("system", "system_prompt")
 SAID = ("loss", "weight")  # whether the answer is trained
@@ -93,7 +93,7 @@ def recognise(row: dict[str, Any]) -> Conversation:
     messages = [*_system(present, messages), *messages]
     used |= {*SYSTEM, "tools"}
     unused |= {key for key in present if key not in used and not _is_bookkeeping(key)}
-    # Those of a message, beside a pair: its author may expect them to count.
+    # Keys of messages next to a pair: their author may expect them to count.
     unused |= {key for key in MESSAGE_KEYS if len(shape) > 1 and isinstance(present.get(key), str)}
     return Conversation(messages, _tools(present.get("tools")), name, tuple(sorted(unused)))
 
@@ -110,7 +110,7 @@ def _is_bookkeeping(key: str) -> bool:
 def _shape(row: dict[str, Any], present: dict[str, Any]) -> tuple[str, ...]:
     """Return the keys that hold the conversation: one that holds a list, or a pair."""
     known = [*((key,) for key in LISTS), *PAIRS]
-    # An empty answer is a fault of its own, which is named later; a null one is none.
+    # An empty answer is a fault of its own, which is named later; a null one is not.
     found = [keys for keys in known if all(row.get(key) is not None for key in keys)]
     filled = [keys for keys in found if any(key in present for key in keys)] or found[:1]
     if ("input", "output") in filled and len(filled) > 1 and "instruction" in row:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass
 class _Drawn:
-    """What the first of several adapters has drawn, until the last one has taken it."""
+    """The dropped input that the first of several adapters has drawn, until the last one has taken it."""
 
     value: Tensor | None = None
 

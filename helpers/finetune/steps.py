@@ -23,7 +23,7 @@ def planned_steps(training: Mapping[str, Any], rows: int, world_size: int) -> in
         The steps; 0 if ``dataloader_drop_last`` drops everything.
     """
     setting = partial(training_setting, training)
-    # As accelerate divides batches among ranks: whole ones without the rest, or as many for each rank.
+    # As accelerate divides batches among ranks: drop the rest, or give each rank equally many.
     whole = math.floor if setting("dataloader_drop_last") else math.ceil
     batches = whole(whole(rows / setting("per_device_train_batch_size")) / world_size)
     if batches == 0:

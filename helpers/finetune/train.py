@@ -1,4 +1,4 @@
-"""Fine-tune ChatGLM3 with LoRA, with prefixes or as a whole, on one process or many.
+"""Fine-tune ChatGLM3 on one process or many: LoRA, prefixes or all parameters.
 
     torchrun --standalone --nproc_per_node=2 -m helpers.finetune.train DATA_DIR MODEL_DIR configs/lora.yaml \\
         [configs/ds_zero_2.json] [--resume]
@@ -112,7 +112,7 @@ def _build_trainer(
         data_collator=TrainingCollator(job.tokenizer.pad_token_id),
         processing_class=job.tokenizer,
         counter=counter,
-        # If "auto" turned recomputing off, there are no checkpoints; all activations must not go to the host instead.
+        # If "auto" turned recomputing off, checkpoints do not exist, and not all activations may go to the host.
         offload_checkpoints=job.config.speed.offload_checkpoints and bool(job.config.checkpointing),
         pack_collator=PackCollator.of(job.data.train, packing, job.tokenizer.pad_token_id) if packing else None,
         answer_features=job.data.answers if job.config.predict_with_generate else None,

@@ -52,7 +52,7 @@ class LoraTrainer(ContinuedTrainer):
         pack_collator: Makes the training batches if the training features are packs; evaluation always pads.
         answer_features: Prompts (``evaluation_features``) that are answered greedily and scored at each evaluation.
         max_new_tokens: Longest answer to generate.
-        base_format: What the frozen base is rounded to, recorded in every checkpoint: 8, 4, "fp8", or None.
+        base_format: Number format of the frozen base, recorded in every checkpoint: 8, 4, "fp8", or None.
         facts: What decides the training, recorded in every checkpoint.
         base_folder: Folder of the model that the training began with.
         **kwargs: Arguments of ``transformers.Trainer``.

@@ -2,7 +2,7 @@
 
 A rank that is stopped or cut off leaves the others in a collective, for good. So each rank tells the others once a
 second that it lives, at which step, and in which line; threads do it, over the launcher's store and not over a GPU.
-The stopped rank itself is killed when the others have said so.
+The stopped rank itself is killed when the others have reported it.
 """
 
 import json

@@ -59,8 +59,8 @@ def run(
     """Run ``fn(**kwargs)`` on ``nprocs`` new processes that form torch's default process group.
 
     If there are enough GPUs, every rank gets one and the backend is NCCL; otherwise all ranks use the CPU and gloo. The
-    function need not care: ``helpers.launch.device()`` is the rank's device. A rank on the CPU has one thread, unless
-    OMP_NUM_THREADS says otherwise. Output of the ranks appears at once, marked with the rank.
+    function need not care: ``helpers.launch.device()`` is the rank's device. A rank on the CPU has one thread, or
+    OMP_NUM_THREADS. Output of the ranks appears at once, marked with the rank.
 
         def hello(text):
             print(text, dist.get_rank())

@@ -98,7 +98,7 @@ def use_schedule(schedule: Any, rates: list[Any]) -> None:
     """
     groups: list[dict[str, Any]] = schedule.optimizer.param_groups if schedule is not None else []
     if isinstance(schedule, LambdaLR):
-        # The same product as in its step: unless an option has changed, the learning rate is what was loaded.
+        # The same multiplication as in its step: unless an option has changed, the learning rate is what was loaded.
         schedule.base_lrs = rates
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
         rates = [base * factor for base, factor in zip(rates, factors, strict=True)]

@@ -24,7 +24,7 @@ ROUND_LARGE = 2 * MIB
 def segment_share(size: int) -> int:
     """Return the bytes of a segment that a tensor of ``size`` bytes uses up (``get_allocation_size``).
 
-    A tensor of 1 to 10 MiB lies in a segment of 20 MiB and shares it with as many of its size as fit.
+    A tensor of 1 to 10 MiB gets a place in a segment of 20 MiB and shares it with as many of its size as fit.
     """
     size = _round_up(size, MIN_BLOCK_SIZE)
     if size <= SMALL_SIZE:

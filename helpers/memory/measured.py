@@ -9,7 +9,7 @@ from helpers.memory.timeline import Timeline
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Peaks of one rank in bytes; None if there is no such number (torch's and NVML's without a GPU).
+    """Peaks of one rank in bytes; None if not available (torch's and NVML's without a GPU).
 
     Attributes:
         allocated: Given to tensors by torch's caching allocator.

@@ -61,7 +61,7 @@ class Memory:
 class Nvml:
     """A session with NVML.
 
-    ``unavailable`` is None, or one line that explains why there is no NVML; ``driver`` and ``cuda`` are its versions.
+    ``unavailable`` is None, or one line that explains why NVML is missing; ``driver`` and ``cuda`` are its versions.
     ``notes`` has a line for each GPU that does not answer.
 
     Args:
@@ -248,7 +248,7 @@ def no_figures(readings: Mapping[Device, Memory | None]) -> str | None:
 
 
 def gpu_table(nvml: Nvml) -> str:
-    """List the visible GPUs with their memory in GiB, or explain in one line why there is none."""
+    """List the visible GPUs with their memory in GiB, or explain in one line why none is visible."""
     readings = {device: nvml.first_reading(device) for device in nvml.visible()}
     if not readings:
         return nvml.unavailable or "\n".join(nvml.notes) or str(no_figures(readings))

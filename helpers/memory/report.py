@@ -148,7 +148,7 @@ def memory_table(reports: Sequence[RankReport]) -> Table:
         The table, in one unit throughout.
 
     Raises:
-        UserError: There is no report.
+        UserError: ``reports`` is empty.
     """
     if not reports:
         raise UserError("there is no report to show; make a RankReport for each rank")
@@ -194,7 +194,7 @@ def totals_table(reports: Mapping[str, RankReport], more: Mapping[str, Mapping[s
         The table, in one unit throughout.
 
     Raises:
-        UserError: There is no report.
+        UserError: ``reports`` is empty.
     """
     if not reports:
         raise UserError("there is no report to show; make a RankReport for each run")

@@ -59,7 +59,7 @@ class StepTrace:
 
     @property
     def hidden_share(self) -> float | None:
-        """Share of the communication during which this rank also computed; None if nothing was sent."""
+        """Share of the communication during which this rank also computed; None without communication."""
         if not self.sending:
             return None
         hidden = self.sending + self.computing - self._union(MATMUL, OTHER, SENDING)
@@ -105,7 +105,7 @@ def read_step(events: Iterable[Mapping[str, Any]]) -> StepTrace:
             annotation ``STEP``.
 
     Returns:
-        Its lanes: streams that computed or copied, and those that sent; threads if there is no GPU.
+        Its lanes: streams that computed or copied, and those that sent; threads without a GPU.
     """
     events = [event for event in events if event.get("ph") == "X"]
     step = next(event for event in events if event["name"] == STEP and event["cat"] == "user_annotation")

@@ -183,7 +183,7 @@ def loopback_bytes_during(action: Callable[[], object]) -> int | None:
     All ranks must call it. Other programs that use the interface are counted as well.
 
     Args:
-        action: What each rank does.
+        action: The function that each rank calls.
 
     Returns:
         Bytes that all ranks sent together; None if nothing counts them, or if the ranks use NCCL.

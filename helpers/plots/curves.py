@@ -104,7 +104,7 @@ def bytes_over_step(
         The figure.
 
     Raises:
-        UserError: There is no curve, or one does not have two samples per unit.
+        UserError: No curve is given, or one does not have two samples per unit.
     """
     units = [unit for names in passes.values() for unit in names]
     sizes = {name: len(curve) for name, curve in curves.items()}

@@ -21,7 +21,7 @@ def memory_timeline(timeline: Timeline, phases: Sequence[Phase], title: str) -> 
 
     Each GPU has its own row on a common scale: GPUs that do the same would hide each other in a single row. A band
     above has one row per phase name, so names never overlap, however short a phase is. A phase of several ranks is
-    drawn once, from the first start to the last end; where phases overlap, the curves lie on the one that began last.
+    drawn once, from the first start to the last end. Of overlapping phases, the last to begin is behind the curves.
     Next to each curve are its baseline and its peak. GPUs that the job does not use are only named, and most of the
     time before the first phase, in which Python imports libraries, is left out.
 

@@ -35,7 +35,7 @@ def model_states(sharded: Mapping[str, Collection[str]], world_size: int, title:
         The figure.
 
     Raises:
-        UserError: There is no technique, or a state is unknown.
+        UserError: No technique is given, or a state is unknown.
     """
     unknown = {state for states in sharded.values() for state in states} - set(BYTES)
     if unknown or not sharded:

@@ -31,7 +31,7 @@ def movement(before: Rows, after: Rows, title: str, follow: int = 0) -> CourseFi
         The figure.
 
     Raises:
-        UserError: There is no rank ``follow``, or the numbers of ranks before and after differ.
+        UserError: Rank ``follow`` does not exist, or the numbers of ranks before and after differ.
     """
     if len(before) != len(after) or not 0 <= follow < len(after):
         raise UserError(f"movement: {len(before)} ranks before, {len(after)} after, follow={follow}; give one of them")

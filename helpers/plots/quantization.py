@@ -50,7 +50,7 @@ def codebook_histogram(
 def format_errors(
     formats: Mapping[str, Mapping[int, tuple[float, float]]], title: str, x_label: str, y_label: str
 ) -> CourseFigure:
-    """Draw the error of number formats against their bits; the block size stands at each point.
+    """Draw the error of number formats against their bits; each point is labelled with its block size.
 
     Args:
         formats: ``{format: {block size: (bits, error)}}``.
@@ -85,7 +85,7 @@ def format_errors(
 
 
 def loss_differences(curves: Mapping[str, Sequence[float]], reference: str, title: str) -> CourseFigure:
-    """Draw the losses of several runs, and beside them how far each is above the reference.
+    """Draw the losses of several runs, and next to them how far each is above the reference.
 
     Args:
         curves: ``{run: [loss of step 1, of step 2, ...]}``, in nats per token.

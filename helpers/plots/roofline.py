@@ -21,7 +21,7 @@ def roofline(rates: Mapping[float, float], peak: float, bandwidth: float, title:
         The figure.
 
     Raises:
-        UserError: There are no rates, or a number is not above 0.
+        UserError: No rates are given, or a number is not above 0.
     """
     if not rates or min(*rates, *rates.values(), peak, bandwidth) <= 0:
         raise UserError("roofline: give at least one rate, and only numbers above 0")

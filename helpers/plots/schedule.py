@@ -168,7 +168,7 @@ def partition_lanes(partitions: Mapping[str, Sequence[range]], head: float, titl
 
     Args:
         partitions: ``{label: partition}`` with the layer numbers of each stage.
-        head: What the output layer costs, in layers; it belongs to the last stage.
+        head: Cost of the output layer, in layers; it belongs to the last stage.
         title: The figure's title.
 
     Returns:

@@ -201,7 +201,7 @@ def legend_outside(fig: Figure, handles: Sequence[Artist | Container] = (), size
 
     Args:
         fig: The figure.
-        handles: What the legend shows, with their labels; everything in the axes that has a label if there are none.
+        handles: What the legend shows, with their labels; by default everything in the axes that has a label.
         size: Of the text, in points.
     """
     handles = handles or [handle for axes in fig.axes for handle in axes.get_legend_handles_labels()[0]]
@@ -218,7 +218,7 @@ def _columns_that_fit(labels: Sequence[str], available: float, size: float = SMA
     widths = [TextPath((0, 0), label, size=size).get_extents().width for label in labels]
     for columns in range(len(labels), 1, -1):
         widest = [max(column) for column in np.array_split(widths, columns)]  # as matplotlib fills them
-        # A handle and the pad beside it take 2.8 em, the space between two columns 2 em: matplotlib's defaults.
+        # A handle and its pad take 2.8 em, the space between two columns 2 em: matplotlib's defaults.
         if sum(widest) + size * (2.8 * columns + 2 * (columns - 1)) <= available:
             rows = -(-len(labels) // columns)
             return -(-len(labels) // rows)  # as few as fill these rows

@@ -28,7 +28,7 @@ def round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
     A value is off by at most 1/16 of itself (half a step of a 3-bit mantissa), or by 2^-10 scales if it is smaller than
     2^-6 scales (half a step of the subnormal numbers). A row with nan or infinity gets a scale that is not finite, so
-    all of its products are nan, and no other row's.
+    its outputs are nan, and those of other rows are not.
 
     Args:
         values: Any floating-point type [rows, columns].
@@ -52,7 +52,7 @@ def multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: to
         dtype: Of the result. A GPU's kernel always rounds to bf16 first.
 
     Returns:
-        The product [rows, columns].
+        a bᵀ [rows, columns].
     """
     if a.is_cuda:
         # Fast accumulation sums in the tensor cores, which keep about 14 bits (DeepSeek-AI 2024, "DeepSeek-V3 Technical
@@ -66,7 +66,7 @@ def multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: to
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ for a frozen W. Backward needs W and no activation, so nothing is saved that was not there before."""
+    """x Wᵀ for a frozen W. Backward needs W and no activation, so forward saves no new tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, transposed: Tensor | None) -> Tensor:
@@ -95,7 +95,7 @@ def multiply_frozen(x: Tensor, codes: Tensor, scales: Tensor, transposed: Tensor
         transposed: The codes once more, contiguous [inputs, outputs], for backward; None transposes them there.
 
     Returns:
-        The product [..., outputs], in the type of ``x``.
+        x Wᵀ [..., outputs], in the type of ``x``.
     """
     return _Product.apply(x, codes, scales, transposed)
 
@@ -161,13 +161,13 @@ class Fp8Linear(nn.Linear):
         return self.scale_bits.view(torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute the product in fp8, in the type of ``input`` [..., inputs]; the bias is added to it.
+        """Multiply in fp8 and add the bias.
 
         Args:
-            input: Activations in any floating-point type.
+            input: Activations in any floating-point type [..., inputs].
 
         Returns:
-            The outputs [..., outputs].
+            x Wᵀ with the bias, in the type of ``input`` [..., outputs].
         """
         return self.with_bias(multiply_frozen(input, self.codes, self.scales, self.transposed))
 
@@ -179,7 +179,7 @@ class Fp8Linear(nn.Linear):
         """Add the bias, if there is one.
 
         Args:
-            output: A product [..., outputs].
+            output: x Wᵀ [..., outputs].
 
         Returns:
             The sum, in its type.

@@ -1,7 +1,7 @@
 """Multiply matrices in fp8 that read the same input as one: q, k and v of an attention layer.
 
-k and v of ChatGLM3 have 256 rows each. Alone, such a product leaves half of a GPU idle, and its backward pass reads and
-writes a gradient of the whole input. Joined, the three are one product forward and one backward; the gradients of their
+k and v of ChatGLM3 have 256 rows each. Alone, such a matmul leaves half of a GPU idle, and its backward pass reads and
+writes a gradient of the whole input. Joined, the three are one matmul forward and one backward. The gradients of their
 outputs are rounded together, with one scale per token.
 """
 
@@ -67,7 +67,7 @@ def join_products(layers: list[nn.Module]) -> None:
 
     Args:
         layers: Matrices that read the same input, in the order in which they are always called. If one of them is not
-            in fp8, nothing is changed.
+            in fp8, all stay as they are.
     """
     if not all(type(layer) is Fp8Linear for layer in layers):
         return

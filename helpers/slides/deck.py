@@ -1,4 +1,4 @@
-"""Divide a notebook into slides: what is shown, what goes to the notes, and where a slide is full."""
+"""Divide a notebook into slides: what is shown, what goes to the notes, and at which line a slide is full."""
 
 import re
 from collections.abc import Iterator

@@ -59,7 +59,7 @@ def draw_formula(formula: str) -> str:
         reason = str(error).splitlines()[-1]
         raise UserError(f"the formula {tex} cannot be drawn ({reason}); write it in simpler TeX") from None
     height = float(re.findall(rb'<svg[^>]* height="([\d.]+)pt"', drawing.getvalue())[0])
-    # Sizes in em grow with the text around the formula, and its base line stands on that of the text.
+    # Sizes in em grow with the text around the formula, and its base line is aligned with that of the text.
     style = f"height: {height / POINTS:.2f}em; vertical-align: {-depth / POINTS:.2f}em"
     data = base64.b64encode(drawing.getvalue()).decode("ascii")
     alt = html.escape(formula).replace("|", "&#124;")  # or it would divide the cell of a table

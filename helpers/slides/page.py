@@ -1,4 +1,4 @@
-"""Write slides as one HTML page that needs nothing else."""
+"""Write slides as one self-contained HTML page."""
 
 import html
 from collections.abc import Sequence

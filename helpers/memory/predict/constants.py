@@ -22,7 +22,7 @@ CUBLAS_WORKSPACE = 32 * MIB
 CUBLAS_THREADS = 2
 
 # What a layer keeps of a pack, per token, beyond what the formulas explain: lora_fast.yaml and lora_24gb.yaml in
-# finetune_6b.json, one pack a step, compiled or not, at 4,096 and 2,048 tokens: 2,530 to 2,710. Two packs a step in
+# finetune_6b.json, one pack per step, compiled or not, at 4,096 and 2,048 tokens: 2,530 to 2,710. Two packs per step in
 # speed_6b.json need 300.
 PACKED_BYTES_PER_TOKEN = 2600
 

@@ -16,7 +16,7 @@ MOST_COLUMNS = 8
 def divided_ranks(
     configuration: Configuration, kind: str, gpus: int, partition: Callable[[Configuration, int], Sequence[range]]
 ) -> list[Counter[str]]:
-    """Predict every rank's tensors at the end of forward, and what CUDA and NCCL take beside them.
+    """Predict every rank's tensors at the end of forward, and what CUDA and NCCL take.
 
     Args:
         configuration: One rank's batch and the whole model, trained without an adapter; for "pp" one micro-batch.

@@ -56,7 +56,7 @@ def calibrated() -> MachineConstants:
 
 
 def store(name: str, measured: MachineConstants) -> Path:
-    """Write a machine's calibration beside those of others; return the file."""
+    """Add a machine's calibration to those of others; return the file."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _read() | {name: dataclasses.asdict(measured)}

@@ -77,8 +77,8 @@ def tensor_rank(
 ) -> Counter[str]:
     """Predict a rank of tensor parallelism (helpers.parallel.tensor.parallelize, with the same options); all are alike.
 
-    Matrices and what they keep are divided. Norms' weights are complete. What norms keep is divided by sequence
-    parallelism, and what blocks and output layer get by gathering it again (Korthikanti et al. 2022, section 4.2).
+    Matrices and what they keep are divided. Norms' weights are complete. Sequence parallelism divides what norms keep.
+    Gathering again also divides what blocks and output layer get (Korthikanti et al. 2022, section 4.2).
 
     Args:
         configuration: One batch of the whole model.

@@ -22,7 +22,7 @@ class Fit:
     Attributes:
         prediction: Bytes that the configuration needs.
         usable: Bytes of the GPU that may be used.
-        remedy: A setting that alone would make it fit; empty if there is none.
+        remedy: A setting that alone would make it fit, or empty.
     """
 
     prediction: Prediction
@@ -136,7 +136,7 @@ def sort_strategies(configuration: Configuration, world_size: int, gpu_bytes: in
         One candidate per strategy, with and without checkpointing.
 
     Raises:
-        UserError: There is no GPU, or the GPUs have no memory.
+        UserError: The number of GPUs or their memory is not above 0.
     """
     if world_size < 1:
         raise UserError(f"{world_size} GPUs cannot train; give 1 or more")

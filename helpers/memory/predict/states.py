@@ -30,7 +30,7 @@ class States:
     Attributes:
         resident: Allocated all the time, by item.
         gradients: Grows to this size during backward.
-        kept: What of the gradients is left when the optimizer's step begins.
+        kept: Gradients that are left when the optimizer's step begins.
         step: Allocated during the optimizer step only, besides the gradients.
         buckets: Allocated from the first gradient to the end of backward.
         replaced: DDP's first buckets, which stay allocated in the second step until its first gradient is reduced.
@@ -129,7 +129,7 @@ def _replicated(c: Configuration) -> States:
     what a collective uses (``stashed_for_allocator_safety_``), and DDP waits for the collective's future, which does
     not clear the stash. NCCL's watchdog hands the stash over, every 100 ms; the next collective after that drops it.
     The time per step decides if that happens before the second step's logits, so this predicts the larger case. In full
-    training an H100 held one more copy of the gradients (notebooks/results/prediction.json); over gloo there is none.
+    training an H100 held one more copy of the gradients (notebooks/results/prediction.json); over gloo it did not.
     That the stash is the reason is inferred.
     """
     trained = c.trainable_parameters * c.trainable_bytes

@@ -134,7 +134,7 @@ class Step:
     def _loss_backward(self) -> Counter[str]:
         """Sum the saved log-softmax, nll_loss's gradient and log-softmax's, all fp32; the logits are freed by then.
 
-        The chunked loss makes the logits again, beside the growing gradients of the output layer and of its input. With
+        The chunked loss computes the logits again, while the gradients of the output layer and of its input grow. With
         a frozen head only the latter remains, and is scaled.
         """
         c = self.configuration

@@ -18,7 +18,7 @@ class ValidatedRun:
     """One configuration, predicted and measured, in bytes of the fullest GPU.
 
     Attributes:
-        name: What it is made of.
+        name: Its settings, in words.
         ranks: Number of GPUs.
         held_out: Whether no constant and no formula was fitted to it.
         predicted: The prediction.
@@ -55,7 +55,7 @@ def read_validation(folder: Path) -> list[ValidatedRun]:
         segments. Runs that failed are left out.
 
     Raises:
-        UserError: There is no results file.
+        UserError: The results file is missing.
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[-1])
     content = read_json_object(path, f"no measurements in {path}; tests/benchmarks/prediction.py writes them")

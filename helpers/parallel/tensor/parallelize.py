@@ -117,7 +117,7 @@ def _replace_block(
     enter: Communication,
     leave: Communication,
 ) -> None:
-    """Column-parallel matrices first, a row-parallel one last: nothing is communicated between them."""
+    """Cut the first matrices by columns and the last by rows, so that the ranks send no bytes in between."""
     _communicate_before(block, enter, group)
     for name in column_parallel:
         block.register_module(name, ColumnParallelLinear(*_weight_and_bias(block, name)))
