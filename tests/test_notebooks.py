@@ -12,6 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|opt|mnt|srv|Users)/\w")
 CARD = re.compile(r"\(\d+ minutes, (?:easy|medium|hard), (?:core|optional)\)")  # of an exercise
 LINK = re.compile(r"\]\(([^)#:]+)\)")
+LONGER_CELLS = {"00", "01", "02", "03", "04", "05", "06", "07", "10"}  # chapters not yet cut; take out what fits
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -33,7 +34,8 @@ class TestNotebook:
 
     def test_its_cells_are_short_and_few(self, path):
         lengths = [len(source(cell).splitlines()) for cell in cells(path, "code")]
-        assert len(lengths) <= 60 and max(lengths) <= 50 and median(lengths) <= 10
+        longest, middle = (50, 10) if path.stem[:2] in LONGER_CELLS else (30, 8)
+        assert len(lengths) <= 60 and max(lengths) <= longest and median(lengths) <= middle
 
     def test_its_outputs_are_small_portable_and_show_figures(self, path):
         text = path.read_text(encoding="utf-8")
