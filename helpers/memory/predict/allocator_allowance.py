@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from helpers.memory.allocator import LARGE_BUFFER, SMALL_BUFFER, segment_share
 from helpers.memory.predict import constants
 from helpers.memory.predict.saved_tensors import FP32, saved_checkpoints, total_bytes
-from helpers.memory.predict.step import LOSS_BACKWARD, STEP, Step
+from helpers.memory.predict.step import LOSS_BACKWARD, REDUCTIONS, STEP, Step
 
 
 def allowance_bytes(step: Step, sizes: Mapping[str, int]) -> int:
@@ -71,7 +71,8 @@ def _left_by_flattening(step: Step, sizes: Mapping[str, int]) -> int:
     gradients = max(states.kept, states.resident.get("gradients", 0))
     built = partition * c.trainable_bytes
     if c.strategy.zero_stage < 3:
-        before = max(size for phase, size in sizes.items() if phase != STEP)
+        # What reductions make lies where the flat gradients will be, and is gone by then.
+        before = max(size for phase, size in sizes.items() if phase not in (STEP, *REDUCTIONS))
         room = built + gradients // c.trainable_bytes * FP32 - gradients
         if before > sizes[STEP] or (c.expandable_segments and before - sum(states.resident.values()) <= room):
             gradients = 0

@@ -14,7 +14,7 @@ from helpers.errors import UserError
 from helpers.memory.predict.configuration import Configuration
 
 ADAM = 2
-FP32 = 4
+FP32, FP64 = 4, 8
 # bitsandbytes at 4 bits with double quantisation (QLoRA, Dettmers et al. 2023, section 3): a scale of one byte per
 # block of 64 weights, an fp32 scale per 256 of those. Each matrix adds the tables of 16 and 256 levels, and the scales'
 # mean, in fp32.
@@ -34,6 +34,7 @@ class States:
         step: Allocated during the optimizer step only, besides the gradients.
         buckets: Allocated from the first gradient to the end of backward.
         replaced: DDP's first buckets, which stay allocated in the second step until its first gradient is reduced.
+        at_once: Whether ``gradients`` are allocated whole at the first one.
     """
 
     resident: Mapping[str, int]
@@ -42,6 +43,7 @@ class States:
     step: int
     buckets: int = 0
     replaced: int = 0
+    at_once: bool = False
 
 
 def published_states(parameters: int, zero_stage: int, world_size: int, *, tensor: int = 1, pipeline: int = 1) -> int:
@@ -146,10 +148,12 @@ def _zero_1_2(c: Configuration) -> States:
     """Predict ZeRO-1 and ZeRO-2 (deepspeed/runtime/zero/stage_1_and_2.py).
 
     Resident: the flat 16-bit parameters, this rank's fp32 partition and Adam's two states of it. Backward: stage 2
-    keeps this rank's partition of the gradients (``grads_in_partition``), stage 1 all until backward ends
-    (``_clear_param_grad_only``); ``setup_buckets`` allocates the bucket, two with overlap_comm, at the first gradient.
-    Step: the partition once more, flat, and once in fp32. With the optimizer in host memory, stage 2's gradients go
-    there from the bucket.
+    keeps this rank's partition of the gradients, allocated at the first one (``grads_in_partition``). Stage 1 keeps
+    all until backward ends; with overlap_comm the partition, and of others those too large for the bucket, which are
+    reduced where they are. ``setup_buckets`` allocates the bucket, two with overlap_comm, at the first gradient.
+    Step: norms, in fp64 (``get_grad_norm_direct``), then the partition once more, flat, and once in fp32. With the
+    optimizer in host memory, gradients go there from the bucket; a buffer for the largest one exists nevertheless
+    (``temp_grad_buffer_for_gpu_offload``).
     """
     trained, world_size, strategy = c.trainable_parameters, c.strategy.world_size, c.strategy
     size = c.trainable_bytes
@@ -158,12 +162,42 @@ def _zero_1_2(c: Configuration) -> States:
     resident = {
         "parameters": base_bytes(c) + trained * size,
         "optimizer states": (1 + ADAM) * FP32 * partition if on_gpu else 0,
+        "communication buffers": 0 if on_gpu else largest_trained(c) * size,
     }
-    gradients = trained if strategy.zero_stage == 1 else partition if on_gpu else 0
-    kept = partition if on_gpu else gradients
+    during_backward = strategy.zero_stage == 2 or strategy.overlap_comm
+    gradients = trained
+    if during_backward:
+        others = 0 if strategy.zero_stage == 2 else _beyond_bucket(c) * (world_size - 1) // world_size
+        gradients = others + (partition if on_gpu else 0)
+    kept = partition if on_gpu else 0
     buckets = reduce_buffer_bytes(strategy.reduce_bucket_size, strategy.overlap_comm, size)
-    step = (size + FP32) * partition if on_gpu else 0
-    return States(MappingProxyType(resident), gradients * size, kept * size, step, buckets=buckets)
+    step = max((size + FP32) * partition, FP64 * min(largest_trained(c), partition)) if on_gpu else 0
+    return States(
+        MappingProxyType(resident), gradients * size, kept * size, step, buckets=buckets, at_once=during_backward
+    )
+
+
+def largest_trained(configuration: Configuration) -> int:
+    """Count the elements of the largest trained parameter."""
+    return max(_trained_matrices(configuration))
+
+
+def _trained_matrices(c: Configuration) -> list[int]:
+    """List the elements of each kind of trained matrix once; biases and norms are too small to matter."""
+    if c.lora:
+        return [c.lora.r * max(c.shape.linears[target]) for target in c.lora.targets]
+    return [c.shape.embedding, *(rows * columns for rows, columns in c.shape.linears.values())]
+
+
+def _beyond_bucket(c: Configuration) -> int:
+    """Count the elements of the trained matrices that do not fit into DeepSpeed's bucket."""
+    bucket = c.strategy.reduce_bucket_size
+    if c.lora:
+        pairs = [(c.lora.r * size) for target in c.lora.targets for size in c.shape.linears[target]]
+        return c.shape.layers * sum(size for size in pairs if size > bucket)
+    layer = sum(rows * columns for rows, columns in c.shape.linears.values() if rows * columns > bucket)
+    ends = (1 if c.shape.tied else 2) * c.shape.embedding if c.shape.embedding > bucket else 0
+    return c.shape.layers * layer + ends
 
 
 def _zero_3(c: Configuration) -> States:
@@ -184,5 +218,6 @@ def _zero_3(c: Configuration) -> States:
         "communication buffers": strategy.reduce_bucket_size * c.residual_bytes,
     }
     flat = c.residual_bytes if c.residual_bytes < FP32 else 0
-    step = (flat + FP32) * min(strategy.sub_group_size, partition) if on_gpu else 0
+    norm = FP64 * -(-largest_trained(c) // world_size)  # of a gradient's part (get_grad_norm_direct)
+    step = max((flat + FP32) * min(strategy.sub_group_size, partition), norm) if on_gpu else 0
     return States(MappingProxyType(resident), gradients=0, kept=0, step=step)

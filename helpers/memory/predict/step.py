@@ -10,7 +10,7 @@ DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py; tests/test_predict.py m
 
 from collections import Counter
 
-from helpers.memory.predict import constants, gathered
+from helpers.memory.predict import constants, gathered, reduced
 from helpers.memory.predict.configuration import Configuration
 from helpers.memory.predict.saved_tensors import (
     ATTENTION_INPUTS,
@@ -30,10 +30,14 @@ LOSS = "end of forward, loss"
 LOSS_BACKWARD = "backward of the loss"
 OUTPUT_BACKWARD = "backward of the output layer"
 LAST_LAYER = "backward of the last layer"
+OUTPUT_REDUCED = "reduction of the output layer's gradient"
+TWO_RANKS = "reduction of two ranks' gradients"
 FIRST_GRADIENT = "first gradient"
 FIRST_LAYER = "backward of the first layer"
 EMBEDDING = "backward of the embedding"
+REDUCTION = "reduction after backward"
 STEP = "optimizer step"
+REDUCTIONS = (OUTPUT_REDUCED, TWO_RANKS, REDUCTION)
 
 
 class Step:
@@ -85,7 +89,7 @@ class Step:
             found[FIRST_GRADIENT] = self._first_gradient()
         if self.configuration.lora is None:
             found[EMBEDDING] = self._embedding()
-        return found | {STEP: self._optimizer()}
+        return found | self._reductions() | {STEP: self._optimizer()}
 
     def _gathered(self, *parts: str) -> Counter[str]:
         """Return the most that ZeRO-3 holds whole in the given parts of a step (gathered.py)."""
@@ -183,6 +187,24 @@ class Step:
         lora = self.configuration.lora
         return lora is not None and set(lora.targets) <= set(ATTENTION_INPUTS)
 
+    def _reductions(self) -> dict[str, Counter[str]]:
+        """Sum when ZeRO-1 and ZeRO-2 reduce: the output layer's gradient during backward, or all of them after it."""
+        c = self.configuration
+        if c.strategy.zero_stage in (1, 2) and not self.states.at_once:
+            gradients = reduced.after_backward(c, self.states)
+            if c.gradient_accumulation_steps > 1:  # they exist already
+                gradients -= self.states.gradients
+            return {REDUCTION: self._passing + self._buckets + Counter({"gradients": gradients})}
+        if not self.states.at_once or c.lora:
+            return {}
+        made = Counter({"gradients": reduced.at_output(c, self.states)})
+        found = {OUTPUT_REDUCED: self._behind_output() + self._buckets + made}
+        if (ranks := c.strategy.world_size) > 1:  # the last rank's parameters end when backward has done its share
+            left = total_bytes(self.saved) * (ranks - 1) // ranks
+            made = Counter({"gradients": reduced.of_two_ranks(c, self.states), "activations": left})
+            found[TWO_RANKS] = self._passing + self._buckets + made
+        return found
+
     def _first_gradient(self) -> Counter[str]:
         """Sum the last layer's attention, when DeepSpeed allocates its buckets: the layer's MLP is freed by then."""
         c, shape = self.configuration, self.configuration.shape
@@ -223,6 +245,8 @@ class Step:
             whole = c.shape.embedding * c.trainable_bytes
             part = -(-c.shape.embedding // c.strategy.world_size) * (c.trainable_bytes + FP32)
             return held + Counter({"gradients": whole + (part if c.strategy.offload_optimizer else 0)})
+        if self.states.at_once:
+            stream += Counter({"gradients": reduced.at_embedding(c)})
         return held + stream + self._gradients(c.trainable_parameters)
 
     def _optimizer(self) -> Counter[str]:
@@ -244,9 +268,8 @@ class Step:
         c, most = self.configuration, self.states.gradients
         if c.gradient_accumulation_steps > 1:  # they exist already
             return Counter()
-        # DeepSpeed's stage 2 allocates its whole partition at the first reduction.
-        at_once = c.strategy.zero_stage == 2 and done > 0
-        return Counter({"gradients": most if at_once else min(most, done * c.trainable_bytes)})
+        at_once = self.states.kept if self.states.at_once and done > 0 else 0
+        return Counter({"gradients": at_once + min(most - at_once, done * c.trainable_bytes)})
 
     def _layer_backward(self) -> int:
         """Sum the gradients in flight within a layer: the larger of its MLP's and its norm's.
