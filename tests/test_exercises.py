@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from exercise_answers import WRONG
+from exercise_answers import RIGHT, WRONG
 
 from helpers.exercises import answers, chapter_02
 
@@ -100,11 +100,11 @@ def calls(node, name=None):
     return any(name is None or getattr(function, "id", None) == name for function in found)
 
 
-def answer(chapter, name, wrong):
-    """A wrong answer's code: itself, or the notebook's solution with something else in one place."""
-    if isinstance(wrong, str):
-        return wrong
-    right, instead = wrong
+def answer(chapter, name, given):
+    """An answer's code: itself, or the notebook's solution with something else in one place."""
+    if isinstance(given, str):
+        return given
+    right, instead = given
     code = solutions(chapter)[name]
     assert code.count(right) == 1, f"the solution of {name} has {code.count(right)} times {right!r}"
     return code.replace(right, instead)
@@ -120,16 +120,23 @@ def arguments(chapter, name, namespace):
     raise AssertionError(f"no cell of chapter {chapter} calls {name}")
 
 
-RIGHT = [(chapter, name) for chapter in JUDGES for name in solutions(chapter)]
+SOLVED = [(chapter, name) for chapter in JUDGES for name in solutions(chapter)]
 CASES = [(chapter, name, sentence) for (chapter, name), wrong in WRONG.items() for sentence in wrong]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chapter, name", RIGHT)
+@pytest.mark.parametrize("chapter, name", SOLVED)
 def test_the_solution_is_right(chapter, name, tmp_path):
     namespace = define(chapter, name, solutions(chapter)[name], tmp_path)
     verdict = getattr(JUDGES[chapter], name)(*arguments(chapter, name, namespace))
     assert repr(verdict) == "right" and verdict.right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter, name, code", RIGHT)
+def test_another_right_answer_is_right_too(chapter, name, code, tmp_path):
+    namespace = define(chapter, name, answer(chapter, name, code), tmp_path)
+    assert repr(getattr(JUDGES[chapter], name)(*arguments(chapter, name, namespace))) == "right"
 
 
 @pytest.mark.slow
@@ -142,7 +149,7 @@ def test_a_wrong_answer_is_explained(chapter, name, sentence, monkeypatch, tmp_p
     assert not verdict.right and verdict.text.startswith("not yet: ") and sentence in verdict.text
 
 
-@pytest.mark.parametrize("chapter, name", RIGHT)
+@pytest.mark.parametrize("chapter, name", SOLVED)
 def test_every_exercise_has_two_wrong_answers(chapter, name):
     assert len(WRONG[chapter, name]) >= 2
 
@@ -152,10 +159,21 @@ def test_a_blank_is_no_wrong_answer():
     assert repr(answers.exercise(lambda answer: answers.call(answer))(blank)) == "not answered yet"
 
 
+def test_an_endless_loop_in_this_process_is_an_answer(monkeypatch):
+    monkeypatch.setattr(answers, "SECONDS", 0.2)
+    text = answers.exercise(lambda answer: answers.call(answer))(endless).text
+    assert text.startswith("not yet: it raised TimeoutError: it does not return within 0.2 s (line ")
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """Cells make files: chapter 10 makes the folder that it measures."""
     monkeypatch.chdir(tmp_path)
+
+
+def endless():
+    while True:
+        pass
 
 
 def blank():

@@ -9,8 +9,11 @@ sees a traceback of this package.
 import functools
 import inspect
 import re
+import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,13 +119,36 @@ def attempt(answer: Any, trial: Callable[..., Any], *arguments: Any, **named: An
         NotYet: The answer raised something.
     """
     try:
-        return trial(*arguments, **named)
+        with _limited():
+            return trial(*arguments, **named)
     except NotImplementedError:
         raise NotAnswered from None
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _file(answer)]
         place = (frames[-1].lineno, frames[-1].name) if frames else None
         raise NotYet(f"it raised {_describe(type(error).__name__, str(error), place)}") from None
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Raise in the block, wherever it is, if it takes too long: an endless loop would hold the notebook.
+
+    Only the main thread can be interrupted; elsewhere the block may take as long as it likes.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it does not return within {SECONDS:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def on_ranks(trial: Callable[..., Any], nprocs: int, **arguments: Any) -> list[Any]:

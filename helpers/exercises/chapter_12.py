@@ -27,11 +27,11 @@ def _normal(seed: int, *shape: int) -> torch.Tensor:
 def _tensors(found: Any, names: str) -> tuple[torch.Tensor, ...]:
     """Raise unless the answer returned as many tensors as there are names."""
     expected = names.split(", ")
-    if not isinstance(found, tuple) or len(found) != len(expected):
+    if not isinstance(found, tuple | list) or len(found) != len(expected):
         raise NotYet(f"it must return {len(expected)} things: {names}")
     if not all(isinstance(tensor, torch.Tensor) for tensor in found):
         raise NotYet(f"all that it returns must be tensors: {names}")
-    return found
+    return tuple(found)
 
 
 def _check_shape(where: str, name: str, found: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -239,6 +239,7 @@ def int4_blocks(answer: Function) -> None:
         found = call(answer, weight.clone())
         where = f"for a matrix of shape {list(shape)}"
         _check_shape(where, "the result", found, shape)
+        found = found.to(expected.dtype)  # an answer may have computed in fp64
         if not torch.allclose(found, expected.view(shape), atol=1e-7):
             size, right = ((tensor.view_as(weight) - weight).norm() / weight.norm() for tensor in (found, expected))
             raise NotYet(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.exercises.answers import Function, NotYet, alone, exercise, on_ranks
+from helpers.exercises.answers import Function, NotYet, call, exercise, on_ranks
 from helpers.parallel.traffic import count_traffic
 
 Interval = tuple[float, float]  # begin and end
@@ -149,21 +149,6 @@ def common_steps(answer: Callable[[int], Any]) -> None:
                 raise NotYet(f"{where} would make {steps} steps, and all of them can make more")
 
 
-def _shares(answer: Function, cases: Sequence[tuple[list[Interval], list[Interval]]]) -> str | None:
-    for computes, sends in cases:
-        found = answer(list(computes), list(sends))
-        where = f"for computes = {computes} and sends = {sends}, "
-        if found is None:
-            return f"{where}it returns nothing"
-        if not 0 <= found <= 1:
-            return f"{where}it returns {found:.4g}, and a share is between 0 and 1"
-        overlaps = [max(0, min(e1, e2) - max(b1, b2)) for b1, e1 in computes for b2, e2 in sends]
-        expected = sum(overlaps) / sum(end - begin for begin, end in sends)
-        if abs(found - expected) > 0.006:
-            return f"{where}a share of {found:.3g} is too {'large' if found > expected else 'small'}"
-    return None
-
-
 @exercise
 def hidden_share(answer: Callable[[list[Interval], list[Interval]], float]) -> None:
     """Judge the share of the communication during which a step also computes.
@@ -179,4 +164,14 @@ def hidden_share(answer: Callable[[list[Interval], list[Interval]], float]) -> N
         ([], [(1, 3)]),
         ([(6.5, 9), (0, 2), (3, 3.5)], [(9, 12), (1, 7)]),
     )
-    alone(_shares, answer=answer, cases=cases)
+    for computes, sends in cases:
+        found = call(answer, list(computes), list(sends))
+        where = f"for computes = {computes} and sends = {sends}, "
+        if found is None:
+            raise NotYet(f"{where}it returns nothing")
+        if not 0 <= found <= 1:
+            raise NotYet(f"{where}it returns {found:.4g}, and a share is between 0 and 1")
+        overlaps = [max(0, min(e1, e2) - max(b1, b2)) for b1, e1 in computes for b2, e2 in sends]
+        expected = sum(overlaps) / sum(end - begin for begin, end in sends)
+        if abs(found - expected) > 0.006:
+            raise NotYet(f"{where}a share of {found:.3g} is too {'large' if found > expected else 'small'}")

@@ -53,7 +53,7 @@ def encode(answer: Function) -> None:
         expected = encode_conversation(tokenizer, [{"role": role, "content": text} for role, text in turns])
         found = call(answer, tokenizer, list(turns))
         where = f"for turns of {', '.join(role for role, _ in turns)}"
-        if not isinstance(found, tuple) or len(found) != 2:
+        if not isinstance(found, tuple | list) or len(found) != 2:
             raise NotYet("it must return two lists: ids and labels")
         ids, labels = (list(part) for part in found)
         if ids != expected.input_ids:
@@ -72,11 +72,12 @@ def encode(answer: Function) -> None:
 
 def _adapted(answer: Any, sizes: tuple[int, int, int], shape: Sequence[int]) -> tuple[Any, ...]:
     """Use a layer: the adapter's operations, its output, the gradients, and the merged layer's output."""
-    columns, rows, r = sizes
+    (columns, rows, r), alpha = sizes, 3.0 + sizes[2]
     linear = nn.Linear(columns, rows, bias=r % 2 == 0)
     weight = (random(1, rows, columns) / 50).clone()
     linear.weight.data.copy_(weight)
-    layer = answer(linear, r, 4.0)
+    place = linear.weight.data_ptr()
+    layer = answer(linear, r, alpha)
     layer.A.data.copy_(random(2, r, columns) / 50)
     layer.B.data.copy_(random(3, rows, r) / 50)
     x = random(4, *shape, columns) / 50
@@ -84,10 +85,11 @@ def _adapted(answer: Any, sizes: tuple[int, int, int], shape: Sequence[int]) -> 
         output = layer(x)
     output.backward(random(5, *output.shape) / 50)
     gradients = layer.A.grad, layer.B.grad, linear.weight.grad
-    expected = x @ (weight + 4.0 / r * layer.B.detach() @ layer.A.detach()).T
+    expected = x @ (weight + alpha / r * layer.B.detach() @ layer.A.detach()).T
     expected = expected if linear.bias is None else expected + linear.bias.detach()
     merged = layer.merge()
-    return counter.get_total_flops(), output.detach(), expected, gradients, merged, x
+    in_place = isinstance(merged, nn.Linear) and merged.weight.data_ptr() == place
+    return counter.get_total_flops(), output.detach(), expected, gradients, merged, in_place, x
 
 
 @exercise
@@ -99,7 +101,7 @@ def lora_layer(answer: type[nn.Module]) -> None:
     """
     for sizes, shape in (((6, 5, 2), (3,)), ((40, 30, 1), (2, 4)), ((8, 64, 3), (5,))):
         columns, rows, r = sizes
-        flops, output, expected, (a, b, weight), merged, x = attempt(answer, _adapted, answer, sizes, shape)
+        flops, output, expected, (a, b, weight), merged, in_place, x = attempt(answer, _adapted, answer, sizes, shape)
         where = f"for a matrix of {rows} x {columns} and r = {r}"
         if output.shape != expected.shape or not torch.allclose(output, expected, atol=1e-4):
             raise NotYet(f"{where}, forward does not return x times the transposed sum of W and alpha / r times B A")
@@ -113,10 +115,14 @@ def lora_layer(answer: type[nn.Module]) -> None:
         with torch.no_grad():
             if not torch.allclose(merged(x), expected, atol=1e-4):
                 raise NotYet(f"{where}, the merged layer does not return what the adapted one did")
+        if not in_place:
+            raise NotYet(
+                "the merged layer is right, but its weight is a second matrix: add to the frozen one, in place"
+            )
 
 
 def _fault_of_pack(found: Any, examples: Sequence[tuple[torch.Tensor, torch.Tensor]], capacity: int) -> str | None:
-    if not isinstance(found, tuple) or len(found) != 4:
+    if not isinstance(found, tuple | list) or len(found) != 4:
         return "it must return four tensors: ids, labels, positions, sees"
     names = ("ids", "labels", "positions", "sees")
     for name, tensor, shape in zip(names, found, 3 * [(capacity,)] + [(capacity, capacity)], strict=True):

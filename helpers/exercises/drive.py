@@ -77,10 +77,12 @@ class _Drive:
         self.count, self.faults, self.updated = count, list[str](), list[int]()
         self.reading, self.written = ([threading.Event() for _ in range(count)] for _ in range(2))
         self.owner: list[int | None] = [None, None]
+        self.disk, self.step = object(), 7
         self.lock = threading.Lock()
 
     def fetch(self, disk: object, i: int) -> torch.Tensor:
         """Read record i into its buffer."""
+        self._expect("disk", disk, self.disk)
         with self.lock:
             if (other := self.owner[i % 2]) is not None:
                 self.faults.append(f"record {i} is read into the buffer of record {other}, which is not written yet")
@@ -91,6 +93,7 @@ class _Drive:
     def update(self, parameter: int, states: torch.Tensor, step: int) -> None:
         """Compute with record i: the next one should be on its way, and this one not be written meanwhile."""
         i = int(states)
+        self._expect("step", step, self.step)
         if i != parameter:
             self.faults.append(f"parameter {parameter} is updated with the states of record {i}")
         if i + 1 < self.count and not self.reading[i + 1].wait(LONG / 2):
@@ -101,6 +104,7 @@ class _Drive:
 
     def store(self, disk: object, i: int) -> None:
         """Write record i back from its buffer."""
+        self._expect("disk", disk, self.disk)
         if i not in self.updated:
             self.faults.append(f"record {i} is written before its update has ended")
         if self.reading[min(i + 2, self.count - 1)].wait(SHORT) and i + 2 < self.count:
@@ -108,12 +112,16 @@ class _Drive:
         self.owner[i % 2] = None
         self.written[i].set()
 
+    def _expect(self, name: str, given: object, own: object) -> None:
+        if given is not own:
+            self.faults.append(f"a {name} is used that is not the one that the function was given")
+
 
 def _ahead(answer: Function, counts: tuple[int, ...]) -> str | None:
     for count in counts:
         drive, log = _Drive(count), list[Any]()
         answer.__globals__.update(fetch=drive.fetch, update=drive.update, store=drive.store)
-        answer(range(count), None, 1, log)
+        answer(range(count), drive.disk, drive.step, log)
         late = [i for i in range(count) if not drive.written[i].is_set()]
         if drive.faults:
             return drive.faults[0]
@@ -142,6 +150,7 @@ class _Reader:
         self.faults, self.done = list[str](), list[tuple[int, int]]()
         self.begun, self.released = ([threading.Event() for _ in range(count)] for _ in range(2))
         self.released[0].set()
+        self.thread = threading.current_thread()
 
     def read(self, i: int) -> int:
         """Return what work expects for record i."""
@@ -153,6 +162,8 @@ class _Reader:
     def work(self, i: int, value: int) -> None:
         """Look at the reads that are under way."""
         self.done.append((i, value))
+        if threading.current_thread() is not self.thread:
+            self._fail("work is called in another thread than the function itself")
         for coming in range(i + 1, min(i + self.n + 1, self.count)):
             if not self.faults and not self.begun[coming].wait(LONG / 2):
                 self._fail(f"while record {i} is worked on, the read of record {coming} has not begun")

@@ -19,6 +19,7 @@ from helpers.exercises.layers import (
     cut,
     expect_weights,
     fault_of_gradients,
+    gather,
     gradients_of,
     rows,
 )
@@ -124,25 +125,33 @@ def unshard_and_reshard(unshard: Function, reshard: Function, make: Function) ->
 
 
 def _forward(answer: Function, make: Function, reshard: Function, sizes: Sizes) -> str | None:
-    rank, n, layers, seen = dist.get_rank(), dist.get_world_size(), chain(sizes), []
+    rank, layers, seen = dist.get_rank(), chain(sizes), list[list[int]]()
     expected = layers(rows(rank, sizes)).detach()
     kept = cut(make, reshard, layers)
     for layer, sharded in zip(layers, kept, strict=True):
         answer(layer, sharded)
         layer.register_forward_pre_hook(lambda *_: seen.append(complete(kept)))
-    with torch.no_grad(), count_traffic() as traffic:
-        found = layers(rows(rank, sizes))
-    fault = None
-    if seen != [[number] for number in range(len(layers))]:
+    for training in (True, False):
+        seen.clear()
+        with torch.set_grad_enabled(training), count_traffic() as traffic:
+            found = layers(rows(rank, sizes)).detach()
+        if fault := agree(_fault_of_forward(kept, seen, found, expected, traffic.sent)):
+            return fault
+    return None
+
+
+def _fault_of_forward(
+    kept: list[Any], seen: list[list[int]], found: torch.Tensor, expected: torch.Tensor, sent: int
+) -> str | None:
+    most = 4 * (dist.get_world_size() - 1) * sum(len(sharded.shard) for sharded in kept)
+    if seen != [[number] for number in range(len(kept))]:
         number = next(number for number, here in enumerate(seen) if here != [number])
-        fault = f"when layer {number} begins its forward, the complete layers are {seen[number]}"
-    elif complete(kept):
-        fault = f"after forward, the layers {complete(kept)} are still complete"
-    elif not torch.allclose(found, expected, atol=1e-5):
-        fault = "the output is not that of the whole network"
-    elif traffic.sent > 4 * (n - 1) * sum(len(sharded.shard) for sharded in kept):
-        fault = f"one forward sent {traffic.sent} bytes: gather each layer once"
-    return agree(fault)
+        return f"when layer {number} begins its forward, the complete layers are {seen[number]}"
+    if complete(kept):
+        return f"after forward, the layers {complete(kept)} are still complete"
+    if not torch.allclose(found, expected, atol=1e-5):
+        return "the output is not that of the whole network"
+    return f"one forward sent {sent} bytes: gather each layer once" if sent > most else None
 
 
 @exercise
@@ -198,8 +207,12 @@ def backward(answer: Function, hook_forward: Function, make: Function, reshard: 
         without_fault(_backward, n, answer=answer, hook_forward=hook_forward, make=make, reshard=reshard, sizes=sizes)
 
 
-def _reduced(reduce: Function, hook_gradients: Function, make: Function, size: tuple[int, int]) -> str | None:
+def _reduced(
+    reduce: Function, hook_gradients: Function, make: Function, size: tuple[int, int], bias_first: bool
+) -> str | None:
     rank, n, (layer,), mean = dist.get_rank(), dist.get_world_size(), chain([size]), chain([size])
+    for linear in (layer, mean[0]) if bias_first else ():  # then gradients come in the order of the parameters
+        linear.register_parameter("weight", linear._parameters.pop("weight"))
     for r in range(n):
         (mean(rows(r, [size])).square().mean() / n).backward()
     sharded = make(layer)
@@ -210,12 +223,17 @@ def _reduced(reduce: Function, hook_gradients: Function, make: Function, size: t
     if found := agree(fault_of_gradients(sharded, padded.chunk(n)[rank], "reduce", traffic.sent)):
         return found
     hook_gradients(sharded)
-    with count_traffic() as traffic:
-        layer(rows(rank, [size])).square().mean().backward()
-    fault = fault_of_gradients(sharded, padded.chunk(n)[rank], "backward", traffic.sent)
-    if not fault and sharded.flat.untyped_storage().nbytes():
-        fault = "after backward the layer is still complete"
-    return agree(fault)
+    for when in ("backward", "the next backward"):
+        sharded.shard.grad = None
+        with count_traffic() as traffic:
+            layer(rows(rank, [size])).square().mean().backward()
+        fault = fault_of_gradients(sharded, padded.chunk(n)[rank], when, traffic.sent)
+        if not fault and sharded.flat.untyped_storage().nbytes():
+            fault = f"after {when} the layer is still complete"
+        if found := agree(fault):
+            return found
+        gather(sharded)
+    return None
 
 
 @exercise
@@ -228,7 +246,8 @@ def gradients(reduce: Function, hook_gradients: Function, make: Function) -> Non
         make: The class of sharded layers.
     """
     for n, size in zip(WORLDS, ((3, 5), (5, 4), (2, 1)), strict=True):
-        without_fault(_reduced, n, reduce=reduce, hook_gradients=hook_gradients, make=make, size=size)
+        used = {"reduce": reduce, "hook_gradients": hook_gradients, "make": make}
+        without_fault(_reduced, n, **used, size=size, bias_first=n == 2)
 
 
 def _zero_3(answer: Function, unshard: Function) -> str | None:

@@ -40,6 +40,10 @@ WRONG = {
             "    module.register_forward_pre_hook(lambda *_: unshard(sharded))\n",
             "    unshard(sharded)\n",
         ),
+        "rank 0: when layer 1 begins its forward, the complete layers are [0, 1]": (  # as a backward will come
+            "lambda *_: reshard(sharded)",
+            "lambda *_: None if torch.is_grad_enabled() else reshard(sharded)",
+        ),
     },
     "backward": {
         "begins without its weights": "def hook_backward(module, sharded):\n    pass",
@@ -53,6 +57,15 @@ WRONG = {
         "raised AttributeError: 'NoneType'": (
             "        if all(other.grad is not None for other in sharded.parameters):\n",
             "        if True:\n",
+        ),
+        "'NoneType' object has no attribute 'view'": (  # its weight's gradient is not always the last
+            "all(other.grad is not None for other in sharded.parameters)",
+            "parameter is sharded.parameters[0]",
+        ),
+        "after the next backward": (  # counts, and does not begin anew
+            "    def arrived(parameter):\n        if all(other.grad is not None for other in sharded.parameters):\n",
+            "    seen = []\n\n    def arrived(parameter):\n        seen.append(parameter)\n"
+            "        if len(seen) == len(sharded.parameters):\n",
         ),
     },
     "zero_3": {
@@ -110,4 +123,16 @@ WRONG = {
             "model.state_dict().items()} if dist.get_rank() == 0 else {}",
         ),
     },
+}
+
+RIGHT = {
+    "gradients": (
+        (  # adds up, as optimizers expect it
+            "    sharded.shard.grad = torch.empty_like(sharded.shard)\n"
+            "    dist.reduce_scatter_tensor(sharded.shard.grad, whole)\n",
+            "    part = torch.empty_like(sharded.shard)\n"
+            "    dist.reduce_scatter_tensor(part, whole)\n"
+            "    sharded.shard.grad = part if sharded.shard.grad is None else sharded.shard.grad + part\n",
+        ),
+    ),
 }

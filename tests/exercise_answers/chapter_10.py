@@ -42,6 +42,8 @@ WRONG = {
         "before its update has ended": (UPDATE + WRITE, WRITE + UPDATE),
         "into the buffer of record": ("ThreadPoolExecutor(1)", "ThreadPoolExecutor(2)"),
         "have not been written back": (WRITE, ""),
+        "a step is used": ("update, parameter, states, step", "update, parameter, states, 1"),
+        "a disk is used": ("fetch, disk, i + 1", "fetch, None, i + 1"),
         "the log has": (WRITE, "            drive.submit(store, disk, i)\n"),
     },
     "drop_and_load": {
@@ -97,6 +99,10 @@ WRONG = {
         "only whole drives": "drives = 9.8",
     },
     "ahead_by": {
+        "in another thread": (
+            "            work(i, value)",
+            "            with ThreadPoolExecutor(1) as other:\n                other.submit(work, i, value)",
+        ),
         "with n = 1, while record 0 is worked on, the read of record 1 has not begun": ONE_BY_ONE,
         "meanwhile nobody works": WITHOUT_THREADS,
         "for which there is no buffer": EVERYTHING,

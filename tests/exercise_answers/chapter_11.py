@@ -22,6 +22,7 @@ WRONG = {
         "what grows with the width of the keys is too little": ("2 * b * k", "2 * b * q"),  # as many as queries
         "what grows with the number of heads is too little": ('        "log-sum-exp": 4 * shape.heads,\n', ""),
         "what grows with nothing is too little": ("2 * (4 * h + 4)", "2 * 4 * h"),
+        "what grows with the hidden size is too much": ("2 * (4 * h + 4)", "shape.layers * 2 * (4 * h + 4)"),
     },
     "same_randomness": {
         "does not get the numbers": (
@@ -107,6 +108,10 @@ WRONG = {
     "weighted": {
         "times the right one": "def weighted(loss, labels):\n    return loss",
         "0.50 times the right one": (" * dist.get_world_size()", ""),
+        "0.99 times the right one": (  # as if all ranks had as many tokens
+            "mine = (labels != -100).sum()\n    everyone = mine.clone()\n    dist.all_reduce(everyone)\n",
+            "mine = (labels != -100).float().mean()\n    everyone = mine.clone()\n    dist.all_reduce(everyone)\n",
+        ),
         "that train (0, 5, 1) tokens": (  # assumes that every rank trains some
             "return loss * mine * dist.get_world_size() / everyone",
             "return loss * mine.clamp(min=2) * dist.get_world_size() / everyone",
@@ -124,4 +129,16 @@ WRONG = {
         "backward has 2 matmuls": RECOMPUTES,
         "one chunk's logits, and 5 are enough": (".split(chunk):", ".split(len(targets)):"),
     },
+}
+
+RIGHT = {
+    "weighted": (
+        """
+def weighted(loss, labels):
+    mine = (labels != -100).sum()
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return loss * mine * dist.get_world_size() / sum(everyone)
+""",
+    ),
 }

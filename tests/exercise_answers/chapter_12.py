@@ -102,3 +102,13 @@ WRONG = {
         ),
     },
 }
+
+RIGHT = {
+    "int8_rows": (
+        (
+            "return (weight / scales).round().to(torch.int8), scales",
+            "return [(weight / scales).round().to(torch.int8), scales]",
+        ),
+    ),
+    "int4_blocks": (("weight.reshape(-1, 64)", "weight.double().reshape(-1, 64)"),),
+}

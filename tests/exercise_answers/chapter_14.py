@@ -21,6 +21,10 @@ WRONG = {
         "operations": ("(x @ self.A.T @ self.B.T)", "(x @ (self.B @ self.A).T)"),
         "A and B should get gradients": ("(x @ self.A.T @ self.B.T)", "(x @ self.A.T @ self.B.T.detach())"),
         "the merged layer does not return": ("self.linear.weight += self.scale *", "self.linear.weight +="),
+        "is a second matrix": (
+            "        self.linear.weight += self.scale * self.B @ self.A\n",
+            "        self.linear.weight = torch.nn.Parameter(self.linear.weight + self.scale * self.B @ self.A)\n",
+        ),
         "merge returns Parameter": ("        return self.linear\n", "        return self.linear.weight\n"),
         "raised RuntimeError": ("(x @ self.A.T @ self.B.T)", "(x @ self.A @ self.B)"),
     },
@@ -61,3 +65,5 @@ WRONG = {
         "is not one line": ("gradient_checkpointing: true", "checkpointing"),
     },
 }
+
+RIGHT = {"pack": (("return ids, labels, positions, sees", "return [ids, labels, positions, sees]"),)}
