@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = """
 errors
 files notebooks
-assets config libraries
+assets config libraries translation
 memory
 activations hardware
 memory.predict chatglm3 launch
