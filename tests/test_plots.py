@@ -987,7 +987,7 @@ def colours_of(axes):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_megatron_block_has_a_lane_with_its_shapes_for_each_rank(ranks):
     fig = megatron_block(ranks, "A layer")
-    for axes, shape in zip(fig.axes, (f"[b, s, h / {ranks}]", f"[b, s, m / {ranks}]"), strict=True):
+    for axes, shape in zip(fig.axes, (f"[b, s, h / {ranks}]", f"[b, s, i / {ranks}]"), strict=True):
         words = [text.get_text() for text in axes.texts]
         assert sum(shape in text for text in words) == ranks
         assert words.count("f") == words.count("g") == 1

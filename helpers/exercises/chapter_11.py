@@ -24,9 +24,9 @@ from helpers.parallel.traffic import count_traffic
 # --- the chapter's own functions ---
 
 
-def _kept(shape: ModelShape, b: int) -> int:
+def _kept(shape: ModelShape, e: int) -> int:
     h, q, k, i = shape.hidden, shape.query, shape.key_value, shape.intermediate
-    return 2 * (4 * h + 4 + b * h) + 2 * b * h + 3 * b * q + 2 * b * k + 4 * shape.heads + 4 * b * i
+    return 2 * (4 * h + 4 + e * h) + 2 * e * h + 3 * e * q + 2 * e * k + 4 * shape.heads + 4 * e * i
 
 
 @exercise

@@ -24,8 +24,8 @@ from helpers.plots.style import (
 BLOCKS = (
     ("attention", "q, k, v\ncolumn parallel\n[h, (h + 2k) / {n}]", "rank {r}:\nits heads\n[b, s, h / {n}]",
      "o_proj\nrow parallel\n[h / {n}, h]"),
-    ("MLP", "gate, up\ncolumn parallel\n[h, 2m / {n}]", "rank {r}:\nsilu(gate) · up\n[b, s, m / {n}]",
-     "down\nrow parallel\n[m / {n}, h]"),
+    ("MLP", "gate, up\ncolumn parallel\n[h, 2i / {n}]", "rank {r}:\nsilu(gate) · up\n[b, s, i / {n}]",
+     "down\nrow parallel\n[i / {n}, h]"),
 )  # fmt: skip
 PALE = "#F4F4F4"
 
@@ -38,7 +38,7 @@ def megatron_block(ranks: int, title: str) -> CourseFigure:
         title: The figure's title.
 
     Returns:
-        The figure. In shapes b is sequences, s tokens, h the width, k the width of all keys, m that of the MLP.
+        The figure. In shapes b is sequences, s tokens, h the width, k the width of all keys, i the inside of the MLP.
 
     Raises:
         UserError: The lanes of so many ranks cannot be drawn.

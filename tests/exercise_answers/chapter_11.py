@@ -17,9 +17,9 @@ class FrozenHead(torch.autograd.Function):
 
 WRONG = {
     "layer_parts": {
-        "what grows with the MLP's inner width is too little": ('        "product of both": b * i,\n', ""),
-        "what grows with the hidden size is too little": ("2 * (4 * h + 4)", "2 * (b * h + 4)"),  # norms in fp32
-        "what grows with the width of the keys is too little": ("2 * b * k", "2 * b * q"),  # as many as queries
+        "what grows with the MLP's inner width is too little": ('        "product of both": e * i,\n', ""),
+        "what grows with the hidden size is too little": ("2 * (4 * h + 4)", "2 * (e * h + 4)"),  # norms in fp32
+        "what grows with the width of the keys is too little": ("2 * e * k", "2 * e * q"),  # as many as queries
         "what grows with the number of heads is too little": ('        "log-sum-exp": 4 * shape.heads,\n', ""),
         "what grows with nothing is too little": ("2 * (4 * h + 4)", "2 * 4 * h"),
         "what grows with the hidden size is too much": ("2 * (4 * h + 4)", "shape.layers * 2 * (4 * h + 4)"),
