@@ -27,6 +27,7 @@ include_patterns = [
     "configs/README.md",
     "notebooks/[0-9][0-9]_*.ipynb",
     "notebooks/zh/[0-9][0-9]_*.ipynb",
+    "notebooks/glossary.md",
     "notebooks/teaching/*.md",
 ]
 nb_execution_mode = "off"

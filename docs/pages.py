@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Sphinx builds its navigation from these lists; GitHub would show them as text, so they are not in the files.
 NAVIGATION = {
-    "Chapters": ["notebooks/[0-9]*"],
+    "Chapters": ["notebooks/[0-9]*", "notebooks/glossary"],
     "The job": ["configs/README"],
     "Teaching": ["notebooks/teaching/README", "notebooks/teaching/plans", "notebooks/teaching/[0-9]*"],
     "中文": ["README.zh-CN", "notebooks/zh/[0-9]*"],
