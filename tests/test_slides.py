@@ -1,7 +1,9 @@
 """helpers.slides: what a deck shows of a notebook, where it breaks, and that its page needs no network."""
 
+import base64
 import json
 import re
+import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,11 +30,13 @@ def printed(lines, name="stdout"):
     return {"output_type": "stream", "name": name, "text": "\n".join(f"line {number}" for number in range(lines))}
 
 
-FIGURE = {
-    "output_type": "display_data",
-    "metadata": {},
-    "data": {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"},
-}
+def drawn(width, height):
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height)
+    png = base64.b64encode(header).decode()
+    return {"output_type": "display_data", "metadata": {}, "data": {"image/png": png, "text/plain": "<Figure>"}}
+
+
+FIGURE = drawn(990, 528)
 
 
 def deck(*cells):
@@ -54,6 +58,15 @@ class TestDeck:
         figure, only_output = slide.cells
         assert not figure["metadata"]["transient"]["remove_source"] and "image/png" in figure["outputs"][0]["data"]
         assert only_output["metadata"]["transient"]["remove_source"] and only_output["outputs"][0]["text"] == "line 0"
+
+    def test_a_tall_figure_gets_a_slide_of_its_own_and_a_flat_one_keeps_its_code(self):
+        text = markdown("# A\n\n" + "A paragraph. " * 20)
+        first, second = deck(text, code(9, drawn(1430, 800)))
+        assert len(first.cells) == len(second.cells) == 1 and second.figure_room == HEIGHT
+        assert second.cells[0]["metadata"]["transient"]["remove_source"]
+        (both,) = deck(text, code(9, drawn(1430, 300)))
+        assert len(both.cells) == 2 and not both.cells[1]["metadata"]["transient"]["remove_source"]
+        assert both.figure_room == HEIGHT - 4 - 10  # without the lines of the paragraph and of the code
 
     def test_long_output_is_cut_and_stderr_is_left_out(self):
         (slide,) = deck(markdown("# A"), code(1, printed(99), printed(5, "stderr")))

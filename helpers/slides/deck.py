@@ -1,7 +1,10 @@
 """Divide a notebook into slides: what is shown, what goes to the notes, and at which line a slide is full."""
 
+import base64
+import math
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +13,10 @@ from helpers.notebooks import Cell, Notebook, source
 MOST_CODE = 20  # lines; of a longer cell only the output is shown
 COMPARED = "# NBVAL_CHECK_OUTPUT\n"  # for the tests, not for the reader
 MOST_PRINTED = 14  # lines
-FIGURE_HEIGHT = 15  # lines of text whose place a figure takes
 HEIGHT = 26  # lines on a slide
+LINE_HEIGHT = 23  # pixels, on a screen of 1280 x 720
+SHRUNK = 0.68  # how far a figure may shrink there: then its text is 12 pixels high
+FIGURE_HEIGHT = 24  # lines that a figure takes at most
 LINE = 90  # characters
 HEADING = re.compile(r"#{1,4} (.+)")
 FOLDED = re.compile(r"<details>.*?</details>", re.DOTALL)
@@ -27,12 +32,19 @@ class Slide:
         cells: What is shown below it, from top to bottom.
         notes: Paragraphs that are left out, as Markdown.
         height: Lines that the cells take.
+        figures: Of these, the lines of each figure; it may have more if the slide has room.
     """
 
     title: str
     cells: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     height: int = 0
+    figures: list[int] = field(default_factory=list)
+
+    @property
+    def figure_room(self) -> float:
+        """Lines that each figure can have: what everything else leaves of the slide."""
+        return (HEIGHT - self.height + sum(self.figures)) / max(1, len(self.figures))
 
 
 def make_deck(notebook: Notebook) -> list[Slide]:
@@ -74,12 +86,13 @@ def make_deck(notebook: Notebook) -> list[Slide]:
     return slides
 
 
-def _add(slides: list[Slide], cell: Cell, height: int) -> None:
+def _add(slides: list[Slide], cell: Cell, height: int, figures: Sequence[int] = ()) -> None:
     """Put a cell onto the last slide, or onto a new one of the same title if it does not fit."""
     if slides[-1].cells and slides[-1].height + height > HEIGHT:
         slides.append(Slide(slides[-1].title))
     slides[-1].cells.append(cell)
     slides[-1].height += height
+    slides[-1].figures += figures
 
 
 def _blocks(text: str) -> Iterator[str]:
@@ -101,13 +114,13 @@ def _text_height(block: str) -> int:
     return 1 + sum(-(-len(line) // LINE) for line in block.splitlines())
 
 
-def _shown(cell: Cell) -> tuple[Cell, int] | None:
-    """Return what a slide shows of a code cell, and its height in lines; None if that is nothing."""
+def _shown(cell: Cell) -> tuple[Cell, int, list[int]] | None:
+    """Return what a slide shows of a code cell, its height in lines, and its figures'; None if that is nothing."""
     outputs = [kept for output in cell["outputs"] if (kept := _output(output))]
     height = sum(height for _, height in outputs)
     code = source(cell).removeprefix(COMPARED)
     lines = len(code.splitlines())
-    hidden = lines > min(MOST_CODE, HEIGHT - height)
+    hidden = lines > min(MOST_CODE, HEIGHT - height - 1)
     if hidden and not outputs:
         return None
     shown: Cell = {
@@ -115,7 +128,8 @@ def _shown(cell: Cell) -> tuple[Cell, int] | None:
         "metadata": {"transient": {"remove_source": hidden}},
         "outputs": [output for output, _ in outputs],
     }
-    return cell | shown, height + (0 if hidden else lines + 1)
+    figures = [height for output, height in outputs if "image/png" in output.get("data", {})]
+    return cell | shown, height + (0 if hidden else lines + 1), figures
 
 
 def _output(output: dict[str, Any]) -> tuple[dict[str, Any], int] | None:
@@ -127,12 +141,19 @@ def _output(output: dict[str, Any]) -> tuple[dict[str, Any], int] | None:
         return output | {"text": text}, lines
     data = output.get("data", {})
     if "image/png" in data:
-        return output | {"data": {"image/png": data["image/png"]}}, FIGURE_HEIGHT
+        return output | {"data": {"image/png": data["image/png"]}}, _figure_height(data["image/png"])
     if "text/markdown" in data:
         table = "".join(data["text/markdown"])
         return output | {"data": {"text/markdown": table}}, _text_height(table)
     text, lines = _first_lines(data.get("text/plain", ""))
     return (output | {"data": {"text/plain": text}}, lines) if lines else None
+
+
+def _figure_height(png: str) -> int:
+    """Return the lines of text whose place a figure takes at least."""
+    header = base64.b64decode("".join(png)[:32])  # signature, and a chunk that begins with width and height
+    _, height = struct.unpack(">II", header[16:24])
+    return min(FIGURE_HEIGHT, math.ceil(SHRUNK * height / LINE_HEIGHT))
 
 
 def _first_lines(text: str | list[str]) -> tuple[str, int]:

@@ -12,6 +12,7 @@ from helpers.slides.formulas import draw_formulas
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
 
+LINE = 3.1  # height of a line in percent of the screen
 STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; font: 2.3vh/1.4 "Helvetica Neue", Arial, sans-serif; color: #222; background: #fff }
@@ -22,7 +23,7 @@ p, ul, ol, table, pre { margin: 0 0 .6em }
 code, pre { font-family: Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .9em }
 pre { line-height: 1.3; white-space: pre-wrap }
 .input pre { background: #f5f5f5; padding: .5em .8em; border-radius: .3em }
-.output_png img, p > img:not(.math) { max-height: 56vh; max-width: 100% }
+.output_png img, p > img:not(.math) { max-height: var(--room); max-width: 100% }
 .formula { text-align: center }
 table { border-collapse: collapse }
 th, td { padding: .2em .8em; border-bottom: 1px solid #ccc; text-align: left }
@@ -85,7 +86,8 @@ def write_page(title: str, slides: Sequence[Slide], folder: Path) -> str:
     for slide in slides:
         shown = _render(exporter, [_text(f"## {slide.title}"), *map(_with_drawn_formulas, slide.cells)], folder)
         notes = _render(exporter, [_text("\n\n".join(slide.notes))], folder) if slide.notes else ""
-        sections.append(f"<section>{shown}<aside>{notes}</aside></section>" if notes else f"<section>{shown}</section>")
+        room = f"--room: {LINE * slide.figure_room:.1f}vh"
+        sections.append(f'<section style="{room}">{shown}{f"<aside>{notes}</aside>" if notes else ""}</section>')
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{colours}{STYLE}</style>'
     body = "\n".join([*sections, '<div id="place"></div>', f"<script>{SCRIPT}</script>"])
