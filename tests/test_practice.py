@@ -31,8 +31,9 @@ def read(path: Path) -> dict:
 
 def test_bodies_are_blank_and_the_rest_stays():
     practised = blank(CELL, ["first", "Both.second"])
-    assert '    """What it does."""\n    raise NotImplementedError("yours: first")\n\n' in practised
-    assert '    def second(self):\n        raise NotImplementedError("yours: Both.second")\n' in practised
+    yours = 'raise NotImplementedError("yours: write the body of {} and run its cell again")\n'
+    assert '    """What it does."""\n    ' + yours.format("first") + "\n" in practised
+    assert "    def second(self):\n        " + yours.format("Both.second") in practised
     assert practised.endswith("judge(first)\n") and "y = x" not in practised
     assert fill(practised, CELL, ["first", "Both.second"]) == CELL
 

@@ -49,7 +49,7 @@ def mean_everywhere(answer: Function) -> None:
         for rank, (found, same, _) in enumerate(on_ranks(_call, n, answer=answer, inputs=losses)):
             where = f"with the losses {list(losses)}, rank {rank}"
             if not isinstance(found, int | float):
-                raise NotYet(f"{where} gets {_named(found)} and not a number")
+                raise NotYet(f"{where} gets {_named(found)} instead of a number")
             if not math.isclose(found, expected, rel_tol=1e-5):
                 raise NotYet(f"{where} gets {found:.4g}, which is not the mean")
             if not same:
@@ -63,7 +63,7 @@ def sum_together(answer: Function) -> None:
     Args:
         answer: Gets this rank's metrics, a dictionary of numbers.
     """
-    for n, names in ((2, ("right", "seen")), (3, ("tokens", "loss", "rows", "a")), (4, ("seen",))):
+    for n, names in ((2, ("correct", "seen")), (3, ("tokens", "loss", "rows", "a")), (4, ("seen",))):
         # Every rank begins with another name.
         orders = [[names[(place + rank) % len(names)] for place in range(len(names))] for rank in range(n)]
         values = {name: 10.0 ** (place + 1) for place, name in enumerate(names)}
@@ -80,11 +80,11 @@ def sum_together(answer: Function) -> None:
 def _check_sums(where: str, found: Any, expected: Mapping[str, float]) -> None:
     if not isinstance(found, dict) or set(found) != set(expected):
         got = f"a dictionary of {sorted(found)}" if isinstance(found, dict) else _named(found)
-        raise NotYet(f"{where} gets {got}, and not one of {sorted(expected)}")
+        raise NotYet(f"{where} gets {got} instead of a dictionary of {sorted(expected)}")
     for name, total in expected.items():
         if not isinstance(found[name], int | float) or not math.isclose(found[name], total, rel_tol=1e-5):
-            what = "that of other metrics" if len(expected) > 1 else "not the sum"
-            raise NotYet(f"{where}, whose metrics have an order of their own, gets {found[name]} as {name}: {what}")
+            order = "its metrics have an order of their own"
+            raise NotYet(f"{where} gets {found[name]!r} as {name!r}, which is not that metric's sum; {order}")
 
 
 def _named(found: Any) -> str:

@@ -121,7 +121,9 @@ def lora_layer(answer: type[nn.Module]) -> None:
             )
 
 
-def _fault_of_pack(found: Any, examples: Sequence[tuple[torch.Tensor, torch.Tensor]], capacity: int) -> str | None:
+def _fault_of_pack(
+    found: Any, examples: Sequence[tuple[torch.Tensor, torch.Tensor]], capacity: int, pad: int
+) -> str | None:
     if not isinstance(found, tuple | list) or len(found) != 4:
         return "it must return four tensors: ids, labels, positions, sees"
     names = ("ids", "labels", "positions", "sees")
@@ -131,7 +133,7 @@ def _fault_of_pack(found: Any, examples: Sequence[tuple[torch.Tensor, torch.Tens
     ids, labels, positions, sees = found
     lengths = [len(part) for part, _ in examples]
     tokens = sum(lengths)
-    if not torch.equal(ids[:tokens], torch.cat([part for part, _ in examples])) or (ids[tokens:] != 3).any():
+    if not torch.equal(ids[:tokens], torch.cat([part for part, _ in examples])) or (ids[tokens:] != pad).any():
         return "ids should be those of the examples, in order, and then padding"
     starts = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
     owner = torch.tensor([number for number, length in enumerate([*lengths, capacity - tokens]) for _ in range(length)])
@@ -166,7 +168,7 @@ def pack(answer: Function) -> None:
             (10 + torch.arange(length), 10 + torch.arange(length).roll(seed)) for length in lengths
         ]  # labels that differ from the ids, none of them ignored
         given = [(ids.clone(), labels.clone()) for ids, labels in examples]
-        fault = _fault_of_pack(call(answer, given, capacity, 3), examples, capacity)
+        fault = _fault_of_pack(call(answer, given, capacity, 3 + seed), examples, capacity, 3 + seed)
         if fault:
             raise NotYet(f"for examples of {list(lengths)} tokens in a pack of {capacity}, {fault}")
         if not all(torch.equal(mine[1], labels) for mine, (_, labels) in zip(given, examples, strict=True)):

@@ -129,18 +129,20 @@ def _body(function: ast.FunctionDef) -> slice:
 
 
 def _yours(function: ast.FunctionDef, name: str) -> str:
-    """Return the line that takes the body's place."""
-    return " " * function.body[0].col_offset + f'raise NotImplementedError("yours: {name}")\n'
+    """Return the line that takes the body's place; what it raises is read below a cell that uses the function."""
+    message = f"yours: write the body of {name} and run its cell again"
+    return " " * function.body[0].col_offset + f'raise NotImplementedError("{message}")\n'
 
 
 def _task(identity: str, wanted: dict[str, Any], name: str, written: bool) -> Cell:
-    functions = " and ".join(f"`{function}`" for function in wanted["blank"])
+    functions = ", ".join(f"`{function}`" for function in wanted["blank"])
+    bodies = "body" if len(wanted["blank"]) == 1 else "bodies"
     hints = "\n\n".join(
         f"<details><summary>Hint {number}</summary>\n\n{hint}\n</details>"
         for number, hint in enumerate(wanted["hints"], 1)
     )
     verdict = "the next code cell tells you how it went" if written else "its last line tells you how it went"
-    text = f"**Yours: {functions}.** Write the body in the cell below and run it: {verdict}."
+    text = f"**Yours: {functions}.** Write the {bodies} in the cell below and run it: {verdict}."
     return _markdown(identity, f"{text}\n\n{hints}\n\n[The worked chapter](../{name}) has a solution.")
 
 

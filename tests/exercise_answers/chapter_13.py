@@ -19,7 +19,7 @@ WRONG = {
         "rank 1 gets 2, which": ("all_reduce(total)", "reduce(total, 0)"),
     },
     "sum_together": {
-        "that of other metrics": ("sorted(metrics)", "list(metrics)"),
+        "which is not that metric's sum": ("sorted(metrics)", "list(metrics)"),
         "took 2 collectives": (
             "    dist.all_reduce(summed)\n",
             "    for one in summed.split(1):\n        dist.all_reduce(one)\n",

@@ -36,7 +36,10 @@ WRONG = {
         "would have to predict it": ("    labels[positions == 0] = -100\n", ""),
         "of another example": ("(number[:, None] == number).tril()", "(number[:, None] >= number).tril()"),
         "of its own example": (".tril()", ""),
-        "and then padding": ("torch.full((room,), pad)", "torch.full((room,), 0)"),
+        "for examples of [6] tokens in a pack of 7, ids should be": (
+            "torch.full((room,), pad)",
+            "torch.full((room,), 3)",
+        ),
         "it changes the labels": (
             "    room = ",
             "    for _, labels in examples:\n        labels[0] = -100\n    room = ",
