@@ -72,7 +72,7 @@ def check_writable_folder(path: str | Path, remedy: str) -> None:
     try:
         for folder in (*reversed(path.parents), path):
             if os.path.lexists(folder) and not folder.is_dir():
-                raise UserError(f"{path} cannot be made: {folder} is no folder; {remedy}")
+                raise UserError(f"{path} cannot be made: {folder} is not a folder; {remedy}")
             if not folder.is_dir():
                 folder.mkdir()
                 made.append(folder)

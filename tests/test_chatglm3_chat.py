@@ -153,9 +153,9 @@ def test_roles_come_from_the_messages_alone(tokenizer, turns):
         ({"role": "assistant", "metadata": "a\u2028b", "content": ""}, "metadata 'a\\u2028b' has a line break"),
         (
             {"role": "tool", "name": "f", "parameters": {"start-date": "今天", "class": 2}, "observation": ""},
-            "parameter name 'start-date' is no Python name",
+            "parameter name 'start-date' is not a Python name",
         ),
-        ({"role": "tool", "name": "f", "parameters": {"class": 2}, "observation": ""}, "'class' is no Python name"),
+        ({"role": "tool", "name": "f", "parameters": {"class": 2}, "observation": ""}, "'class' is not a Python name"),
         (
             {"role": "tool", "name": "f", "parameters": {"x": [float("nan")]}, "observation": ""},
             "the value of parameter 'x' cannot be written in Python: [nan]",

@@ -407,7 +407,7 @@ def test_an_index_names_files_of_its_folder_only(tmp_path, name):
     content = json.loads(index.read_text())
     content["weight_map"] = {key: name if "00001" in file else file for key, file in content["weight_map"].items()}
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"which is no file of this folder; download it again"):
+    with pytest.raises(UserError, match=r"which is not a file of this folder; download it again"):
         check_checkpoint(folder)
 
 

@@ -31,7 +31,7 @@ def test_files_that_people_use_are_accepted(path):
         ({"zero_optimization": {"stage": True}}, "stage must be 0, 1, 2 or 3, not True"),
         ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, "reduce_bucket_size must be a number, not '5e8'"),
         ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size is -1: Input should be greater than 0"),
-        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com is no key that DeepSpeed knows"),
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com is not a key of DeepSpeed"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer must be a block of keys"),
         ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, "offload_optimizer.device is 'disk'"),
         (
@@ -139,7 +139,7 @@ def test_what_deepspeed_has_removed_is_refused(tmp_path):
             read_deepspeed_config(path)
     for key in config._REMOVED_ZERO_CONFIG_KEYS:
         path.write_text(json.dumps({"zero_optimization": {key: 1}}))
-        with pytest.raises(UserError, match=f"{key} is no key that DeepSpeed knows"):
+        with pytest.raises(UserError, match=f"{key} is not a key of DeepSpeed"):
             check_deepspeed_values(read_deepspeed_config(path), path)
 
 

@@ -23,8 +23,11 @@ def check(content, training=None) -> list[str]:
     [
         ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type 'OneBitAdam' is not supported; use Adam, AdamW"),
         ({"optimizer": {"type": "Foo"}}, "give optim under training_args"),
-        ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-4}}}, "learning_rate is no option of AdamW"),
-        ({"optimizer": {"type": "Lion", "params": {"eps": 1e-8}}}, "optimizer.params.eps is no option of Lion"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-4}}},
+            "learning_rate is not an option of AdamW",
+        ),
+        ({"optimizer": {"type": "Lion", "params": {"eps": 1e-8}}}, "optimizer.params.eps is not an option of Lion"),
         ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1.0}}}, "give gradient_clipping at the top"),
         ({"optimizer": {"type": "Adam", "params": {"lr": "3e-3"}}}, 'lr must be a number of at least 0, not "3e-3"'),
         ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "betas must be two numbers, not 0.9"),

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from helpers.launch import device
 """
-MAGIC = re.compile(r"^[!%].*", re.MULTILINE)  # what is no Python: a command of the shell or of the notebook
+MAGIC = re.compile(r"^[!%].*", re.MULTILINE)  # what is not Python: a command of the shell or of the notebook
 PROGRAM = re.compile(r"%%writefile \{(\w+)\}\n")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

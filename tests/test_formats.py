@@ -442,7 +442,7 @@ REJECTED = {
                 a(),
             )
         ),
-        "parameter name 'start-date' is no Python name",
+        "parameter name 'start-date' is not a Python name",
     ),
     "f21_line_break.jsonl": (
         lines(messages(u(), {"role": "tool", "name": "f\ng", "parameters": {}, "observation": ""}, a())),
@@ -451,7 +451,7 @@ REJECTED = {
     "f21_metadata.jsonl": (lines(messages(u(), a(metadata="f\ng"))), "metadata .* has a line break"),
     "f21_openai.jsonl": (
         lines(messages(u(), a(None, tool_calls=[{"function": {"name": "f", "arguments": '{"a b": 1}'}}]))),
-        "parameter name 'a b' is no Python name",
+        "parameter name 'a b' is not a Python name",
     ),
 }
 

@@ -422,7 +422,7 @@ def test_the_predictor_counts_a_byte_a_weight_and_its_scales(rounded, small_chec
         Configuration(fp8=True, precision="bf16", strategy=Strategy("zero-3", 2))
     with pytest.raises(UserError, match="fp8 is True; such weights are frozen"):
         Configuration(fp8=True, lora=None)
-    with pytest.raises(UserError, match="quantization_bits is 8 beside fp8"):
+    with pytest.raises(UserError, match="quantization_bits is 8 and fp8 is on"):
         Configuration(fp8=True, quantization_bits=8)
 
 

@@ -89,7 +89,7 @@ def moved_run(small_run, tmp_path):
 
 
 def test_a_base_that_moved_is_asked_for(moved_run, small_checkpoint, tmp_path):
-    with pytest.raises(UserError, match=r"names .*gone as its base model, which is not there; .* --model$"):
+    with pytest.raises(UserError, match=r"names .*gone as its base model, which does not exist; .* --model$"):
         load_for_inference(moved_run)
     model, _ = load_for_inference(moved_run, base=str(small_checkpoint))
     assert isinstance(model, PeftModel)

@@ -154,7 +154,7 @@ def test_the_ledger_is_plain_data_with_a_readable_summary():
 
 
 def test_what_is_no_optimizer_is_named():
-    with pytest.raises(UserError, match="SGDLike is no optimizer"):
+    with pytest.raises(UserError, match="SGDLike is not an optimizer"):
         count_bytes(mlp(), type("SGDLike", (), {})())
 
 

@@ -119,7 +119,7 @@ def test_a_folder_that_takes_no_lock_is_one_line(number, tmp_path, monkeypatch):
 
 def test_a_folder_under_a_file_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be made: .* is no folder; name another folder with --output-dir"):
+    with pytest.raises(UserError, match=r"cannot be made: .* is not a folder; name another folder with --output-dir"):
         with only_job(tmp_path / "file" / "output", ONE_RANK):
             pytest.fail("it was not refused")
 

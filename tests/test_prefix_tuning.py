@@ -82,9 +82,7 @@ def test_it_answers_a_batch_as_each_prompt_by_itself_and_the_base_model_without_
     assert tuned == answers(model, 1) != answers(base, 3)
     with model.disable_adapter():
         assert answers(model, 3) == answers(base, 3)
-    with pytest.raises(
-        UserError, match="holds a prefix, which is no part of any weight and cannot be merged; use it as"
-    ):
+    with pytest.raises(UserError, match="holds a prefix, which belongs to no weight and cannot be merged; use it as"):
         export(alone, tmp_path / "out")
 
 

@@ -215,14 +215,20 @@ def test_nobody_can_type_themselves_into_another_role(both, token):
     ("message", "reason"),
     [
         ({"role": "bot", "content": "a"}, "unknown role bot"),
-        ({"role": "user"}, "the text of a user message is no string"),
-        ({"role": "user", "content": ["a"]}, "the text of a user message is no string"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, "are no object"),
+        ({"role": "user"}, "the text of a user message is not a string"),
+        ({"role": "user", "content": ["a"]}, "the text of a user message is not a string"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, "are not an object"),
         ({"role": "assistant", "content": "a", "metadata": "f\ng"}, "has a line break"),
         ({"role": "tool", "name": "f\r", "parameters": {}, "observation": ""}, "has a line break"),
         ({"role": "tool", "name": " ", "parameters": {}, "observation": ""}, "the name of a tool is empty"),
-        ({"role": "tool", "name": "f", "parameters": {"a-b": 1}, "observation": ""}, "parameter name a-b is no Python"),
-        ({"role": "tool", "name": "f", "parameters": {"if": 1}, "observation": ""}, "parameter name if is no Python"),
+        (
+            {"role": "tool", "name": "f", "parameters": {"a-b": 1}, "observation": ""},
+            "parameter name a-b is not a Python",
+        ),
+        (
+            {"role": "tool", "name": "f", "parameters": {"if": 1}, "observation": ""},
+            "parameter name if is not a Python",
+        ),
     ],
 )
 def test_what_is_no_message_is_refused(both, message, reason):
@@ -262,10 +268,10 @@ def write_sentencepiece(file, **options):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"model_type": "unigram"}, "is no SentencePiece model of ChatGLM3's kind"),
-        ({"add_dummy_prefix": False}, "is no SentencePiece model of ChatGLM3's kind"),
-        ({"normalization_rule_name": "nfkc"}, "is no SentencePiece model of ChatGLM3's kind"),
-        ({"remove_extra_whitespaces": True}, "is no SentencePiece model of ChatGLM3's kind"),
+        ({"model_type": "unigram"}, "is not a SentencePiece model like ChatGLM3's"),
+        ({"add_dummy_prefix": False}, "is not a SentencePiece model like ChatGLM3's"),
+        ({"normalization_rule_name": "nfkc"}, "is not a SentencePiece model like ChatGLM3's"),
+        ({"remove_extra_whitespaces": True}, "is not a SentencePiece model like ChatGLM3's"),
         ({"user_defined_symbols": ["<sop>"]}, "has the piece <sop>, which is a special token in tokenizer.json"),
     ],
     ids=str,

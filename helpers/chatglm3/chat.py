@@ -73,7 +73,7 @@ def tool_call(parameters: dict[str, Any]) -> str:
     """
     for name, value in parameters.items():
         if not name.isidentifier() or keyword.iskeyword(name):
-            raise UserError(f"parameter name {name!r} is no Python name; rename it, here and in the tool's description")
+            raise UserError(f"parameter name {name!r} is not a Python name; rename it here and in the tool description")
         try:
             ast.literal_eval(repr(value))
         except (ValueError, SyntaxError) as error:  # nan and inf, or brackets inside brackets without end

@@ -142,7 +142,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 # A path would lead to any file of this machine. The Hub's cache has links, under plain names.
                 if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
                     raise UserError(
-                        f"{path}: weight_map names {name!r}, which is no file of this folder; download it again"
+                        f"{path}: weight_map names {name!r}, which is not a file of this folder; download it again"
                     )
             files = [folder / name for name in sorted(set(weight_map.values()))]
             absent = [file.name for file in files if not file.is_file()]

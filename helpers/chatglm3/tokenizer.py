@@ -49,7 +49,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file: str | None = None, **kwargs: Any) -> None:
         if vocab_file is None or not Path(vocab_file).is_file():
-            raise UserError(f"no tokenizer.model found (looked for {vocab_file}); put it beside config.json")
+            raise UserError(f"no tokenizer.model found (looked for {vocab_file}); put it next to config.json")
         self.vocab_file = str(vocab_file)
         self.sp_model = sentencepiece.SentencePieceProcessor()
         try:

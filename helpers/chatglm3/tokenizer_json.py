@@ -37,7 +37,7 @@ UNCHANGED = "  ａ\u3000①  e\u0301\n\0😀 "
 CHAT_TEMPLATE = """\
 {%- macro turn(role, metadata, text) -%}
     {%- if text is not string or metadata is not string -%}
-        {{- raise_exception('the text of a ' ~ role ~ ' message is no string') -}}
+        {{- raise_exception('the text of a ' ~ role ~ ' message is not a string') -}}
     {%- endif -%}
     {%- if metadata and metadata.splitlines() != [metadata] -%}
         {{- raise_exception('the metadata of a ' ~ role ~ ' message, or the name of a tool, has a line break') -}}
@@ -51,14 +51,14 @@ CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- macro call(name, parameters) -%}
     {%- if parameters is not mapping -%}
-        {{- raise_exception('the arguments of a tool call are no object') -}}
+        {{- raise_exception('the arguments of a tool call are not an object') -}}
     {%- elif not name or not name.strip() -%}
         {{- raise_exception('the name of a tool is empty') -}}
     {%- endif -%}
     {%- set written = namespace(arguments='') -%}
     {%- for key, value in parameters.items() -%}
         {%- if not key.isidentifier() or key in KEYWORDS -%}
-            {{- raise_exception('parameter name ' ~ key ~ ' is no Python name') -}}
+            {{- raise_exception('parameter name ' ~ key ~ ' is not a Python name') -}}
         {%- endif -%}
         {%- set comma = '' if loop.first else ', ' -%}
         {%- set written.arguments = written.arguments ~ comma ~ key ~ '=' ~ '%r' | format(value) -%}
@@ -163,7 +163,7 @@ def _check_equal(tokenizer: ChatGLMTokenizer, fast: Tokenizer, pieces: list[str]
         or any(ids.ids != tokenizer.encode_text(text) for ids, text in zip(found, texts, strict=True))
     ):
         raise UserError(
-            f"{tokenizer.vocab_file} is no SentencePiece model of ChatGLM3's kind (BPE, unchanged text, dummy prefix, "
+            f"{tokenizer.vocab_file} is not a SentencePiece model like ChatGLM3's (BPE, unchanged text, dummy prefix, "
             "byte fallback), so tokenizer.json would give other ids; take the one that the model was published with"
         )
 

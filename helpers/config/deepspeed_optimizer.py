@@ -59,9 +59,9 @@ def _check_optimizer_params(kind: str, params: Mapping[str, Any], path: Path) ->
     for key, value in params.items():
         where = f"{path}: optimizer.params.{key}"
         if key == "max_grad_norm":
-            raise UserError(f"{where} is no option of an optimizer; give gradient_clipping at the top of the file")
+            raise UserError(f"{where} is not an option of an optimizer; give gradient_clipping at the top of the file")
         if key not in known:
-            raise UserError(f"{where} is no option of {kind}{suggest(key, known)}")
+            raise UserError(f"{where} is not an option of {kind}{suggest(key, known)}")
         if value == AUTO:
             continue
         wanted = "true or false"

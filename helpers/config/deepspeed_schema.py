@@ -75,5 +75,5 @@ def _describe(error: Exception) -> str:
     first = error.errors()[0]
     place = "".join(f".{part}" for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{place} is no key that DeepSpeed knows; correct or remove it"
+        return f"{place} is not a key of DeepSpeed; correct or remove it"
     return f"{place} is {first['input']!r}: {first['msg']}"

@@ -246,7 +246,7 @@ def keep_wide_matmuls(answer: Callable[..., Any]) -> None:
         for operator, width, keeps in attempt(answer, _decisions, answer, shape, length):
             wide = operator in MATMULS and width > shape.hidden
             if keeps and operator not in MATMULS:
-                raise NotYet(f"it keeps the output of {operator}, which is no matmul")
+                raise NotYet(f"it keeps the output of {operator}, which is not a matmul")
             if keeps != wide:
                 does = "keeps" if keeps else "recomputes"
                 raise NotYet(f"it {does} a matmul's output that is {width} wide; the hidden size is {shape.hidden}")

@@ -195,7 +195,7 @@ def quantised_product(answer: type[torch.autograd.Function]) -> None:
         if gradient is None or not torch.allclose(gradient, expected.grad, atol=1e-4):
             raise NotYet(f"{where}, the gradient of x is not the dense matrix's")
         if kept:
-            raise NotYet(f"{where}, {kept} bytes are kept from forward to backward, beside codes and scales")
+            raise NotYet(f"{where}, {kept} bytes are kept from forward to backward besides codes and scales")
 
 
 # --- exercises ---

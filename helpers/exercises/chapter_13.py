@@ -102,7 +102,7 @@ def suspect(rank: int) -> None:
         rank: Its number.
     """
     if rank not in range(4):
-        raise NotYet(f"{rank!r} is none of the four ranks 0 to 3")
+        raise NotYet(f"{rank!r} is not one of the four ranks 0 to 3")
     if rank != 2:
         raise NotYet(f"rank {rank} waits in all_reduce, and a rank that waits is a victim")
 

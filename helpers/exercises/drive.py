@@ -97,7 +97,7 @@ class _Drive:
         if i != parameter:
             self.faults.append(f"parameter {parameter} is updated with the states of record {i}")
         if i + 1 < self.count and not self.reading[i + 1].wait(LONG / 2):
-            self.faults.append(f"while record {i} is updated, nobody reads record {i + 1}")
+            self.faults.append(f"while record {i} is updated, no thread reads record {i + 1}")
         if self.written[i].wait(SHORT):
             self.faults.append(f"record {i} is written before its update has ended")
         self.updated.append(i)
@@ -156,7 +156,7 @@ class _Reader:
         """Return what work expects for record i."""
         self.begun[i].set()
         if self.lasting and not self.released[i].wait(LONG):
-            self._fail(f"the read of record {i} lasts, and meanwhile nobody works on record {i - 1}")
+            self._fail(f"the read of record {i} lasts, and meanwhile no work is done on record {i - 1}")
         return 7 * i + 1
 
     def work(self, i: int, value: int) -> None:

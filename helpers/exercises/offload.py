@@ -183,7 +183,7 @@ def _fault_of_order(calls: Sequence[tuple[str, int | None]], i: int) -> str | No
     if not down < update < up:
         return f"for parameter {i} the order should be down, update, up"
     if ("wait", None) not in calls[down:update]:
-        return f"update(host, {i}) may read the gradient before its copy is complete: nobody waits for it"
+        return f"update(host, {i}) may read the gradient before its copy is complete: it does not wait"
     return None
 
 

@@ -159,9 +159,9 @@ def _fault_of_jobs(pool: _Pool, running: Any, step: int) -> str | None:
     if running is not pool.jobs[-1]:
         return "it should return what pool.submit returned, for the next step to wait for"
     if not all(job.done for job in pool.jobs[:-1]):
-        return "Adam of the step before may still be running while its values are handed out: nobody waits for it"
+        return "Adam of the step before may still be running while its values are handed out: wait for it"
     if running.done and not pool.at_once:
-        return "it waits for the Adam that it has just begun: that one should work beside the next forward"
+        return "it waits for the Adam that it has just begun: that one should run during the next forward"
     return None
 
 

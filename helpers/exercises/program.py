@@ -162,7 +162,7 @@ def program(path: str | Path) -> None:
     try:
         compile(code, script.name, "exec")
     except SyntaxError as error:
-        raise NotYet(f"line {error.lineno} of {script.name} is no Python: {error.msg}") from None
+        raise NotYet(f"line {error.lineno} of {script.name} is not Python: {error.msg}") from None
     for n, rows in CASES:
         generator = torch.Generator().manual_seed(rows)
         inputs, noise = torch.randn(rows, FEATURES, generator=generator), torch.randn(rows, 1, generator=generator)

@@ -119,7 +119,7 @@ def _check_names(given: Any, names: Iterable[str], where: str) -> None:
             if not any(re.fullmatch(_pattern(given, item), name) for name in names):
                 raise UserError(f"{where} {item!r} matches no module; {_known(names)}")
     except re.error as error:
-        raise UserError(f"{where} {given!r} is no regular expression: {error}") from error
+        raise UserError(f"{where} {given!r} is not a regular expression: {error}") from error
 
 
 def _check_targets(lora: Mapping[str, Any], model: torch.nn.Module, where: str) -> None:
@@ -151,9 +151,9 @@ def _why_not(module: torch.nn.Module) -> str:
     inside = [name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
     if inside:
         ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in inside))
-        return f"which is no matrix; LoRA adapts matrices: name those inside it, {ends}"
+        return f"which is not a matrix; LoRA adapts matrices: name those inside it, {ends}"
     if any(True for _ in module.parameters()):
-        return "which is a norm layer and no matrix; LoRA cannot adapt it: train it whole, under modules_to_save"
+        return "which is a norm layer, not a matrix; LoRA cannot adapt it: train all of it, under modules_to_save"
     return "which has no weights to adapt; remove it"
 
 
@@ -206,7 +206,7 @@ def _check_tokens(given: Any, vocabulary: int, where: str) -> None:
     ids = given.values() if isinstance(given, dict) else [given or []]
     for token in (token for group in ids for token in group):
         if not 0 <= token < vocabulary:
-            raise UserError(f"{where}: trainable_token_indices {token} is no token; there are 0 to {vocabulary - 1}")
+            raise UserError(f"{where}: trainable_token_indices {token} is not a token; there are 0 to {vocabulary - 1}")
 
 
 def _known(names: Iterable[str]) -> str:
@@ -218,7 +218,7 @@ def _check_layers(lora: Mapping[str, Any], count: int, where: str) -> None:
     chosen = lora.get("layers_to_transform")
     for layer in [chosen] if isinstance(chosen, int) else chosen or []:
         if not 0 <= layer < count:
-            raise UserError(f"{where}: layers_to_transform {layer} is no layer; there are 0 to {count - 1}")
+            raise UserError(f"{where}: layers_to_transform {layer} is not a layer; there are 0 to {count - 1}")
     pattern = lora.get("layers_pattern")
     for name in [pattern] if isinstance(pattern, str) else pattern or []:
         if name != "layers":

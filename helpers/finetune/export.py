@@ -119,7 +119,7 @@ def _base_folder(checkpoint: Path, base: str | None) -> Path:
         return checkpoint
     if read_adapter_config(checkpoint).get("peft_type") == "PREFIX_TUNING":
         raise UserError(
-            f"{checkpoint} holds a prefix, which is no part of any weight and cannot be merged; use it as it is, with "
+            f"{checkpoint} holds a prefix, which belongs to no weight and cannot be merged; use it as it is, with "
             "helpers.finetune.generate"
         )
     return find_base_model(checkpoint, base)

@@ -100,7 +100,7 @@ def find_base_model(checkpoint: Path, base: str | None = None) -> Path:
         if base:
             raise
         raise UserError(
-            f"{checkpoint / ADAPTER_CONFIG} names {name} as its base model, which is not there; "
+            f"{checkpoint / ADAPTER_CONFIG} names {name} as its base model, which does not exist; "
             "name the folder where it is now with --model"
         ) from error
 

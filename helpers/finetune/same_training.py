@@ -185,7 +185,7 @@ def _check_strategy(checkpoint: Path, then: dict[str, Any], now: dict[str, Any])
     if stages[0] == 3 and then["world_size"] != now["world_size"]:
         raise UserError(
             f"{checkpoint} holds the optimizer state of {then['world_size']} rank(s) {_strategy(then)}, which cannot "
-            f"be cut anew, but {now['world_size']} were started; start {then['world_size']}, or {FRESH}"
+            f"be cut again, but {now['world_size']} were started; start {then['world_size']}, or {FRESH}"
         )
     if stages[0] is not None and then["world_size"] != now["world_size"] and then["deepspeed"]["round_robin_gradients"]:
         raise UserError(
@@ -269,7 +269,7 @@ def _notes(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> list[
     if then["train_file"] != now["train_file"]:
         notes.append("train_file has other contents than before: training goes on at the same place in the new rows")
     if then["precision"] != now["precision"]:
-        scale = "; the loss scale starts anew" if now["precision"] == "fp16" else ""
+        scale = "; the loss scale starts again" if now["precision"] == "fp16" else ""
         notes.append(f"precision is {now['precision']}, and was {then['precision']}: used from here on{scale}")
     if then["zero_stage"] != now["zero_stage"]:
         notes.append(f"ZeRO stage is {now['zero_stage']}, and was {then['zero_stage']}: with the same optimizer state")

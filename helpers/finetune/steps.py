@@ -74,7 +74,7 @@ def check_scored(checkpoint: Path) -> None:
     Args:
         checkpoint: Its last checkpoint.
     """
-    status = read_json_object(checkpoint.parent / "run.json", f"no run.json beside {checkpoint}").get("status")
+    status = read_json_object(checkpoint.parent / "run.json", f"no run.json next to {checkpoint}").get("status")
     if status != "finished":
         raise UserError(
             f"all steps are in {checkpoint}, but the run ended as {status!r} after them: score the checkpoint with "

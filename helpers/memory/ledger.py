@@ -195,7 +195,7 @@ def _unwrapped(optimizer: Any) -> Iterator[Any]:
     """Yield the optimizer and those it wraps: accelerate's and DeepSpeed's hold the next one as ``.optimizer``."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         if not hasattr(optimizer, "param_groups"):
-            raise UserError(f"{type(optimizer).__name__} is no optimizer of torch or DeepSpeed")
+            raise UserError(f"{type(optimizer).__name__} is not an optimizer of torch or DeepSpeed")
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "optimizer", None)

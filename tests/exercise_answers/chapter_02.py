@@ -43,7 +43,7 @@ WRONG = {
         "the checkpoint has 'module.": ("model.module.state_dict()", "model.state_dict()"),
         "without leaving the process group": ("    dist.destroy_process_group()\n", ""),
         "raised KeyError: 'LOCAL_SIZE' (line 15 of start)": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-        "is no Python": ("device = start()", "device = start("),
+        "is not Python": ("device = start()", "device = start("),
     },
     "lora_traffic": {
         "the adapter's megabytes are too many": "adapter_megabytes, full_megabytes = 30.3, 12487.2",

@@ -41,7 +41,7 @@ WRONG = {
         "raised RuntimeError: a leaf Variable": ("host.parameters[i].detach().copy_", "host.parameters[i].copy_"),
     },
     "step_on_host": {
-        "nobody waits for it": ("    wait()\n", ""),
+        "it does not wait": ("    wait()\n", ""),
         "copy_to_device(host, 0) should be called once": ("        copy_to_device(host, i)\n", ""),
         "the order should be down, update, up": (
             "        update(host, i)\n        copy_to_device(host, i)\n",
@@ -60,7 +60,7 @@ WRONG = {
     },
     "late_step": {
         "with a fast thread, after step 1": (UP, UP_AFTER_SUBMIT),
-        "nobody waits for it": ("        running.result()", "        pass"),
+        "wait for it": ("        running.result()", "        pass"),
         "with a slow thread, after step 2": (", copy=True", ""),  # the values go through the gradients' memory
         "it has just begun": (
             "    return pool.submit(adam_on, host, gradients)",

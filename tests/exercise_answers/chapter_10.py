@@ -38,7 +38,7 @@ WRONG = {
         "raised TypeError": ("[record(disk, i).numpy()], disk.places[i]", "record(disk, i), disk.places[i]"),
     },
     "reading_ahead": {
-        "nobody reads record 1": (SUBMIT_NEXT + UPDATE, UPDATE + SUBMIT_NEXT),
+        "no thread reads record 1": (SUBMIT_NEXT + UPDATE, UPDATE + SUBMIT_NEXT),
         "before its update has ended": (UPDATE + WRITE, WRITE + UPDATE),
         "into the buffer of record": ("ThreadPoolExecutor(1)", "ThreadPoolExecutor(2)"),
         "have not been written back": (WRITE, ""),
@@ -104,7 +104,7 @@ WRONG = {
             "            with ThreadPoolExecutor(1) as other:\n                other.submit(work, i, value)",
         ),
         "with n = 1, while record 0 is worked on, the read of record 1 has not begun": ONE_BY_ONE,
-        "meanwhile nobody works": WITHOUT_THREADS,
+        "meanwhile no work is done": WITHOUT_THREADS,
         "for which there is no buffer": EVERYTHING,
         "with n = 2, while record 0 is worked on, the read of record 2 has not begun": ONE_THREAD,
     },

@@ -165,7 +165,7 @@ class Configuration:
             *(["loss_chunk"] if self.loss_chunk is not None else []),
         )
         if self.fp8 and self.quantization_bits != 16:
-            raise UserError(f"Configuration: quantization_bits is {self.quantization_bits} beside fp8; choose one")
+            raise UserError(f"Configuration: quantization_bits is {self.quantization_bits} and fp8 is on; choose one")
         if self.quantized and (self.lora is None or self.strategy.zero_stage == 3):
             setting = "fp8 is True" if self.fp8 else f"quantization_bits is {self.quantization_bits}"
             raise UserError(

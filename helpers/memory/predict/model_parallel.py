@@ -19,7 +19,7 @@ IDS = "ids and labels"
 def _check(c: Configuration, ranks: int) -> None:
     if c.lora or c.checkpointing or c.strategy.kind != "single":
         raise UserError(
-            "model_parallel predicts a model that is trained whole, without checkpointing and ZeRO; "
+            "model_parallel predicts training of all parameters, without checkpointing and ZeRO; "
             "give a Configuration with lora=None, checkpointing=False and the strategy single"
         )
     if ranks < 1:
