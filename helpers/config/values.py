@@ -96,6 +96,7 @@ def describe(annotation: Any) -> str:
     """Say what kind of value an annotation wants, in the words of a configuration file."""
     alternatives = _alternatives(annotation)
     named = [kind for kind in alternatives if kind not in (type(None), str) or not _enumerations(annotation)]
+    named.sort(key=lambda kind: get_origin(kind) is not list)  # typing's cache may return a union in another order
     return " or ".join(dict.fromkeys(_describe_one(kind) for kind in named if kind is not type(None)))
 
 
