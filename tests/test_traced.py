@@ -36,9 +36,17 @@ def test_the_job_is_traced_as_it_is():
     assert traced_allowance(job) != traced_allowance(plain)
 
 
-@pytest.mark.parametrize("changes", [{"compiled": True}, {"quantization_bits": 4}, {"offloaded_checkpoints": True}])
-def test_what_cannot_be_traced_is_refused(changes):
-    with pytest.raises(UserError, match="leave --trace out"):
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"compiled": True}, "the compiler decides"),
+        ({"quantization_bits": 4}, "quantised matrices"),
+        ({"offloaded_checkpoints": True}, "another stream"),
+        ({"precision": "bf16", "strategy": Strategy("zero-2", 2)}, "DeepSpeed allocates"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_with_the_reason(changes, reason):
+    with pytest.raises(UserError, match=f"{reason}.*leave --trace out"):
         traced_allowance(Configuration(**changes))
 
 

@@ -42,11 +42,8 @@ def traced_allowance(configuration: Configuration) -> int:
         UserError: The configuration is another one.
     """
     c = configuration
-    if c.strategy.zero_stage or c.compiled or c.quantized or c.offloaded_checkpoints:
-        raise UserError(
-            "only a job in one process or under DDP can be traced, not compiled, not quantised and with its layers' "
-            "inputs on the GPU; leave --trace out"
-        )
+    if reason := _beyond_operators(c):
+        raise UserError(f"{reason}, which the model's operators do not show: the formula is better; leave --trace out")
     allocator = _Allocations(c.expandable_segments)
     allocator.allocate_for_ever(c.machine.cublas_workspace)
     with _cuda_operators():
@@ -60,6 +57,17 @@ def traced_allowance(configuration: Configuration) -> int:
             with allocator:
                 _train(c, model)
     return allocator.reserved - allocator.peak
+
+
+def _beyond_operators(c: Configuration) -> str:
+    """Name what allocates GPU memory besides the operators that a trace sees; empty if nothing does."""
+    reasons = {
+        "DeepSpeed allocates flat tensors, buckets and whole gradients": c.strategy.zero_stage > 0,
+        "the compiler decides what compiled layers make": c.compiled,
+        "quantised matrices are multiplied by kernels of their own": c.quantized,
+        "layers' inputs come back from host memory on another stream": c.offloaded_checkpoints,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 class _Allocations(TorchDispatchMode):
