@@ -1,6 +1,7 @@
 """A job's memory before its weights are loaded: printed, refused if it cannot fit, compared with NVML at the end."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -10,9 +11,11 @@ from helpers.errors import UserError
 from helpers.finetune import forecast as forecasts
 from helpers.finetune.forecast import forecast, forecast_or_reason
 from helpers.finetune.row_lengths import read_row_lengths, row_lengths
+from helpers.finetune.run_folder import peaks_and_phase
 from helpers.hardware import Gpu
 from helpers.memory.predict import ModelShape, machine, predict
 from helpers.memory.predict.lengths import StepLengths, step_lengths
+from helpers.memory.timeline import GpuCurve, Timeline
 from helpers.memory.units import GIB
 
 
@@ -114,6 +117,23 @@ def test_the_end_compares_with_the_fullest_gpu(job_on):
     predicted = found.prediction.total / GIB
     line = found.compared_with([predicted / 2, predicted / 1.1])
     assert line == f"GPU memory: {predicted:.2f} GiB predicted, {predicted / 1.1:.2f} at NVML's peak (+10.0 %)"
+    assert found.compared_with([predicted / 2, predicted / 1.1], "train") == line
+    evaluated = found.compared_with([predicted / 2, predicted / 1.1], "evaluate")
+    assert evaluated == f"{line}; the peak came in the phase 'evaluate', and the prediction is for training steps"
+
+
+def test_the_phase_of_the_peak_is_the_innermost_one_of_the_fullest_gpus_rank(tmp_path):
+    def mark(rank, *marks):
+        lines = [{"event": e, "name": n, "rank": rank, "time": t, "pid": 1} for e, n, t in marks]
+        (tmp_path / f"phases-{rank:03}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    mark(0, ("begin", "train", 100), ("end", "train", 110))
+    mark(1, ("begin", "train", 100), ("begin", "evaluate", 104), ("end", "evaluate", 106), ("end", "train", 110))
+    curves = [GpuCurve(0, "H100", 80, [1.0, 5.0], [1, 2]), GpuCurve(1, "H100", 80, [1.0, 5.0, 7.0], [1, 9, 9])]
+    timeline = Timeline(100.0, 10.0, curves, None)
+    assert peaks_and_phase(tmp_path, timeline) == ([1 / GIB, 8 / GIB], "evaluate")
+    assert peaks_and_phase(tmp_path, dataclasses.replace(timeline, gpus=curves[:1]))[1] == "train"
+    assert peaks_and_phase(tmp_path, dataclasses.replace(timeline, start=200.0))[1] is None
 
 
 def test_row_lengths_of_a_folder_are_those_of_the_job(tmp_path, data_dir, small_checkpoint):

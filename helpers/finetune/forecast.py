@@ -15,6 +15,9 @@ from helpers.memory.predict.machine import calibrated
 from helpers.memory.predict.planner import fits, label, sort_strategies
 from helpers.memory.units import GIB
 
+# Phases of a job whose memory nothing predicts: generation, for example, has caches of keys and values.
+NOT_PREDICTED = ("evaluate", "save", "load model")
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -74,18 +77,22 @@ class Forecast:
             "gpu_gib": None if self.gpu_bytes is None else self.gpu_bytes / GIB,
         }
 
-    def compared_with(self, peaks: Sequence[float]) -> str:
+    def compared_with(self, peaks: Sequence[float], phase: str | None = None) -> str:
         """Compare with NVML at the end of the run.
 
         Args:
             peaks: GiB of each GPU at its peak, without what was in use before the job.
+            phase: The phase of the job in which the fullest GPU had its peak, if it is known.
 
         Returns:
             One line.
         """
         predicted, peak = self.prediction.total / GIB, max(peaks)
         error = 100 * (predicted / peak - 1)
-        return f"GPU memory: {predicted:.2f} GiB predicted, {peak:.2f} at NVML's peak ({error:+.1f} %)"
+        line = f"GPU memory: {predicted:.2f} GiB predicted, {peak:.2f} at NVML's peak ({error:+.1f} %)"
+        if phase in NOT_PREDICTED:
+            line += f"; the peak came in the phase {phase!r}, and the prediction is for training steps"
+        return line
 
 
 def forecast(job: Job, world_size: int) -> Forecast:

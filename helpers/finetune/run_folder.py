@@ -18,6 +18,7 @@ from helpers.finetune.recorder import read_metrics
 from helpers.finetune.stop import StoppedBySignal
 from helpers.memory.phases import across_ranks, read_phases
 from helpers.memory.timeline import Timeline
+from helpers.memory.units import GIB
 from helpers.plots import loss_and_memory, memory_timeline, save_figure
 
 TIME = "%Y-%m-%dT%H:%M:%S%z"
@@ -95,3 +96,24 @@ def draw_figures(output_dir: Path, timeline: Timeline) -> None:
     if timeline.gpus:
         phases = across_ranks(read_phases(sorted(output_dir.glob("phases-*.jsonl"))))
         save_figure(memory_timeline(timeline, phases, "GPU memory"), output_dir / "memory_timeline.png")
+
+
+def peaks_and_phase(output_dir: Path, timeline: Timeline) -> tuple[list[float], str | None]:
+    """Find the peak of each GPU, and in which phase the fullest one had it.
+
+    Args:
+        output_dir: The run's folder, with the phases of its ranks.
+        timeline: The memory of the GPUs, one per rank.
+
+    Returns:
+        GiB above what was in use before, per GPU; and the innermost phase of that GPU's rank, None outside of all.
+    """
+    fullest = max(timeline.gpus, key=lambda gpu: gpu.delta)
+    moment = timeline.start + fullest.peak_seconds
+    phases = read_phases(sorted(output_dir.glob("phases-*.jsonl")))
+    around = [
+        phase
+        for phase in phases
+        if phase.rank == fullest.index and phase.start <= moment <= (moment if phase.end is None else phase.end)
+    ]
+    return [gpu.delta / GIB for gpu in timeline.gpus], around[-1].name if around else None

@@ -39,7 +39,7 @@ from helpers.finetune.packing import PackCollator
 from helpers.finetune.plan import count_parameters, describe_plan, warn_of_busy_gpus
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
-from helpers.finetune.run_folder import TIME, RunFile, draw_figures, start_run_file
+from helpers.finetune.run_folder import TIME, RunFile, draw_figures, peaks_and_phase, start_run_file
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
 from helpers.finetune.steps import check_completed, check_scored, finished_line
 from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals, restored_signals
@@ -183,7 +183,7 @@ def _finish(
     if evaluation:
         print(evaluation)
     if predicted and timeline.gpus:
-        print(predicted.compared_with([(gpu.peak - gpu.baseline) / GIB for gpu in timeline.gpus]))
+        print(predicted.compared_with(*peaks_and_phase(job.output_dir, timeline)))
     print(
         f"written to {job.output_dir}: {', '.join(sorted(p.name for p in job.output_dir.iterdir() if p.name != LOCK))}",
         flush=True,
