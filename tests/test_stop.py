@@ -10,6 +10,7 @@ import torch.distributed as dist
 from small_finetune import ONE_RANK, write_config
 
 from helpers.errors import UserError
+from helpers.finetune import train
 from helpers.finetune.run_folder import RunFile
 from helpers.finetune.stop import (
     SIGNALS,
@@ -99,6 +100,29 @@ def test_a_signal_while_the_model_loads_is_one_line(tmp_path, data_dir, small_ch
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stdout.splitlines()[-1] == "stopped by SIGTERM" and "Traceback" not in done.stderr
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_signal_for_a_rank_that_has_finished_is_no_traceback(monkeypatch, capsys, tmp_path):
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    def finished(_, ranks):
+        end_at_signals(ranks)
+        return 130
+
+    # Seed 305 of the fault campaign: the other rank ends first, and torchrun ends this one in its last lines.
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(train, "_run_or_explain", finished)
+    monkeypatch.setattr(train, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: signal.raise_signal(signal.SIGTERM))
+    config = write_config(tmp_path)
+    with pytest.raises(Ended, match="143"):
+        train.main([str(tmp_path), str(tmp_path), str(config)])
+    assert capsys.readouterr().out == "\nstopped by SIGTERM\n"
 
 
 @pytest.mark.slow

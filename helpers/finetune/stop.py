@@ -37,8 +37,7 @@ def end_at_signals(ranks: Ranks) -> None:
     """Let a signal raise :class:`StoppedBySignal` from now on."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        for other in SIGNALS:  # one is enough: torchrun passes on what the whole process group has got already
-            signal.signal(other, signal.SIG_IGN)
+        ignore_signals()  # one is enough: torchrun passes on what the whole process group has got already
         raise StoppedBySignal(number)
 
     _handle(end, ranks)
@@ -52,6 +51,12 @@ def _handle(handler: Callable[[int, FrameType | None], Any], ranks: Ranks) -> No
             signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """Ignore the signals from now on."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ignore_signals_in_worker(start: Callable[[int], object] | None, worker: int) -> None:
     """Start a data loader's worker that leaves signals to its rank: a worker that ends takes the rank with it.
 
@@ -59,8 +64,7 @@ def ignore_signals_in_worker(start: Callable[[int], object] | None, worker: int)
         start: What the worker would have called at its start.
         worker: Its number.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     if start is not None:
         start(worker)
 

@@ -42,7 +42,7 @@ from helpers.finetune.recorder import FirstStepMarker, Recorder, WorkCounter
 from helpers.finetune.run_folder import TIME, RunFile, draw_figures, peaks_and_phase, start_run_file
 from helpers.finetune.speed import apply_speed_options, evaluation_mode, set_allocator
 from helpers.finetune.steps import check_completed, check_scored, finished_line
-from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals, restored_signals
+from helpers.finetune.stop import StopOnSignal, StoppedBySignal, end_at_signals, ignore_signals, restored_signals
 from helpers.finetune.trainer import LoraTrainer
 from helpers.finetune.training_arguments import training_arguments
 from helpers.finetune.watchdog import Watchdog
@@ -286,12 +286,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     try:
         status = _run_or_explain(arguments, ranks)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        ignore_signals()  # of a rank that has ended earlier, and of torchrun, while Python ends
     except StoppedBySignal as stopped:
         ranks.print_once(f"\n{stopped}")
         sys.stdout.flush()
         os._exit(stopped.status)  # not sys.exit: other ranks may be in a collective
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if status:
         sys.exit(status)
 
