@@ -56,7 +56,7 @@ WRONG = {
             "return gradient @ (dequantise_blocks(codes, scales, NF4, ctx.shape) > 0).float()",
         ),
         "raised RuntimeError": ("NF4, shape).T", "NF4, shape)"),
-        "beside codes and scales": ("ctx.shape = shape", "ctx.shape, ctx.x = shape, x"),
+        "besides codes and scales": ("ctx.shape = shape", "ctx.shape, ctx.x = shape, x"),
         "160 bytes are kept": (  # the dense matrix, instead of making it again
             "        ctx.shape = shape\n",
             "        ctx.shape, ctx.dense = shape, dequantise_blocks(codes, scales, NF4, shape)\n",
