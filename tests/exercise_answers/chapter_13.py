@@ -33,7 +33,7 @@ WRONG = {
     },
     "suspect": {
         "a rank that waits is a victim": "your_suspect = 0",
-        "none of the four ranks": "your_suspect = 4",
+        "not one of the four ranks": "your_suspect = 4",
     },
     "first_bad_rank": {
         "it does not return: rank 0 had returned, rank 1 waits in all_reduce": (
