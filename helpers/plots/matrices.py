@@ -92,7 +92,8 @@ def matmul_parts(equations: Mapping[str, Sequence[tuple[str, Sequence[np.ndarray
     shapes = [np.shape(masks[0]) for factors in equations.values() for _, masks in factors]
     longest, tallest = max(map(max, shapes)), max(rows for rows, _ in shapes)
     widest = max(sum(np.shape(masks[0])[1] / longest + 0.4 for _, masks in factors) for factors in equations.values())
-    fig = new_figure(title, width=13, height=3.6)
+    inch = 12.6 / len(equations) / widest  # per unit of the drawing
+    fig = new_figure(title, width=13, height=1.1 + inch * (tallest / longest + 0.44))
     for axes, (name, factors) in zip(np.atleast_1d(fig.subplots(1, len(equations))), equations.items(), strict=True):
         left = 0.0
         for (label, masks), sign in zip(factors, ("×", "=", ""), strict=True):
