@@ -30,7 +30,7 @@ def _clamp(largest):
 
 
 @triton.jit
-def _forward(gate_up, codes, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_rows(gate_up, codes, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -45,7 +45,7 @@ def _forward(gate_up, codes, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(gradient, gate_up, weights, codes, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_gradient_rows(gradient, gate_up, weights, codes, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -75,7 +75,7 @@ def round_swiglu(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(rows, width, device=gate_up.device, dtype=E4M3)
     scales = torch.empty(rows, 1, device=gate_up.device, dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    wrap_triton(_forward)[(rows,)](gate_up, codes, scales, WIDTH=width, BLOCK=block, num_warps=WARPS)
+    wrap_triton(_swiglu_rows)[(rows,)](gate_up, codes, scales, WIDTH=width, BLOCK=block, num_warps=WARPS)
     return codes, scales
 
 
@@ -86,7 +86,7 @@ def round_swiglu_gradient(gradient: Tensor, gate_up: Tensor, weights: Tensor) ->
     codes = torch.empty(rows, 2 * width, device=gradient.device, dtype=E4M3)
     scales = torch.empty(rows, 1, device=gradient.device, dtype=torch.float32)
     block = triton.next_power_of_2(width)
-    wrap_triton(_backward)[(rows,)](
+    wrap_triton(_swiglu_gradient_rows)[(rows,)](
         gradient, gate_up, weights, codes, scales, WIDTH=width, BLOCK=block, num_warps=GRADIENT_WARPS
     )
     return codes, scales
