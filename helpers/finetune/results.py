@@ -18,6 +18,7 @@ RESULTS = ROOT / "notebooks" / "results" / "finetune_6b.json"
 TIMELINE = RESULTS.with_name("finetune_6b_timeline.json")
 SAME_FINETUNE = RESULTS.with_name("same_finetune.json")
 FEWER_BITS = RESULTS.with_name("fewer_bits.json")
+LOSS_RESULTS = RESULTS.with_name("fp8_losses.json")
 SPEED_RESULTS = RESULTS.with_name("speed_6b.json")
 OFFLOAD_RESULTS = RESULTS.with_name("offload_6b.json")
 # What the README shows of the speed benchmark; chapter 14 shows the rest.

@@ -84,13 +84,16 @@ def format_errors(
     return fig
 
 
-def loss_differences(curves: Mapping[str, Sequence[float]], reference: str, title: str) -> CourseFigure:
+def loss_differences(
+    curves: Mapping[str, Sequence[float]], reference: str, title: str, *, every: int = 1
+) -> CourseFigure:
     """Draw the losses of several runs, and next to them how far each is above the reference.
 
     Args:
         curves: ``{run: [loss of step 1, of step 2, ...]}``, in nats per token.
         reference: The run that the others are compared with.
         title: The figure's title.
+        every: Steps between two losses, if not every step has one.
 
     Returns:
         The figure.
@@ -104,7 +107,7 @@ def loss_differences(curves: Mapping[str, Sequence[float]], reference: str, titl
         raise UserError("loss_differences: the runs differ in length; give every run the same steps")
     fig = new_figure(title, width=13, height=4.6)
     left, right = fig.subplots(1, 2)
-    steps = range(1, len(curves[reference]) + 1)
+    steps = [every * number for number in range(1, len(curves[reference]) + 1)]
     for number, ((name, losses), colour, marker) in enumerate(
         zip(curves.items(), RANK_COLOURS, "os^Dv<>X", strict=False)
     ):

@@ -1,12 +1,13 @@
 """LoRA on ChatGLM3-6B's full size: the published recipe, each thing that makes it faster alone, and all of them.
 
-    python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--profile] [--results FILE] [--commit HASH]
+    python tests/benchmarks/speed_6b.py CHECKPOINT [--only TEXT ...] [--profile] [--losses] [--results FILE]
 
 Every run is the ordinary command on the same examples, of AdvertiseGen's length, one run after the other;
 ``python -m helpers.finetune.readme`` then draws the figure and writes the README's table. CHECKPOINT is a folder in
 the published layout; if it does not exist, one with random weights is written there. Needs a GPU with 80 GiB for two
 packs of 4,096 tokens at once. ``--only`` selects the runs whose names contain one of the texts. ``--profile`` makes
 :data:`PROFILED` once more, under torch.profiler (``profiled_train.py``), and records where their steps' time goes.
+``--losses`` makes :data:`LONG` instead, in two minutes: do bf16 and fp8 learn alike?
 """
 
 import argparse
@@ -32,7 +33,7 @@ from finetune_6b import (
 )
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.finetune.results import SPEED_RESULTS
+from helpers.finetune.results import LOSS_RESULTS, SPEED_RESULTS
 from helpers.finetune.torchrun import run_command, torchrun_command
 from helpers.memory.predict import ModelShape
 
@@ -93,6 +94,9 @@ RUNS = [
     Run("lora.yaml, checkpointing", training={"gradient_checkpointing": True}),
 ]
 
+# The same packs in the same order; dropout drops others.
+LONG_STEPS = {"max_steps": 200, "logging_steps": 10}
+LONG = [Run("bf16", FAST, training=LONG_STEPS), Run("fp8", FP8, training=LONG_STEPS)]
 PROFILED = ("lora_fast.yaml: packing, compiled layers", "lora_fp8.yaml: frozen matrices in fp8")
 
 
@@ -148,12 +152,15 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--only", nargs="+", help="texts in the names of the runs to make")
     parser.add_argument("--profile", action="store_true", help="also profile some of them, in runs of their own")
-    parser.add_argument("--results", type=Path, default=SPEED_RESULTS)
+    parser.add_argument("--losses", action="store_true", help="compare the losses of bf16 and fp8 over 200 steps")
+    parser.add_argument("--results", type=Path, help="file to write; a default for speeds, one for losses")
     parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError("no GPU here; this measures the 6B model on GPUs")
-    chosen = [run for run in RUNS if not arguments.only or any(text in run.name for text in arguments.only)]
+    results = arguments.results or (LOSS_RESULTS if arguments.losses else SPEED_RESULTS)
+    runs_of = LONG if arguments.losses else RUNS
+    chosen = [run for run in runs_of if not arguments.only or any(text in run.name for text in arguments.only)]
     ensure_checkpoint(arguments.checkpoint)
     rate = matmul_tflops()
     print(f"8192 x 8192 x 8192 in bf16: {rate:.0f} TFLOP/s", flush=True)
@@ -184,7 +191,7 @@ def main() -> None:
                 "product_tflops": rate,
                 "mean_tokens": mean_tokens(next(iter(runs.values()))),
             }
-            write_results(arguments.results, arguments.checkpoint, runs, **facts)
+            write_results(results, arguments.checkpoint, runs, **facts)
     for name, run in runs.items():
         print(
             f"{name:32} {run['tokens_per_second_per_gpu']:8,.0f} tokens/s per GPU, "
