@@ -184,10 +184,8 @@ def _finish(
         print(evaluation)
     if predicted and timeline.gpus:
         print(predicted.compared_with(*peaks_and_phase(job.output_dir, timeline)))
-    print(
-        f"written to {job.output_dir}: {', '.join(sorted(p.name for p in job.output_dir.iterdir() if p.name != LOCK))}",
-        flush=True,
-    )
+    files = ", ".join(sorted(p.name for p in job.output_dir.iterdir() if p.name != LOCK))
+    print(f"written to {job.output_dir}: {files}", flush=True)
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
