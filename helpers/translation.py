@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from helpers.errors import UserError, exit_with_one_line
-from helpers.files import atomic_write
+from helpers.files import atomic_write, read_json_object
 from helpers.notebooks import NOTEBOOKS, Notebook, find_chapters
 
 TRANSLATIONS = NOTEBOOKS / "zh"
@@ -32,12 +32,9 @@ def carry_over(chapter: Notebook, translation: Notebook) -> Notebook:
     """
     texts = {cell["id"]: cell for cell in translation["cells"] if cell["cell_type"] == "markdown"}
     wanted = {cell["id"] for cell in chapter["cells"] if cell["cell_type"] == "markdown"}
-    if differing := sorted(wanted ^ texts.keys()):
-        missing, extra = wanted.intersection(differing), texts.keys() & differing
-        raise UserError(
-            f"translate the text cells {sorted(missing)} and remove {sorted(extra)}: "
-            "a translation has the chapter's text cells, with their ids"
-        )
+    tasks = {"translate": wanted - texts.keys(), "remove": texts.keys() - wanted}
+    if todo := [f"{verb} {', '.join(sorted(names))}" for verb, names in tasks.items() if names]:
+        raise UserError(f"the text cells differ from the chapter's; {'; '.join(todo)}")
     cells = [texts[cell["id"]] if cell["cell_type"] == "markdown" else cell for cell in chapter["cells"]]
     return chapter | {"cells": cells}
 
@@ -50,11 +47,10 @@ def main() -> None:
     parser.add_argument("--translations", type=Path, default=TRANSLATIONS, help="folder of the translations")
     paths = find_chapters(parser.parse_args().translations)
     for path in paths:
+        missing = f"{path} has no English chapter of this name in {NOTEBOOKS}; rename or remove it"
+        chapter, translation = (read_json_object(file, missing) for file in (NOTEBOOKS / path.name, path))
         try:
-            chapter, translation = (json.loads(file.read_text("utf-8")) for file in (NOTEBOOKS / path.name, path))
             updated = carry_over(chapter, translation)
-        except FileNotFoundError:
-            raise UserError(f"{path} has no English chapter {NOTEBOOKS / path.name}; rename or remove it") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         with atomic_write(path) as temporary:
