@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import suppress
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from helpers.launch import device
 """
 MAGIC = re.compile(r"^[!%].*", re.MULTILINE)  # what is not Python: a command of the shell or of the notebook
-PROGRAM = re.compile(r"%%writefile \{(\w+)\}\n")
+PROGRAM = re.compile(r"%%writefile \{(\w+)(?:\.parent\}/([\w.]+)|\})\n")  # a variable, and a file beside its own
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -54,21 +55,23 @@ def solutions(chapter):
 
 
 def program_above(all_cells, number):
-    """The code cell above this one if it writes a program to a file, which this one judges; else None."""
-    above = [cell for cell in all_cells[:number] if cell["cell_type"] == "code"]
-    source = "".join(above[-1]["source"]) if above else ""
-    return source if PROGRAM.match(source) else None
+    """The code cells above this one if they write a program to its files, which this one judges; else None."""
+    above = ["".join(cell["source"]) for cell in all_cells[:number] if cell["cell_type"] == "code"]
+    written = list(takewhile(PROGRAM.match, reversed(above)))
+    return "\n".join(reversed(written)) or None
 
 
 def define(chapter, name, code, folder):
     """What a cell with ``code`` would define in the place of the one that calls the judge ``name``.
 
-    A program is written into ``folder``; the cell's variable is its path.
+    A program's files are written into ``folder``; the cells' variable is its path.
     """
     namespace = {"__name__": "answer"}
-    if program := PROGRAM.match(code):
-        namespace[program[1]] = folder / "program.py"
-        namespace[program[1]].write_text(code[program.end() :])
+    if PROGRAM.match(code):
+        _, *files = PROGRAM.split(code)
+        for variable, beside, text in zip(files[::3], files[1::3], files[2::3], strict=True):
+            namespace[variable] = folder / "program.py"
+            (folder / (beside or "program.py")).write_text(text)
         return namespace
     for cell in cells(chapter):
         if cell["cell_type"] != "code":

@@ -63,7 +63,7 @@ def test_every_blank_has_three_hints_and_a_judge(path):
     code = [cell for cell in read(path)["cells"] if cell["cell_type"] == "code"]
     for number, cell in enumerate(code):
         if wanted := cell["metadata"].get("practice"):
-            judging = code[number + 1] if source(cell).startswith("%%") else cell
+            judging = next(cell for cell in code[number:] if not source(cell).startswith("%%"))
             assert len(wanted["hints"]) == 3 and source(judging).splitlines()[-1].startswith("chapter_")
 
 

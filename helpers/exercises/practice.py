@@ -7,8 +7,8 @@ The worked notebooks are the only source. A core cell's metadata say what is bla
     "practice": {"blank": ["reduce_round", "Bucket.collect"], "hints": ["...", "...", "..."]}
 
 In the practice edition these bodies raise NotImplementedError; signature and docstring stay. The cell still ends with
-its judge, and later cells use what the learner wrote. A cell that writes a program (``%%writefile``) has its judge in
-the next code cell. Solutions are a link to the worked edition, and outputs stay, labelled as recorded.
+its judge, and later cells use what the learner wrote. Cells that write a program (``%%writefile``) have its judge in
+the next code cell that writes none. Solutions are a link to the worked edition, and outputs stay, labelled as recorded.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def _task(identity: str, wanted: dict[str, Any], name: str, written: bool) -> Ce
         f"<details><summary>Hint {number}</summary>\n\n{hint}\n</details>"
         for number, hint in enumerate(wanted["hints"], 1)
     )
-    verdict = "the next code cell tells you how it went" if written else "its last line tells you how it went"
+    verdict = "the judge of the program tells you how it went" if written else "its last line tells you how it went"
     text = f"**Yours: {functions}.** Write the {bodies} in the cell below and run it: {verdict}."
     return _markdown(identity, f"{text}\n\n{hints}\n\n[The worked chapter](../{name}) has a solution.")
 

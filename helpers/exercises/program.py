@@ -11,8 +11,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import FileFinder, SourceFileLoader
 from itertools import chain
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -51,6 +53,16 @@ class _Seen:
     sizes: tuple[int, int, float] = (0, 0, 0.0)
 
 
+class _FromSource(SourceFileLoader):
+    """Import what lies beside the program. An error names its line, as in the program itself.
+
+    Bytecode is left alone: a file that is written twice within a second looks unchanged.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.get_data(self.path), f"<{Path(self.path).name}>", "exec")
+
+
 def _leave_for_torchrun(script: str, data: str, checkpoint: str) -> dist.TCPStore | None:
     """In a rank: give this process what torchrun gives it, and no process group. The store must outlive the program."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
@@ -60,6 +72,9 @@ def _leave_for_torchrun(script: str, data: str, checkpoint: str) -> dist.TCPStor
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0])}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     sys.argv = [script, data, checkpoint, str(EPOCHS)]
+    folder = str(Path(script).parent)
+    sys.path.insert(0, folder)
+    sys.path_importer_cache[folder] = FileFinder(folder, (_FromSource, [".py"]))
     return store
 
 
@@ -169,7 +184,7 @@ def program(path: str | Path) -> None:
         targets = inputs.sum(dim=1, keepdim=True) + noise
         with tempfile.TemporaryDirectory(prefix="program-") as folder:
             torch.save((inputs, targets), Path(folder) / "data.pt")
-            ranks = on_ranks(_watched, n, code=code, script=script.name, folder=folder)
+            ranks = on_ranks(_watched, n, code=code, script=str(script.resolve()), folder=folder)
             _check_rows(ranks, rows)
             _check_traffic(ranks)
             _check_checkpoint(Path(folder), _alone(ranks, inputs, targets))

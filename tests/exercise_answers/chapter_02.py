@@ -38,11 +38,11 @@ WRONG = {
         "in the same order in every epoch": ("sampler.set_epoch(epoch)", "pass"),
         "sent its gradients 2 times per step": ("nullcontext() if last else model.no_sync()", "nullcontext()"),
         "never averaged its gradients": ("nullcontext() if last else model.no_sync()", "model.no_sync()"),
-        "the weights are off by": (" / MICRO_BATCHES)", ")"),
+        "the weights are off by": (" / micro_batches)", ")"),
         "rank 1 wrote the checkpoint as well": ("if dist.get_rank() == 0:", "if True:"),
         "the checkpoint has 'module.": ("model.module.state_dict()", "model.state_dict()"),
         "without leaving the process group": ("    dist.destroy_process_group()\n", ""),
-        "raised KeyError: 'LOCAL_SIZE' (line 15 of start)": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        "raised KeyError: 'LOCAL_SIZE' (line 10 of start)": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
         "is not Python": ("device = start()", "device = start("),
     },
     "lora_traffic": {
