@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from helpers.activations.checkpointing import MATMULS
 from helpers.exercises.answers import WORLDS, NotYet, agree, attempt, call, exercise, on_ranks, without_fault
 from helpers.exercises.inputs import random
-from helpers.exercises.losses import compare_losses
+from helpers.exercises.losses import compare_losses, expect_fp32
 from helpers.exercises.recomputed import check_recomputed
 from helpers.memory.peak_bytes import PeakBytes
 from helpers.memory.predict import ModelShape
@@ -105,8 +105,7 @@ def recomputed(answer: type[torch.autograd.Function]) -> None:
         check_recomputed(answer, shape, inner, dropout)
 
 
-# Tokens, how many of them are ignored, tokens of a chunk, and vocabulary.
-CHUNKED = ((7, 0, 3, 40), (5, 2, 8, 33), (30, 6, 2, 600), (41, 40, 5, 50))
+CHUNKED = ((7, 0, 3, 40), (5, 2, 8, 33), (30, 6, 2, 600), (41, 40, 5, 50))  # tokens, ignored, of a chunk; vocabulary
 
 
 @exercise
@@ -118,6 +117,7 @@ def loss_in_chunks(answer: type[torch.autograd.Function]) -> None:
     """
     for tokens, ignored, chunk, vocabulary in CHUNKED:
         compare_losses(answer, tokens, ignored, chunk, vocabulary, trained_head=True, backward=False)
+    expect_fp32(answer)
 
 
 @exercise

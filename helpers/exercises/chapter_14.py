@@ -240,7 +240,7 @@ def _job(content: Mapping[str, Any], deepspeed: str | None, gpus: int) -> Config
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.yaml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        file = CONFIGS / deepspeed if deepspeed else None
+        file = CONFIGS / Path(deepspeed).name if deepspeed else None
         return read_job(path, file, shape=ModelShape(), world_size=gpus, sequence_length=None)
 
 

@@ -11,6 +11,7 @@ from helpers.exercises.answers import Function, alone, exercise
 from helpers.exercises.inputs import random
 
 LENGTHS = (5, 2000, 1024, 3001)  # of records, in elements; a page has 1024
+NO_RECORD = "record {} is read, and the {} records are numbered from 0"
 LONG, SHORT = 2.0, 0.05  # seconds to wait for what should happen, and for what should not
 
 
@@ -83,6 +84,9 @@ class _Drive:
     def fetch(self, disk: object, i: int) -> torch.Tensor:
         """Read record i into its buffer."""
         self._expect("disk", disk, self.disk)
+        if i >= self.count:  # an error in a thread that nobody asks for its result would not be seen
+            self.faults.append(NO_RECORD.format(i, self.count))
+            return torch.tensor([i])
         with self.lock:
             if (other := self.owner[i % 2]) is not None:
                 self.faults.append(f"record {i} is read into the buffer of record {other}, which is not written yet")
@@ -154,6 +158,9 @@ class _Reader:
 
     def read(self, i: int) -> int:
         """Return what work expects for record i."""
+        if i >= self.count:
+            self._fail(NO_RECORD.format(i, self.count))
+            return 0
         self.begun[i].set()
         if self.lasting and not self.released[i].wait(LONG):
             self._fail(f"the read of record {i} lasts, and meanwhile no work is done on record {i - 1}")

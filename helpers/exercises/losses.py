@@ -88,6 +88,22 @@ def compare_losses(
     _check_work(found, where, tokens, tokens - ignored, min(chunk, tokens - ignored), vocabulary, trained_head)
 
 
+def expect_fp32(answer: type[torch.autograd.Function]) -> None:
+    """Look at the loss of hidden states and a head in bf16.
+
+    Args:
+        answer: Applied to hidden states, the head's weight, targets and the number of tokens in a chunk.
+
+    Raises:
+        NotAnswered: The answer is still blank.
+        NotYet: The loss is in another type, or the answer raised something.
+    """
+    hidden, head = ((random(seed, 5, WIDTH) / 50).bfloat16() for seed in (1, 2))
+    loss = attempt(answer, answer.apply, hidden, head, torch.arange(5), 2)
+    if loss.dtype != torch.float32:
+        raise NotYet(f"for hidden states in bf16, the loss is in {str(loss.dtype)[6:]}, not in fp32")
+
+
 def _check_work(
     found: _Found, where: str, tokens: int, counted: int, chunk: int, vocabulary: int, trained_head: bool
 ) -> None:

@@ -118,6 +118,8 @@ def _update(update: Function, up: Function, make: Function) -> str | None:
                 when = f"of parameter {i} is off by {{:.2g}} after step {step + 1}, in {str(dtype)[6:]}"
                 if not (off := off_by(host.masters[i], value)) < 1e-6:
                     return f"the master {when.format(off)}: Adam's, in fp32"
+                if host.staging[i].requires_grad:
+                    return f"after update(host, {i}), host.staging[{i}] belongs to the master's graph: detach it first"
                 if not torch.equal(host.staging[i], host.masters[i].detach().to(dtype)):
                     return f"after update(host, {i}), host.staging[{i}] should hold the new value, in the device's type"
                 with _early_copies() as early:

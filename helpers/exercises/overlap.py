@@ -122,7 +122,33 @@ class _Pool:
         return self.jobs[-1]
 
 
+class _Bus:
+    """The notebook's copies, which happen only when somebody waits for them: a GPU's may last as long."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self.early, self.coming, self.copies = False, 0, list[Callable[[], None]]()
+        self.down, self.up = names["copy_to_host"], names["copy_to_device"]
+        names.update(copy_to_host=self.copy_to_host, copy_to_device=self.copy_to_device, wait=self.wait)
+
+    def copy_to_host(self, host: Any, i: int) -> None:
+        """Begin to bring a gradient down."""
+        self.coming += 1
+        self.copies.append(lambda: self.down(host, i))
+
+    def copy_to_device(self, host: Any, i: int) -> None:
+        """Begin to bring a value up, from a tensor into which no gradient may be on its way."""
+        self.early |= self.coming > 0
+        self.copies.append(lambda: self.up(host, i))
+
+    def wait(self) -> None:
+        """Do what has begun."""
+        for copy in self.copies:
+            copy()
+        self.coming, self.copies = 0, []
+
+
 def _late(answer: Function, make: Function) -> str | None:
+    bus = _Bus(answer.__globals__)
     for at_once in (False, True):
         parameters = host_parameters(torch.float32)
         host, pool, running = make(parameters), _Pool(at_once), None
@@ -134,6 +160,9 @@ def _late(answer: Function, make: Function) -> str | None:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient.clone()
             running = answer(host, pool, running)
+            bus.wait()  # the next forward is queued behind the copies
+            if bus.early:
+                return "host.staging[i] is used for a new value before the copy is complete that brings the gradient"
             if fault := _fault_of_jobs(pool, running, step):
                 return fault
             if any(parameter.grad is not None for parameter in parameters):

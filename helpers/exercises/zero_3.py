@@ -46,6 +46,8 @@ def _fault_of_shard(answer: Function, layer: torch.nn.Linear, rank: int, n: int)
         return f"{name} flat is not the parameters one after another, with as many zeros as padding says"
     if found.shard.shape != padded.chunk(n)[rank].shape or not torch.equal(found.shard, padded.chunk(n)[rank]):
         return f"{name} shard is not part {rank} of {n} of flat"
+    if not (found.flat.is_leaf and found.shard.is_leaf):
+        return "flat and shard belong to autograd's graph of the parameters: an optimizer takes leaves only"
     storage = found.flat.untyped_storage().data_ptr()
     if found.shard.untyped_storage().data_ptr() == storage:
         return "shard lies in flat's memory, and would be freed with it"

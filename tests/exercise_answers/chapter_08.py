@@ -16,6 +16,7 @@ WRONG = {
         "padding is 2": ("-len(flat) % n", "n - len(flat) % n"),
         "places in flat, not copies": ("piece.view(parameter.shape) for", "piece.view(parameter.shape).clone() for"),
         "the parameters' shapes": ("piece.view(parameter.shape)", "piece"),
+        "an optimizer takes leaves only": ("parameter.detach().view(-1)", "parameter.view(-1)"),
     },
     "unshard_and_reshard": {
         "bytes behind flat": ("    sharded.flat.untyped_storage().resize_(0)\n", ""),

@@ -37,6 +37,10 @@ WRONG = {
             "    host.adams[i].step()\n",
             "    host.masters[i].detach().copy_(host.parameters[i])\n    host.adams[i].step()\n",
         ),
+        "belongs to the master's graph": (
+            "host.staging[i].copy_(host.masters[i].detach())",
+            "host.staging[i].copy_(host.masters[i])",
+        ),
         "should hold the new value": ("    host.staging[i].copy_(host.masters[i].detach())\n", ""),
         "raised RuntimeError: a leaf Variable": ("host.parameters[i].detach().copy_", "host.parameters[i].copy_"),
     },
@@ -61,6 +65,7 @@ WRONG = {
     "late_step": {
         "with a fast thread, after step 1": (UP, UP_AFTER_SUBMIT),
         "wait for it": ("        running.result()", "        pass"),
+        "before the copy is complete": ("    wait()\n    gradients", "    gradients"),
         "with a slow thread, after step 2": (", copy=True", ""),  # the values go through the gradients' memory
         "it has just begun": (
             "    return pool.submit(adam_on, host, gradients)",

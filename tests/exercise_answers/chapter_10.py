@@ -42,6 +42,7 @@ WRONG = {
         "before its update has ended": (UPDATE + WRITE, WRITE + UPDATE),
         "into the buffer of record": ("ThreadPoolExecutor(1)", "ThreadPoolExecutor(2)"),
         "have not been written back": (WRITE, ""),
+        "record 1 is read, and": ("if i + 1 < len(parameters):", "if True:"),
         "a step is used": ("update, parameter, states, step", "update, parameter, states, 1"),
         "a disk is used": ("fetch, disk, i + 1", "fetch, None, i + 1"),
         "the log has": (WRITE, "            drive.submit(store, disk, i)\n"),
@@ -99,6 +100,7 @@ WRONG = {
         "only whole drives": "drives = 9.8",
     },
     "ahead_by": {
+        "record 4 is read, and": ("if i + n < count:", "if i + n <= count:"),
         "in another thread": (
             "            work(i, value)",
             "            with ThreadPoolExecutor(1) as other:\n                other.submit(work, i, value)",

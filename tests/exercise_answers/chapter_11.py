@@ -59,6 +59,7 @@ WRONG = {
     "loss_in_chunks": {
         "times the mean cross-entropy": ("loss / len(target_positions)", "loss / len(targets)"),
         "forward holds 2": ("            del logits\n", ""),
+        "the loss is in bfloat16": (".float()", ""),
         "forward has 1.67 matmuls": (  # ignored tokens are multiplied as well
             "        for positions in target_positions.split(chunk):\n",
             "        hidden[targets == -100] @ weight.T\n        for positions in target_positions.split(chunk):\n",

@@ -69,4 +69,7 @@ WRONG = {
     },
 }
 
-RIGHT = {"pack": (("return ids, labels, positions, sees", "return [ids, labels, positions, sees]"),)}
+RIGHT = {
+    "pack": (("return ids, labels, positions, sees", "return [ids, labels, positions, sees]"),),
+    "fit_it": (('"ds_zero_3.json"', '"configs/ds_zero_3.json"'),),
+}
