@@ -40,7 +40,7 @@ def reduce_scatter(answer: Operation) -> None:
     """Judge the sum of which each rank gets its own slice.
 
     Args:
-        answer: Gets the full tensor and returns a new one.
+        answer: Takes the full tensor and returns a new one.
     """
     for n, size in zip(WORLDS, (4, 1, 6), strict=True):
         total = torch.stack([random(rank, size * n) for rank in range(n)]).sum(0)
@@ -55,7 +55,7 @@ def all_gather(answer: Operation) -> None:
     """Judge the operation after which all ranks have all parts.
 
     Args:
-        answer: Gets this rank's part and returns a new tensor.
+        answer: Takes this rank's part and returns a new tensor.
     """
     for n, size in zip(WORLDS, (4, 1, 6), strict=True):
         whole = torch.cat([random(rank, size) for rank in range(n)])
@@ -70,7 +70,7 @@ def pass_on(answer: Operation) -> None:
     """Judge the message to the next rank.
 
     Args:
-        answer: Gets what to send and returns what the rank before sent.
+        answer: Takes what to send and returns what the rank before sent.
     """
     for n, size in zip(WORLDS, (4, 1, 6), strict=True):
         for rank, (found, unchanged, traffic) in enumerate(on_ranks(_operate, n, answer=answer, elements=size)):
@@ -102,7 +102,7 @@ def my_all_reduce(answer: Operation) -> None:
     """Judge an all-reduce that consists of messages between two ranks.
 
     Args:
-        answer: Gets a tensor and returns the sum over all ranks.
+        answer: Takes a tensor and returns the sum over all ranks.
     """
     for n, size in zip(WORLDS, (4, 1, 6), strict=True):
         total = torch.stack([random(rank, size) for rank in range(n)]).sum(0)

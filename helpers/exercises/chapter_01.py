@@ -25,7 +25,7 @@ def training_seconds(answer: Callable[..., Any]) -> None:
     """Judge the time that training takes, with activations recomputed.
 
     Args:
-        answer: Gets tokens, parameters, GPUs, and operations per second of each GPU.
+        answer: Takes tokens, parameters, GPUs, and operations per second of each GPU.
     """
     for tokens, parameters, gpus, rate in ((300e9, 175e9, 1024, 140e12), (1e6, 3e6, 1, 1e12), (5e9, 6.2e9, 8, 400e12)):
         ratio = call(answer, tokens, parameters, gpus, rate) / (8 * tokens * parameters / gpus / rate)
@@ -38,7 +38,7 @@ def mixed_precision_step(answer: Callable[..., Any]) -> None:
     """Judge a step with 16-bit weights and gradients, and 32-bit masters.
 
     Args:
-        answer: Gets a function that makes an optimizer; returns the ledger's bytes and the number of masters.
+        answer: Takes a function that makes an optimizer; returns the ledger's bytes and the number of masters.
     """
     made: list[list[torch.Tensor]] = []
 
@@ -67,7 +67,7 @@ def budgets(answer: Callable[..., Any]) -> None:
     """Judge the sum of each item's maximum, and the largest phase.
 
     Args:
-        answer: Gets the bytes of each item by phase.
+        answer: Takes the bytes of each item by phase.
     """
     for phases in (
         {"forward": {"parameters": 4, "activations": 9}, "backward": {"parameters": 4, "gradients": 5}},
@@ -149,7 +149,7 @@ def evaluate(answer: Callable[..., Any]) -> None:
     """Judge an evaluation that keeps no activations.
 
     Args:
-        answer: Gets a network and batches of token ids, and returns the loss of each batch.
+        answer: Takes a network and batches of token ids, and returns the loss of each batch.
     """
     network = build(TINY)
     for count in (3, 1):

@@ -54,7 +54,7 @@ def reduce_scatter(answer: Callable[[list[torch.Tensor]], None]) -> None:
     """Judge the first half of the ring: each rank ends with the sum of one part.
 
     Args:
-        answer: Gets this rank's N parts and changes them in place.
+        answer: Takes this rank's N parts and changes them in place.
     """
     for n, size in zip(WORLDS, SIZES, strict=True):
         for rank, (parts, sums, traffic) in enumerate(on_ranks(_ring, n, answer=answer, size=size, gathers=False)):
@@ -70,7 +70,7 @@ def all_gather(answer: Callable[[list[torch.Tensor]], None]) -> None:
     """Judge the second half of the ring: every finished part reaches every rank.
 
     Args:
-        answer: Gets this rank's N parts, of which number rank + 1 is finished, and changes the list in place.
+        answer: Takes this rank's N parts, of which number rank + 1 is finished, and changes the list in place.
     """
     for n, size in zip(WORLDS, SIZES, strict=True):
         for rank, (parts, sums, traffic) in enumerate(on_ranks(_ring, n, answer=answer, size=size, gathers=True)):
@@ -97,7 +97,7 @@ def average_gradients(answer: Callable[[torch.nn.Module], None]) -> None:
     """Judge the average of all gradients over the ranks.
 
     Args:
-        answer: Gets a model whose parameters have gradients, and changes these.
+        answer: Takes a model whose parameters have gradients, and changes these.
     """
     for n, sizes in zip(WORLDS, ((3, 8), (5,), (1, 2, 30)), strict=True):
         for rank, (found, means, sent) in enumerate(on_ranks(_averaged, n, answer=answer, sizes=sizes)):
@@ -142,7 +142,7 @@ def global_mean(answer: Callable[..., Any]) -> None:
     """Judge the mean over all rows of all ranks, by one collective.
 
     Args:
-        answer: Gets the sum of this rank's losses and their number.
+        answer: Takes the sum of this rank's losses and their number.
     """
     for n, counts in zip(WORLDS, ((3, 8), (1, 6, 2), (5, 1, 9, 4)), strict=True):
         expected = float(torch.cat([random(rank, count) for rank, count in enumerate(counts)]).mean())
@@ -168,7 +168,7 @@ def compressed_mean(answer: Callable[[torch.Tensor], None]) -> None:
     """Judge an all-reduce that averages in place and travels in 16 bit.
 
     Args:
-        answer: Gets an fp32 buffer.
+        answer: Takes an fp32 buffer.
     """
     for n, elements in zip(WORLDS, (1000, 7, 130), strict=True):
         full = 2 * (n - 1) / n * 4 * elements
@@ -196,7 +196,7 @@ def two_level(answer: Callable[..., None]) -> None:
     """Judge an all-reduce over two machines in which each rank sends half of the tensor to the other machine.
 
     Args:
-        answer: Gets the tensor, and this rank's groups inside of its machine and across machines.
+        answer: Takes the tensor, and this rank's groups inside of its machine and across machines.
     """
     for elements in (8, 34):
         for rank, (right, sent) in enumerate(on_ranks(_two_level, 4, answer=answer, elements=elements)):

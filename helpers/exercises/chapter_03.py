@@ -25,7 +25,7 @@ def partition_layers(answer: Callable[..., Any]) -> None:
     """Judge the cut of a network into stages that cost the same, of which a tie favours the last.
 
     Args:
-        answer: Gets the network's sizes, the number of stages and the tokens per sequence.
+        answer: Takes the network's sizes, the number of stages and the tokens per sequence.
     """
     for shape, stages, length in ((ModelShape(), 4, 2048), (ModelShape(), 7, 64), (TINY, 3, 16), (TINY, 8, 16)):
         layer, head = 2 * shape.layer_matrices + 4 * length * shape.query, 2 * shape.embedding
@@ -50,7 +50,7 @@ def needs(answer: Callable[..., Any]) -> None:
     """Judge which results an action takes in.
 
     Args:
-        answer: Gets an action and the number of the last stage.
+        answer: Takes an action and the number of the last stage.
     """
     for last in (0, 1, 3):
         for action in (Action(kind, stage, number) for kind in "FB" for stage in range(last + 1) for number in (0, 5)):
@@ -80,7 +80,7 @@ def simulate(answer: Callable[..., Any]) -> None:
     """Judge the times of a schedule's actions on ideal ranks, and that a schedule which cannot end is refused.
 
     Args:
-        answer: Gets a schedule and the seconds of each kind of action.
+        answer: Takes a schedule and the seconds of each kind of action.
     """
     seconds = {"F": 1.0, "B": 3.0}
     cases = [gpipe(1, 3), gpipe(3, 4), one_f_one_b(4, 6), one_f_one_b(3, 2), interleaved(2, 4)]
@@ -180,7 +180,7 @@ def execute(answer: Callable[..., Any]) -> None:
     """Judge the loop that runs a rank's actions: what they receive, their order and their times.
 
     Args:
-        answer: Gets the schedule, the part, the work, a tensor like a message, and the pace.
+        answer: Takes the schedule, the part, the work, a tensor like a message, and the pace.
     """
     pace = {"F": 0.002, "B": 0.004}
     for schedule in (one_f_one_b(2, 3), gpipe(3, 2), interleaved(4, 4)):
@@ -205,7 +205,7 @@ def one_f_one_b_schedule(answer: Callable[..., Any]) -> None:
     """Judge the schedule with one forward and one backward in turn.
 
     Args:
-        answer: Gets the number of ranks and of micro-batches.
+        answer: Takes the number of ranks and of micro-batches.
     """
     for p, m in ((1, 2), (2, 5), (3, 2), (4, 8), (5, 5)):
         timeline, where = timeline_of(call(answer, p, m), p, m), f"with {p} ranks and {m} micro-batches"
@@ -254,7 +254,7 @@ def gpipe_in_rounds(answer: Callable[..., Any], predicted_idle: float) -> None:
     """Judge GPipe in rounds, and the prediction of its idle fraction.
 
     Args:
-        answer: Gets the numbers of ranks, of micro-batches and of rounds.
+        answer: Takes the numbers of ranks, of micro-batches and of rounds.
         predicted_idle: For 4 ranks, 8 micro-batches and 2 rounds.
     """
     for p, m, rounds in ((4, 8, 2), (2, 6, 3), (3, 4, 1)):
@@ -287,7 +287,7 @@ def global_norm(answer: Callable[..., Any]) -> None:
     """Judge the norm of all ranks' gradients, on every rank.
 
     Args:
-        answer: Gets the parameters of this rank's stages.
+        answer: Takes the parameters of this rank's stages.
     """
     for n, sizes in zip(WORLDS, (((3, 8), (40,)), ((5,), (1, 2), (9,)), ((7,), (2, 3), (4,), (30, 1))), strict=True):
         for rank, (found, expected, sent) in enumerate(on_ranks(_norm_of, n, answer=answer, sizes=sizes)):

@@ -60,7 +60,7 @@ def local_shard(answer: Callable[..., Any]) -> None:
     """Judge which part of each matrix of a layer a rank gets.
 
     Args:
-        answer: Gets the full tensor, the name of its module, and the number of groups of keys and values.
+        answer: Takes the full tensor, the name of its module, and the number of groups of keys and values.
     """
     for n, groups in zip(WORLDS, (4, 3, 2), strict=True):
         for rank, found in enumerate(on_ranks(_shards, n, answer=answer, groups=groups)):
@@ -108,7 +108,7 @@ def embedding(answer: type[nn.Module]) -> None:
     """Judge the embedding whose tokens are divided among the ranks.
 
     Args:
-        answer: Made of the full weight and the function that sums over the ranks.
+        answer: Takes the full weight and the function that sums over the ranks.
     """
     for n, length in zip(WORLDS, (40, 1, 17), strict=True):
         weight = random(0, 24, 5).requires_grad_()
@@ -262,7 +262,7 @@ def finish(answer: Callable[[nn.Module], None]) -> None:
     """Judge the sum of all norms' gradients in a single all-reduce.
 
     Args:
-        answer: Gets a model after the last backward, and changes gradients in place.
+        answer: Takes a model after the last backward, and changes gradients in place.
     """
     for n, sizes in zip(WORLDS, ((4, 4), (1, 6), (8, 3)), strict=True):
         for rank, (right, calls, sent) in enumerate(on_ranks(_finished, n, answer=answer, sizes=sizes)):

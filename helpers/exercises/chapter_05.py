@@ -29,7 +29,7 @@ def rank_of(answer: Function) -> None:
     """Judge the numbering of ranks.
 
     Args:
-        answer: Gets places on the axes pipeline, data and tensor, and the three sizes.
+        answer: Takes places on the axes pipeline, data and tensor, and the three sizes.
     """
     for sizes in SIZES:
         # In itertools.product the last axis changes fastest.
@@ -44,7 +44,7 @@ def groups(answer: Function) -> None:
     """Judge the list of an axis's groups.
 
     Args:
-        answer: Gets an axis and the sizes of pipeline, data and tensor.
+        answer: Takes an axis and the sizes of pipeline, data and tensor.
     """
     for pipeline, data, tensor in SIZES:
         grid = torch.arange(pipeline * data * tensor).view(pipeline, data, tensor)
@@ -83,7 +83,7 @@ def my_part(answer: Function) -> None:
     """Judge a rank's part of the network: cut along the tensor axis, then along the pipeline.
 
     Args:
-        answer: Gets a mesh, and returns this rank's stages and their executor.
+        answer: Takes a mesh, and returns this rank's stages and their executor.
     """
     for layout in (Layout(pipeline=2), Layout(pipeline=2, tensor=2)):
         without_fault(_part, layout.world_size, answer=answer, layout=layout)
@@ -138,7 +138,7 @@ def step_in_3d(answer: Function) -> None:
     """Judge one step of a rank: its replica's sequences, the average along the data axis, the update.
 
     Args:
-        answer: Gets an executor, its stage, an optimizer, all sequences, and the data group.
+        answer: Takes an executor, its stage, an optimizer, all sequences, and the data group.
     """
     for layout in (Layout(data=2), Layout(data=3), Layout(data=2, pipeline=2)):
         without_fault(_combined, layout.world_size, answer=answer, layout=layout)
@@ -149,7 +149,7 @@ def ring_seconds(answer: Callable[[float, int, float, float], float]) -> None:
     """Judge the time of a ring all-reduce.
 
     Args:
-        answer: Gets bytes, ranks, a message's latency in seconds, and bytes per second.
+        answer: Takes bytes, ranks, a message's latency in seconds, and bytes per second.
     """
     for nbytes, n, latency, bandwidth in (
         (0.0, 4, 1e-3, 1e9),
@@ -231,7 +231,7 @@ def global_norm(answer: Function) -> None:
     """Judge the norm of all gradients of a mesh, on every rank.
 
     Args:
-        answer: Gets this rank's parameters, its tensor group and its pipeline group.
+        answer: Takes this rank's parameters, its tensor group and its pipeline group.
     """
     for layout in (Layout(tensor=2), Layout(pipeline=3), Layout(pipeline=2, tensor=2)):
         without_fault(_norm, layout.world_size, answer=answer, layout=layout)

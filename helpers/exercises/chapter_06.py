@@ -54,7 +54,7 @@ def flatten_parameters(answer: Callable[[list[torch.nn.Parameter]], torch.Tensor
     """Judge the flat tensor of which all parameters become views.
 
     Args:
-        answer: Gets parameters, and returns the padded flat tensor.
+        answer: Takes parameters, and returns the padded flat tensor.
     """
     for n in WORLDS:
         for faults in on_ranks(_flat, n, answer=answer, cases=SHAPES):
@@ -111,7 +111,7 @@ def zero_1(answer: Callable[..., Any]) -> None:
     """Judge a class that partitions an optimizer's states.
 
     Args:
-        answer: Gets a model and what makes an optimizer of a list of parameters. It has flat, shard, master,
+        answer: Takes a model and what makes an optimizer of a list of parameters. It has flat, shard, master,
             reduce_gradients and step.
     """
     for n, shapes in zip(WORLDS, SHAPES[1:], strict=True):
@@ -156,7 +156,7 @@ def states_by_hand(answer: Callable[[int, int], int]) -> None:
     """Judge the bytes of model states that a rank holds under ZeRO-1.
 
     Args:
-        answer: Gets the number of parameters and of ranks.
+        answer: Takes the number of parameters and of ranks.
     """
     for parameters, n in ((1000, 1), (1000, 4), (1001, 2), (10, 3), (7, 4)):
         found = call(answer, parameters, n)
@@ -214,7 +214,7 @@ def clip(answer: Callable[[torch.Tensor, float], torch.Tensor]) -> None:
     """Judge the clipping of a gradient of which every rank has a part.
 
     Args:
-        answer: Gets this rank's part and the largest norm of the whole. Scales the part in place, and returns the norm.
+        answer: Takes this rank's part and the limit for the norm of all. Scales the part in place; returns the norm.
     """
     for n, sizes in zip(WORLDS, ((3, 8), (1, 20, 2), (6, 6, 1, 30)), strict=True):
         for rank, cases in enumerate(on_ranks(_clipped, n, answer=answer, sizes=sizes, limits=(1.0, 2.5, 1e4))):
@@ -236,7 +236,7 @@ def rejoined(answer: Callable[[list[torch.Tensor], int, int], list[torch.Tensor]
     """Judge the parts that another number of ranks loads.
 
     Args:
-        answer: Gets the saved parts, the number of real elements, and the new number of ranks.
+        answer: Takes the saved parts, the number of real elements, and the new number of ranks.
     """
     for elements, old, new in ((7, 4, 3), (7, 4, 1), (12, 3, 4), (3, 1, 2), (5, 4, 4), (9, 2, 4), (100, 8, 7)):
         values = random(elements, elements)

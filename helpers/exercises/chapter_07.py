@@ -195,7 +195,7 @@ def zero_2(answer: Callable[..., Any]) -> None:
     """Judge a class that reduces gradients in buckets during backward, in one order on all ranks.
 
     Args:
-        answer: Gets a model, what makes an optimizer of a list of parameters, and ``bucket_bytes``.
+        answer: Takes a model, what makes an optimizer of a list of parameters, and ``bucket_bytes``.
     """
     for n, width, micro_batches in zip(WORLDS, (3, 4, 5), (1, 2, 1), strict=True):
         without_fault(_zero_2, n, answer=answer, width=width, micro_batches=micro_batches)
@@ -226,7 +226,7 @@ def largest_bucket(answer: Callable[[int, int, int], int]) -> None:
     """Judge the largest bucket for the room that is left.
 
     Args:
-        answer: Gets the room in bytes, the parameters, and the ranks; they divide the parameters.
+        answer: Takes the room in bytes, the parameters, and the ranks; they divide the parameters.
     """
     for room, parameters, ranks in ((1000, 100, 2), (1000, 100, 4), (90, 100, 2), (103, 50, 1), (5000, 1200, 3)):
         found = call(answer, room, parameters, ranks)
@@ -252,7 +252,7 @@ def to_owners(answer: Callable[[list[torch.Tensor]], None]) -> None:
     """Judge the sums of whole gradients, dealt to the ranks in turn.
 
     Args:
-        answer: Gets this rank's gradients, and changes them in place.
+        answer: Takes this rank's gradients, and changes them in place.
     """
     for n, sizes in zip(WORLDS, ((5, 100, 7), (1, 30, 8, 9), (3, 3, 3, 3, 3, 3)), strict=True):
         most = 4 * sum(sizes) * (n - 1) / n + len(sizes)

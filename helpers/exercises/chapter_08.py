@@ -106,7 +106,7 @@ def keep_last(answer: Function, make: Function, reshard: Function, hook_gradient
     """Judge the hooks that can keep a unit between its forward and its backward.
 
     Args:
-        answer: Gets a module, its sharded parameters, and ``keep``.
+        answer: Takes a module, its sharded parameters, and ``keep``.
         make: The class of sharded layers.
         reshard: Frees one.
         hook_gradients: Reduces a unit's gradients and frees it.

@@ -85,7 +85,7 @@ def norm(answer: Callable[[list[torch.Tensor]], float]) -> None:
     """Judge the norm of a gradient of which each rank has shares, in host memory.
 
     Args:
-        answer: Gets this rank's shares.
+        answer: Takes this rank's shares.
     """
     cases = (([3, 5], [40]), ([1], [2, 30], [5, 5]), ([4, 4], [0, 1], [100], [7, 2, 6]))
     for n, lengths in zip(WORLDS, cases, strict=True):
@@ -120,7 +120,7 @@ def fold(answer: Function, make: Any) -> None:
     """Judge how gradients of several micro-batches add up on the host.
 
     Args:
-        answer: Gets a host, the number of a parameter whose gradient is in staging, and whether it is a step's first.
+        answer: Takes a host, the number of a parameter whose gradient is in staging, and whether it is a step's first.
         make: The class of hosts.
     """
     alone(_fold, answer=answer, make=make)

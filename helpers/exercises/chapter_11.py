@@ -34,7 +34,7 @@ def layer_parts(answer: Callable[..., Any]) -> None:
     """Judge the bytes per token that a layer keeps, by what they grow with.
 
     Args:
-        answer: Gets the shape and the bytes per element.
+        answer: Takes the shape and the bytes per element.
     """
     base = ModelShape(hidden=24, layers=3, heads=6, kv_groups=2, head_dim=4, intermediate=20, vocab=7)
     grown = {
@@ -86,7 +86,7 @@ def same_randomness(answer: Callable[..., AbstractContextManager[None]]) -> None
     """Judge the context in which random numbers come again.
 
     Args:
-        answer: Gets a state of the generators.
+        answer: Takes a state of the generators.
     """
     for size, stop in ((1, False), (7, False), (4, True)):
         with torch.random.fork_rng(devices=[]):
@@ -159,7 +159,7 @@ def fillings(answer: Callable[..., Any]) -> None:
     """Judge the pieces of gradients that fill a buffer again and again.
 
     Args:
-        answer: Gets gradients, and the elements of the buffer.
+        answer: Takes gradients, and the elements of the buffer.
     """
     cases = [([(5,), (2, 3), (1,)], 4), ([(3, 4)], 12), ([(2,), (7, 3), (4,), (1, 1)], 5), ([(2,), (3,)], 100)]
     if fault := on_ranks(_fillings, 1, answer=answer, cases=cases)[0]:
@@ -191,7 +191,7 @@ def average(answer: Callable[..., Any]) -> None:
     """Judge the average of gradients over ranks through a buffer of constant size.
 
     Args:
-        answer: Gets gradients, and the elements of the buffer; changes them in place.
+        answer: Takes gradients, and the elements of the buffer; changes them in place.
     """
     cases = (([(30, 7), (3,), (50,)], 60), ([(1,), (200, 2)], 100), ([(40,), (40,), (41,)], 40))
     for n, (shapes, size) in zip(WORLDS, cases, strict=True):
@@ -277,7 +277,7 @@ def weighted(answer: Callable[..., Any]) -> None:
     """Judge the loss whose gradients, averaged over ranks, are those of the mean over all ranks' tokens.
 
     Args:
-        answer: Gets the mean loss of this rank's tokens, and its labels.
+        answer: Takes the mean loss of this rank's tokens, and its labels.
     """
     for n, trained in zip(WORLDS, ((2, 7), (0, 5, 1), (4, 4, 1, 9)), strict=True):
         for found, (expected,), sent in on_ranks(_weighted, n, answer=answer, trained=trained):

@@ -54,7 +54,7 @@ def int8_rows(answer: Function) -> None:
     """Judge whole numbers of 8 bits and a scale for each row.
 
     Args:
-        answer: Gets a matrix.
+        answer: Takes a matrix.
     """
     for seed, shape in enumerate(((3, 7), (1, 2), (16, 65))):
         weight, where = _normal(seed, *shape), f"for a matrix of shape {list(shape)}"
@@ -77,7 +77,7 @@ def nf4_codebook(answer: Function) -> None:
     """Judge NF4's sixteen levels.
 
     Args:
-        answer: Gets the quantile of the outermost level, and has QLoRA's as default.
+        answer: Takes the quantile of the outermost level, and has QLoRA's as default.
     """
     for outermost in (None, 0.95, 0.99):
         found = call(answer) if outermost is None else call(answer, outermost)
@@ -231,7 +231,7 @@ def int4_blocks(answer: Function) -> None:
     """Judge whole numbers from -7 to 7 with a scale for each 64 weights.
 
     Args:
-        answer: Gets a matrix, and returns the dequantised one.
+        answer: Takes a matrix, and returns the dequantised one.
     """
     for seed, shape in enumerate(((3, 128), (1, 64), (4, 48))):
         weight = _normal(seed, *shape)
@@ -292,7 +292,7 @@ def share(answer: Callable[[Any], None]) -> None:
     """Judge whether all ranks have rank 0's 4-bit weight, codes and scales.
 
     Args:
-        answer: Gets a rank's own weight, and changes it in place.
+        answer: Takes a rank's own weight, and changes it in place.
     """
     for n, rows in zip(WORLDS, (3, 1, 8), strict=True):
         without_fault(_shared, n, answer=answer, rows=rows)

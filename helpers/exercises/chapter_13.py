@@ -42,7 +42,7 @@ def mean_everywhere(answer: Function) -> None:
     """Judge the mean loss that every rank gets.
 
     Args:
-        answer: Gets this rank's loss, a tensor without dimensions.
+        answer: Takes this rank's loss, a tensor without dimensions.
     """
     for losses in ((2.5, 4.0), (1.0, 0.5, 6.0), (3.0, 8.0, 1.0, 7.0)):
         n, expected = len(losses), sum(losses) / len(losses)
@@ -61,7 +61,7 @@ def sum_together(answer: Function) -> None:
     """Judge the sums of metrics, whose names come in another order on each rank.
 
     Args:
-        answer: Gets this rank's metrics, a dictionary of numbers.
+        answer: Takes this rank's metrics, a dictionary of numbers.
     """
     for n, names in ((2, ("correct", "seen")), (3, ("tokens", "loss", "rows", "a")), (4, ("seen",))):
         # Every rank begins with another name.
@@ -112,7 +112,7 @@ def first_bad_rank(answer: Callable[[torch.Tensor], Any]) -> None:
     """Judge the first rank whose loss is not finite, which every rank should learn.
 
     Args:
-        answer: Gets this rank's loss, a tensor without dimensions.
+        answer: Takes this rank's loss, a tensor without dimensions.
     """
     nan, inf = math.nan, math.inf
     for losses in ((3.0, nan), (2.0, 1.5), (-inf, 1.0, nan), (0.5, inf, 2.0, -inf), (2.5, -1.0, 0.0, nan)):
@@ -134,7 +134,7 @@ def common_steps(answer: Callable[[int], Any]) -> None:
     """Judge the number of steps that all ranks can make.
 
     Args:
-        answer: Gets this rank's number of batches.
+        answer: Takes this rank's number of batches.
     """
     for batches in ((7, 5), (6, 9, 0), (8, 3, 3, 12)):
         for rank, (found, *_) in enumerate(on_ranks(_call, len(batches), answer=answer, inputs=batches)):
@@ -154,7 +154,7 @@ def hidden_share(answer: Callable[[list[Interval], list[Interval]], float]) -> N
     """Judge the share of the communication during which a step also computes.
 
     Args:
-        answer: Gets the intervals of compute, and those of communication; each list in any order.
+        answer: Takes the intervals of compute, and those of communication; each list in any order.
     """
     cases: tuple[tuple[list[Interval], list[Interval]], ...] = (
         ([(0, 10)], [(2, 4)]),

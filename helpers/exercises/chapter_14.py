@@ -43,10 +43,10 @@ CONVERSATIONS = (
 
 @exercise
 def encode(answer: Function) -> None:
-    """Judge a conversation's ids, and which of them are learned.
+    """Judge the ids of a conversation, and which of them are learned.
 
     Args:
-        answer: Gets a tokenizer and (role, text) pairs.
+        answer: Takes a tokenizer and (role, text) pairs.
     """
     tokenizer = _tokenizer()
     for turns in CONVERSATIONS:
@@ -97,7 +97,7 @@ def lora_layer(answer: type[nn.Module]) -> None:
     """Judge a frozen linear layer with an adapter, and the merged layer.
 
     Args:
-        answer: Made of a linear layer, r and alpha; has the adapter's matrices A and B.
+        answer: Takes a linear layer, r and alpha. Its attributes A and B are the adapter's matrices.
     """
     for sizes, shape in (((6, 5, 2), (3,)), ((40, 30, 1), (2, 4)), ((8, 64, 3), (5,))):
         columns, rows, r = sizes
@@ -161,7 +161,7 @@ def pack(answer: Function) -> None:
     """Judge a pack of examples: ids, labels, positions, and which token sees which.
 
     Args:
-        answer: Gets pairs of ids and labels, the tokens of a pack, and the id of padding.
+        answer: Takes pairs of ids and labels, the tokens per pack, and the id of padding.
     """
     for seed, (lengths, capacity) in enumerate((((3, 4), 9), ((1, 5, 2), 8), ((6,), 7), ((2, 1, 1, 3), 12))):
         examples = [
@@ -183,7 +183,7 @@ def trained_with_o_proj(number: int) -> None:
     """Judge the trained parameters with an adapter of r = 8 on o_proj as well.
 
     Args:
-        number: Of parameters.
+        number: Trained parameters.
     """
     off = number - Lora(targets=("q_proj", "k_proj", "v_proj", "o_proj")).parameters(ModelShape())
     if off:
@@ -195,7 +195,7 @@ def passes(answer: Callable[[int], float]) -> None:
     """Judge the passes over 114,599 examples in 3,000 steps of 4 examples per GPU.
 
     Args:
-        answer: Gets the number of GPUs.
+        answer: Takes the number of GPUs.
     """
     for gpus in (1, 2, 8, 5):
         found = call(answer, gpus)
@@ -211,7 +211,7 @@ def second_answer(conversation: Sequence[dict[str, Any]]) -> None:
     """Judge a conversation of which only the second answer is learned.
 
     Args:
-        conversation: Its messages.
+        conversation: The messages.
     """
     said = [(message.get("role"), message.get("content")) for message in conversation]
     if said != [("user", "裙"), ("assistant", "红色"), ("user", "裤"), ("assistant", "蓝色")]:
@@ -246,7 +246,7 @@ def _job(content: Mapping[str, Any], deepspeed: str | None, gpus: int) -> Config
 
 @exercise
 def fit_it(line: str, deepspeed: str) -> None:
-    """Judge the line with which lora.yaml fits a small GPU, and the file with which that fits two smaller ones.
+    """Judge the line that makes lora.yaml fit a small GPU, and the file that makes it fit two smaller ones.
 
     Args:
         line: The line of the YAML file.

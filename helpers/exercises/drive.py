@@ -141,7 +141,7 @@ def reading_ahead(answer: Function) -> None:
     """Judge a step that reads and writes while it updates, with two buffers.
 
     Args:
-        answer: Gets parameters, a disk, the step's number and a log. Calls fetch, update and store.
+        answer: Takes parameters, a disk, the step's number and a log. Calls fetch, update and store.
     """
     alone(_ahead, answer=answer, counts=(1, 2, 5))
 
@@ -203,6 +203,6 @@ def ahead_by(answer: Function) -> None:
     """Judge the reading of n records ahead in threads.
 
     Args:
-        answer: Gets n, the number of records, and two functions: read, and work.
+        answer: Takes n, the number of records, and two functions: read, and work.
     """
     alone(_ahead_by, answer=answer, cases=((1, 4), (2, 5), (3, 6), (4, 3)))

@@ -65,7 +65,7 @@ def ddp_to_fsdp(answer: Callable[..., Any], collect: Callable[..., Any]) -> None
     """Judge the two lines in which a training program with FSDP2 differs from one with DDP.
 
     Args:
-        answer: Gets a network and a device mesh, shards the network in units of a layer, and returns it.
+        answer: Takes a network and a device mesh, shards the network in units of a layer, and returns it.
         collect: Gets the sharded network on every rank, and returns its complete weights by name.
     """
     for n, layers in zip(WORLDS, LAYERS, strict=True):

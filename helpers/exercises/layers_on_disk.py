@@ -92,7 +92,7 @@ def on_gradient(answer: Function) -> None:
     """Judge what happens when a parameter's gradient has come.
 
     Args:
-        answer: Gets the layers and a layer's number.
+        answer: Takes the layers and a layer's number.
     """
     alone(_on_gradient, answer=answer)
 

@@ -1,4 +1,4 @@
-"""Judge a loss over a vocabulary that never has the logits of all tokens."""
+"""Judge a loss over a vocabulary that never holds the logits of all tokens."""
 
 from dataclasses import dataclass, replace
 
@@ -54,7 +54,7 @@ def compare_losses(
     trained_head: bool,
     backward: bool = True,
 ) -> None:
-    """Compare the loss, its gradients, operations and bytes with those that are possible.
+    """Compare the loss and its gradients with the exact ones, operations and bytes with the least possible.
 
     Args:
         answer: Applied to hidden states, the head's weight, targets and the number of tokens in a chunk.

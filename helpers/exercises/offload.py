@@ -99,7 +99,7 @@ def copy_to_host(answer: Function, make: Function) -> None:
     """Judge the way of a gradient to the host.
 
     Args:
-        answer: Gets a host and the number of a parameter.
+        answer: Takes a host and the number of a parameter.
         make: The class of hosts.
     """
     alone(_down, answer=answer, make=make)
@@ -196,7 +196,7 @@ def step_on_host(
     """Judge a whole optimizer step on the host.
 
     Args:
-        answer: Gets a host whose parameters have gradients, and calls the next four.
+        answer: Takes a host whose parameters have gradients, and calls the next four.
         copy_to_host: Brings a gradient down.
         update: Updates a master.
         copy_to_device: Brings its value up.
@@ -243,7 +243,7 @@ def step_on_hosts(answer: Function, divide: Function) -> None:
     """Judge the step of ranks that keep 1/N of masters and moments each, on their host.
 
     Args:
-        answer: Gets parameters with gradients, the flat tensor that they are views of, and the host of a rank's part.
+        answer: Takes parameters with gradients, the flat tensor that they are views of, and the host of a rank's part.
         divide: Makes these three of a model.
     """
     for n, shapes in zip(WORLDS, (SHAPES, ((3, 4), (4,)), ((1,), (6, 3))), strict=True):

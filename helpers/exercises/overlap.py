@@ -88,7 +88,7 @@ def send_in_backward(answer: Function, make: Function) -> None:
     """Judge the hooks that send each gradient down while backward goes on.
 
     Args:
-        answer: Gets a host, a stream or None, and a log. Calls side_stream; returns handles.
+        answer: Takes a host, a stream or None, and a log. Calls side_stream; returns handles.
         make: The class of hosts.
     """
     for sizes in SIZES[:2]:
@@ -199,7 +199,7 @@ def late_step(answer: Function, make: Function) -> None:
     """Judge a step of the delayed update.
 
     Args:
-        answer: Gets a host whose parameters have gradients, a pool, and the future of the Adam before, or None.
+        answer: Takes a host whose parameters have gradients, a pool, and the future of the Adam before, or None.
         make: The class of hosts.
     """
     alone(_late, answer=answer, make=make)

@@ -64,7 +64,7 @@ def shards(answer: Function) -> None:
     """Judge the class that keeps a rank's shard of a module.
 
     Args:
-        answer: Gets a module. It has parameters, padding, flat, shard, and views.
+        answer: Takes a module. It has parameters, padding, flat, shard, and views.
     """
     for n, sizes in zip(WORLDS, SIZES, strict=True):
         without_fault(_sharded, n, answer=answer, sizes=sizes)
@@ -161,7 +161,7 @@ def forward(answer: Function, make: Function, reshard: Function) -> None:
     """Judge the hooks of a module's forward.
 
     Args:
-        answer: Gets a module and its sharded parameters.
+        answer: Takes a module and its sharded parameters.
         make: The class of sharded layers.
         reshard: Frees one.
     """
@@ -200,7 +200,7 @@ def backward(answer: Function, hook_forward: Function, make: Function, reshard: 
     """Judge the hook that gathers a layer for its backward.
 
     Args:
-        answer: Gets a module and its sharded parameters.
+        answer: Takes a module and its sharded parameters.
         hook_forward: Does the same for forward.
         make: The class of sharded layers.
         reshard: Frees one.
@@ -283,7 +283,7 @@ def zero_3(answer: Function, unshard: Function) -> None:
     """Judge the sharding of a whole network, trained for two steps.
 
     Args:
-        answer: Gets a network, shards and hooks its units, and returns them.
+        answer: Takes a network, shards and hooks its units, and returns them.
         unshard: Completes a unit.
     """
     for n in WORLDS[:2]:

@@ -79,7 +79,7 @@ def round_gradient(gradient: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply_back(rows: Tensor, row_scales: Tensor, matrix: Tensor, is_transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Compute the gradient of a product's inputs from that of its outputs.
+    """Compute the gradient of a matmul's inputs from that of its outputs.
 
     Args:
         rows: Of the gradient, rounded by :func:`round_gradient` [rows, outputs].
@@ -132,7 +132,7 @@ def multiply_frozen(x: Tensor, codes: Tensor, scales: Tensor, transposed: Tensor
 class Fp8Linear(nn.Linear):
     """A frozen ``nn.Linear`` with its weight in e4m3 and a scale per output; the bias keeps its type.
 
-    PEFT takes it for the ``nn.Linear`` that it is, and puts LoRA on top. Codes and scales are parameters and buffers of
+    PEFT treats it as an ``nn.Linear``, and puts LoRA on top. Codes and scales are parameters and buffers of
     integer types, with the bytes of e4m3 and of fp32: libraries that cast a module to another type (DeepSpeed, the
     ``half`` of PyTorch) leave integers as they are, and collectives of every backend can send them.
 

@@ -1,4 +1,4 @@
-"""Read how good predictions were: the committed runs on GPUs, with what was predicted and what each needed."""
+"""Read the committed runs on GPUs: the predicted and the measured memory of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class ValidatedRun:
         held_out: Whether no constant and no formula was fitted to it.
         predicted: The prediction.
         measured: NVML's peak, without what was in use before.
-        item_errors: Predicted less measured bytes for everything that can be measured by itself.
+        item_errors: Predicted minus measured bytes, for each item that has a measurement of its own.
     """
 
     name: str
@@ -35,12 +35,12 @@ class ValidatedRun:
 
     @property
     def error_percent(self) -> float:
-        """How much the prediction is above what was measured, in percent of that."""
+        """The prediction's error in percent of the measurement; above 0 it is too high."""
         return 100 * (self.predicted / self.measured - 1)
 
     @property
     def worst_item(self) -> str:
-        """The item that is furthest off."""
+        """The item with the largest error."""
         return max(self.item_errors, key=lambda item: abs(self.item_errors[item]))
 
 
@@ -51,8 +51,8 @@ def read_validation(folder: Path) -> list[ValidatedRun]:
         folder: notebooks/results.
 
     Returns:
-        The runs of the validation on one and two GPUs; before there was one, those of prediction.json, with expandable
-        segments. Runs that failed are left out.
+        The runs of the validation on one and two GPUs. If its file is missing, those of prediction.json, with
+        expandable segments. Runs that failed are left out.
 
     Raises:
         UserError: The results file is missing.
