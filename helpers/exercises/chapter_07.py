@@ -172,6 +172,8 @@ def _zero_2(answer: Callable[..., Any], width: int, micro_batches: int) -> str |
         fault = None if off < 1e-5 else f"a weight is off by {off:.2g} from a single process's"
         if not fault and optimizer.gradient_bytes():
             fault = f"{optimizer.gradient_bytes()} bytes of gradients are still there"
+        if not fault and any(master.grad is not None for master in optimizer.masters):
+            fault = "a master still has its gradient"
         if found := agree(fault):
             return f"{found}, after step {step + 1}"
     return None

@@ -42,6 +42,7 @@ WRONG = {
     "zero_2": {
         "a weight is off": (ON_GRADIENT, SKIPS_ORDER),
         "no bucket was reduced before": (ON_GRADIENT, WAITS),
+        "a master still has its gradient": ("        self.optimizer.zero_grad()\n", ""),
         "there were 0 collectives, after backward 1 of step 2": (
             "        self.next %= len(self.buckets)",
             "        pass",
