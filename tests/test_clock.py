@@ -11,3 +11,7 @@ def test_all_ranks_begin_each_run_together_and_the_fastest_counts(monkeypatch):
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(readings))
     assert clock.fastest(lambda: happened.append("action"), "cpu", repeats=3) == 2.0
     assert happened == ["barrier", "action"] * 3
+
+
+def test_a_cpu_is_never_behind():
+    clock.synchronize("cpu")  # torch.cuda would raise without a GPU

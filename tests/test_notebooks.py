@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|opt|mnt|srv|Users)/\w")
 CARD = re.compile(r"\(\d+ minutes, (?:easy|medium|hard), (?:core|optional)\)")  # of an exercise
 LINK = re.compile(r"\]\(([^)#:]+)\)")
-LONGER_CELLS = {"00", "01", "03", "04", "05", "06", "07"}  # chapters not yet cut; take out what fits
+LONGER_CELLS = {"04", "06", "07"}  # chapters not yet cut; take out what fits
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 

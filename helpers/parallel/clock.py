@@ -40,6 +40,18 @@ class Event:
         return earlier._event.elapsed_time(self._event) / 1e3  # CUDA counts milliseconds
 
 
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a device has done what this thread queued on its current stream; a CPU is never behind.
+
+    Messages on other streams may still be on their way.
+
+    Args:
+        device: The device.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def fastest(action: Callable[[], object], device: torch.device | str, repeats: int = 5) -> float:
     """Time an action that all ranks begin together, and take the fastest of several runs.
 
