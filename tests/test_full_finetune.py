@@ -11,7 +11,7 @@ import yaml
 from load_benchmark import load_benchmark
 from safetensors.torch import load_file
 from small_finetune import ROOT, largest_difference, prepare, train_beside, write_config
-from transformers import AutoModelForCausalLM, GlmForCausalLM
+from transformers import AutoModelForCausalLM, GlmForCausalLM, Trainer
 
 from helpers.chatglm3.checkpoint import check_checkpoint
 from helpers.config.finetune import parse_finetune_config
@@ -203,3 +203,15 @@ def test_the_benchmark_starts_the_ordinary_command(name, tmp_path, data_dir, sma
     with pytest.raises(UserError, match=f"{name} failed with status 3"):
         script.measure(name, data_dir, small_checkpoint, tmp_path / "run")
     assert "helpers.finetune.train" in asked[0] and any(str(part).endswith(deepspeed) for part in asked[0])
+
+
+def test_operations_are_counted_as_transformers_does_and_parameters_once(small_checkpoint, monkeypatch):
+    model = TrainedChatGLM3ForCausalLM.from_checked_folder(small_checkpoint)
+    trainer, calls = LoraTrainer.__new__(LoraTrainer), []
+    trainer.model = model
+    inputs = {"input_ids": torch.zeros(2, 9, dtype=torch.int64)}
+    expected = Trainer.floating_point_ops(trainer, inputs)
+    count = model.num_parameters
+    monkeypatch.setattr(model, "num_parameters", lambda **options: calls.append(options) or count(**options))
+    assert expected > 0 and [trainer.floating_point_ops(inputs) for _ in range(3)] == [expected] * 3
+    assert len(calls) == 1
