@@ -12,7 +12,6 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:root|home|tmp|opt|mnt|srv|Users)/\w")
 CARD = re.compile(r"\(\d+ minutes, (?:easy|medium|hard), (?:core|optional)\)")  # of an exercise
 LINK = re.compile(r"\]\(([^)#:]+)\)")
-LONGER_CELLS = {"04", "06", "07"}  # chapters not yet cut; take out what fits
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -34,8 +33,7 @@ class TestNotebook:
 
     def test_its_cells_are_short_and_few(self, path):
         lengths = [len(source(cell).splitlines()) for cell in cells(path, "code")]
-        longest, middle = (50, 10) if path.stem[:2] in LONGER_CELLS else (30, 8)
-        assert len(lengths) <= 60 and max(lengths) <= longest and median(lengths) <= middle
+        assert len(lengths) <= 60 and max(lengths) <= 30 and median(lengths) <= 8
 
     def test_its_outputs_are_small_portable_and_show_figures(self, path):
         text = path.read_text(encoding="utf-8")
