@@ -15,6 +15,7 @@ def entry(**changes):
     rank = {"allocated": 60, "reserved": 65, "nvml": 73}
     fuller = {"allocated": 61, "reserved": 70, "nvml": 80, "parameters": 40, "optimizer states": 22}
     return {
+        "configuration": {"strategy": {"kind": "ddp"}},
         "predicted": TENSORS,
         "predicted_total": 76,
         "predicted_allocated": 66,
@@ -40,6 +41,11 @@ def test_the_fullest_gpu_and_every_item_count(tmp_path):
         "CUDA context and NCCL": -2,
     }
     assert run.worst_item == "allocator allowance"
+
+
+def test_under_zero_the_fp32_weights_are_not_among_the_measured_states():
+    sharded = entry(configuration={"strategy": {"kind": "zero-2"}}, predicted=TENSORS | {"optimizer states": 33})
+    assert item_errors(sharded)["optimizer states"] == 0  # 22 were measured
 
 
 def test_without_a_validation_the_older_file_counts(tmp_path):

@@ -110,7 +110,9 @@ def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> d
     outcome = {key: entry[key] for key in ("losses", "expandable")}
     outcome["trained_parameters"] = configuration.trainable_parameters
     made = benchmark.record(configuration, entry["measured"], outcome, allowance)
-    return entry | made | {"traced": allowance is not None}
+    # What the formulas said before anybody saw the measurement stays on record.
+    first = entry.get("first_error_percent", entry.get("error_percent"))
+    return entry | made | {"traced": allowance is not None, "first_error_percent": first}
 
 
 def summary(entries: dict[str, dict[str, Any]]) -> list[str]:

@@ -22,9 +22,8 @@ CUBLAS_WORKSPACE = 32 * MIB
 CUBLAS_THREADS = 2
 
 # What a layer keeps of a pack, per token, beyond what the formulas explain: lora_fast.yaml and lora_24gb.yaml in
-# finetune_6b.json, one pack per step, compiled or not, at 4,096 and 2,048 tokens: 2,530 to 2,710. Two packs per step in
-# speed_6b.json need 300.
-PACKED_BYTES_PER_TOKEN = 2600
+# finetune_6b.json, 50 to 90 if compiled, 300 to 430 if not; two packs a step in speed_6b.json, 300.
+PACKED_BYTES_PER_TOKEN = 300
 
 # With the default allocator, sequences of different lengths in each batch leave holes that the next batch's tensors do
 # not fit. The 6B job on one H100 (DDP, ZeRO-2 with small and published buckets, ZeRO-3): reserved less allocated was

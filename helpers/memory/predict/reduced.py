@@ -33,9 +33,17 @@ def at_output(configuration: Configuration, states: States) -> int:
     this rank's partition exists already.
     """
     c, elements = configuration, configuration.shape.embedding
-    if elements <= c.strategy.reduce_bucket_size:
-        return elements * c.trainable_bytes
+    if fits_bucket(c):
+        return max(elements * c.trainable_bytes, beside_bucket(c, elements))
     return states.kept + beside_bucket(c, elements)
+
+
+def fits_bucket(configuration: Configuration) -> bool:
+    """Return whether DeepSpeed's bucket takes in the gradient of the output layer.
+
+    It is then reduced when the bucket is full, while backward is within a layer.
+    """
+    return configuration.shape.embedding <= configuration.strategy.reduce_bucket_size
 
 
 def at_embedding(configuration: Configuration) -> int:

@@ -110,7 +110,9 @@ def _adapter(configuration: Configuration, target: str) -> Iterator[SavedTensor]
         yield SavedTensor("LoRA dropout mask", c.tokens * columns)
     # What is dropped belongs to the first adapter; autocast casts it once for each.
     another = bool(c.lora.dropout) and not _draws(c, target) and (c.compiled or not cast)
-    shared = another or (not c.lora.dropout and not cast and _saves_inputs(c))
+    # Without a dropout q, k and v read one tensor, the norm's output, as it is.
+    read_before = target in ATTENTION_INPUTS and target != next(t for t in c.lora.targets if t in ATTENTION_INPUTS)
+    shared = another or (not c.lora.dropout and not cast and (_saves_inputs(c) or read_before))
     if not shared and not c.recomputed_inputs:
         yield SavedTensor("LoRA input", c.tokens * columns * size)
     yield SavedTensor("LoRA output of A", c.tokens * c.lora.r * size)

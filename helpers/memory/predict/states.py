@@ -177,6 +177,21 @@ def _zero_1_2(c: Configuration) -> States:
     )
 
 
+def _largest_sub_group(c: Configuration) -> int:
+    """Count this rank's elements of ZeRO-3's largest sub-group, which takes whole parameters until it is full."""
+    if c.lora:
+        return -(-c.trainable_parameters // c.strategy.world_size)
+    layer = [rows * columns for rows, columns in c.shape.linears.values()]
+    ends = [c.shape.embedding] if c.shape.tied else [c.shape.embedding] * 2
+    largest = group = 0
+    for size in (*ends[:1], *layer * c.shape.layers, *ends[1:]):
+        group += -(-size // c.strategy.world_size)
+        largest = max(largest, group)
+        if group >= c.strategy.sub_group_size:
+            group = 0
+    return largest
+
+
 def largest_trained(configuration: Configuration) -> int:
     """Count the elements of the largest trained parameter."""
     return max(_trained_matrices(configuration))
@@ -219,5 +234,5 @@ def _zero_3(c: Configuration) -> States:
     }
     flat = c.residual_bytes if c.residual_bytes < FP32 else 0
     norm = FP64 * -(-largest_trained(c) // world_size)  # of a gradient's part (get_grad_norm_direct)
-    step = max((flat + FP32) * min(strategy.sub_group_size, partition), norm) if on_gpu else 0
+    step = max((flat + FP32) * min(_largest_sub_group(c), partition), norm) if on_gpu else 0
     return States(MappingProxyType(resident), gradients=0, kept=0, step=step)

@@ -108,8 +108,7 @@ class Step:
         c = self.configuration
         if not c.checkpointing:
             return self._forward()
-        inputs = [*saved_checkpoints(c), *saved_by_bitsandbytes(c)]
-        return self._passing + Counter({"activations": total_bytes(inputs)})
+        return self._passing + _by_item([*saved_checkpoints(c), *saved_by_bitsandbytes(c)])
 
     def _loss(self) -> Counter[str]:
         """Sum the end of forward: 16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss in loss_utils.py).
@@ -126,7 +125,8 @@ class Step:
         logits = self.logits * (FP32 + FP32 + half)
         saved = 0
         if c.loss_chunk:
-            logits = self.logits * (FP32 + half) + (0 if c.lora else 12 * c.tokens)
+            # A frozen head keeps 16-bit logits beside log_softmax and the fp32 copy that it reads (_probabilities).
+            logits = self.logits * (FP32 + half + (FP32 if c.lora and half else 0)) + (0 if c.lora else 12 * c.tokens)
             saved = self._hidden_gradient() if c.lora else 0
         made = Counter({"logits and loss": logits, "activations": saved, "parameters": cached})
         return self._forward() + self._gathered(gathered.OUTPUT) + made
@@ -198,6 +198,7 @@ class Step:
         if not self.states.at_once or c.lora:
             return {}
         made = Counter({"gradients": reduced.at_output(c, self.states)})
+        made += self._recomputed() if c.strategy.offload_optimizer and reduced.fits_bucket(c) else Counter()
         found = {OUTPUT_REDUCED: self._behind_output() + self._buckets + made}
         if (ranks := c.strategy.world_size) > 1:  # the last rank's parameters end when backward has done its share
             left = total_bytes(self.saved) * (ranks - 1) // ranks
