@@ -13,6 +13,7 @@ from load_benchmark import load_benchmark
 
 from helpers.hardware import Gpu, describe_machine
 from helpers.memory.measured import RankMemory
+from helpers.memory.predict.error_bar import error_bar
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import prediction_cases
@@ -117,6 +118,16 @@ def test_the_summary_names_errors_and_verdicts(script):
     assert lines[0].startswith(f"all: 4 cases, median error {statistics.median(map(abs, errors)):.2f} %")
     assert "near the capacity: 1 of 2 verdicts right" in lines
     assert lines[-1] == "  failed: broken: RuntimeError: no"
+
+
+@pytest.mark.parametrize("kind", ["zero-2, offload", "zero-3"])
+def test_error_bars_cover_full_training_that_left_many_free_blocks(kind):
+    results = json.loads(CONFIGS.with_name("prediction_validation.json").read_text())["configurations"]
+    chosen = {n: e for n, e in results.items() if kind in n and "full" in n and "failed" not in e}
+    assert chosen
+    for name, entry in chosen.items():
+        bar, needed = error_bar(CASES[name].configuration), max(rank["nvml"] for rank in entry["measured"])
+        assert bar.least(entry["predicted_total"]) <= needed <= bar.most(entry["predicted_total"])
 
 
 def test_parts_are_joined(script, tmp_path):
