@@ -8,7 +8,7 @@ from helpers.plots.allocator import allocator_history
 from helpers.plots.bars import bars_by_rank, rates_and_memory, stacked_seconds
 from helpers.plots.cluster import cluster_sketch
 from helpers.plots.communication import collective, collective_rounds, overlap, trace_lanes, transfer_times
-from helpers.plots.curves import bytes_over_step, measured_against_formula
+from helpers.plots.curves import bytes_over_step, measured_against_formula, scaling
 from helpers.plots.diagrams import megatron_block, offload_memories
 from helpers.plots.matrices import matmul_parts, matrix_parts
 from helpers.plots.memory_bars import memory_bars, memory_sources, memory_steps, predicted_and_measured
@@ -68,6 +68,7 @@ __all__ = [
     "roofline",
     "save_figure",
     "saved_tensor_bars",
+    "scaling",
     "schedule_lanes",
     "score_bars",
     "smoothed",

@@ -130,3 +130,43 @@ def bytes_over_step(
         start += len(names)
     legend_below(axes)
     return fig
+
+
+def scaling(
+    rates: Mapping[str, Mapping[int, float]], memory: Mapping[str, Mapping[int, float]], title: str
+) -> CourseFigure:
+    """Draw speed and memory per GPU over the number of GPUs; dashed lines keep the speed of the fewest GPUs.
+
+    Args:
+        rates: Tokens per second and GPU, ``{way: {GPUs: rate}}``.
+        memory: Peak of the fullest GPU, ``{way: {GPUs: GiB}}``, of the same ways.
+        title: The figure's title.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: ``rates`` is empty, or rates and memory are not for the same ways.
+    """
+    if not rates or list(rates) != list(memory):
+        raise UserError(f"scaling: rates of {list(rates)} but memory of {list(memory)}; give both for the same")
+    fig = new_figure(title, width=13, height=5)
+    left, right = fig.subplots(1, 2)
+    counts = sorted({count for curve in rates.values() for count in curve})
+    for (name, colour), marker in zip(colours_for(rates).items(), cycle("os^Dv<>X"), strict=False):
+        fewest = min(rates[name])
+        if len(rates[name]) > 1:
+            left.plot([fewest, counts[-1]], [rates[name][fewest]] * 2, "--", color=colour, linewidth=1.2)
+        for axes, curve in ((left, rates[name]), (right, memory[name])):
+            xs = sorted(curve)
+            axes.plot(xs, [curve[x] for x in xs], marker=marker, color=colour, markersize=9, label=name)
+    left.plot([], [], "--", color=BLACK, linewidth=1.2, label="ideal: no time lost to more GPUs")
+    label_axes(left, "Speed", "GPUs", "tokens/s per GPU")
+    label_axes(right, "Memory of the fullest GPU", "GPUs", "NVML peak, GiB")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        legend_below(axes)
+    return fig
