@@ -21,6 +21,7 @@ from helpers.finetune.results import (
     speed_figure,
     speed_table,
 )
+from helpers.finetune.scaling import SCALING_RESULTS, scaling_figure, scaling_table
 from helpers.plots import save_figure
 
 END = "<!-- end of results -->"
@@ -29,12 +30,13 @@ TABLES = {
     SPEED_RESULTS: speed_table,
     FULL_RESULTS: full_table,
     OFFLOAD_RESULTS: offload_table,
+    SCALING_RESULTS: scaling_table,
 }
 # The tables of each page.
 PAGES = {
     ROOT / "README.md": (RESULTS,),
     ROOT / "README.zh-CN.md": (RESULTS,),
-    ROOT / "configs" / "README.md": (SPEED_RESULTS, FULL_RESULTS, OFFLOAD_RESULTS),
+    ROOT / "configs" / "README.md": (SPEED_RESULTS, FULL_RESULTS, OFFLOAD_RESULTS, SCALING_RESULTS),
 }
 
 
@@ -84,6 +86,8 @@ def main() -> None:
     save_figure(run_figure(), RESULTS.with_name("finetune_6b_timeline.png"))
     save_figure(memory_figure(read_results()), RESULTS.with_name("finetune_6b.png"))
     save_figure(speed_figure(read_results(SPEED_RESULTS)), RESULTS.with_name("speed_6b.png"))
+    if SCALING_RESULTS.is_file():
+        save_figure(scaling_figure(read_results(SCALING_RESULTS)), SCALING_RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":

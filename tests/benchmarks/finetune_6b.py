@@ -132,8 +132,9 @@ def summary(output_dir: Path) -> dict[str, Any]:
     def steady(key: str) -> list[float]:
         return [r[key] for r in records[WARM_UP_INTERVALS:]]
 
-    def peaks(key: str) -> list[float]:
-        return [max(values) for values in zip(*(r[key] for r in records), strict=True)]
+    def peaks(key: str) -> list[float | None]:  # None without a GPU
+        each = zip(*(r[key] for r in records), strict=True)
+        return [None if None in values else max(values) for values in each]
 
     speeds = [speed / run["world_size"] for speed in steady("tokens_per_second")]
     return {
@@ -205,8 +206,8 @@ def batches(runs: Sequence[Run], gpus: int) -> Iterator[Sequence[Run]]:
     yield from (alone[start : start + gpus] for start in range(0, len(alone), gpus))
 
 
-def execute(run: Run, gpu: int | None, data: Path, checkpoint: Path, output_dir: Path) -> int:
-    """Fine-tune on ``gpu`` (None: on all), write what it prints beside ``output_dir``, and return the exit status."""
+def execute(run: Run, gpu: int | str | None, data: Path, checkpoint: Path, output_dir: Path) -> int:
+    """Fine-tune on ``gpu``, 2 or "2,3" (None: on all); write the output beside ``output_dir``; return the status."""
     few = {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_steps": STEPS}
     config = write_config(output_dir.with_suffix(".yaml"), run.config, few | run.training, run.speed)
     command = torchrun_command(data, checkpoint, config, run.deepspeed, output_dir=output_dir, nprocs=run.ranks)

@@ -1,0 +1,153 @@
+"""The 6B job at a fixed number of tokens per step on 1, 2, 4 and 8 GPUs: what ``scaling.py --part job`` runs."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from finetune_6b import PLAIN, ROOT, Run, execute, kill_all, summary, write_rows
+from speed_6b import share_of
+
+from helpers.errors import UserError
+from helpers.memory.predict import ModelShape
+
+FULL_ZERO_3 = ROOT / "configs" / "ds_zero_3_full.json"
+PARTS = 8  # of a step: as many micro-batches on one GPU, one micro-batch on each of eight
+FEW_STEPS = {"max_steps": 6, "logging_steps": 1, "save_strategy": "no"}
+LORA_STEPS = {"max_steps": 24, "logging_steps": 4, "save_strategy": "no"}
+# Weights, gradients and Adam's states, and some room: fewer bytes per parameter cannot hold full fine-tuning.
+LEAST_BYTES_PER_PARAMETER = 18
+REPEATED = 8  # the rows, for all steps on several GPUs to have enough
+# Operations per parameter and token in a matmul, recomputing not counted; see speed_6b.share_of for LoRA's 4.
+LORA_OPERATIONS, FULL_OPERATIONS = 4, 6
+
+
+def planned_runs(counts: Sequence[int], gpu_bytes: int) -> list[Run]:
+    """List each way on each number of GPUs, with 32,768 tokens per step, and the published recipe on four.
+
+    Args:
+        counts: Numbers of GPUs, each a divisor of :data:`PARTS`.
+        gpu_bytes: Memory of a GPU. Full fine-tuning is left out on fewer GPUs than hold its states.
+
+    Returns:
+        The runs.
+    """
+    runs = []
+    least = LEAST_BYTES_PER_PARAMETER * ModelShape().parameters
+    for count in counts:
+        lora = LORA_STEPS | {"gradient_accumulation_steps": PARTS // count}
+        runs.append(Run("LoRA, bf16", "lora_fast.yaml", training=lora, ranks=count))
+        runs.append(Run("LoRA, fp8", "lora_fp8.yaml", training=lora, ranks=count))
+        if count * gpu_bytes >= least:
+            packs = {"per_device_train_batch_size": 2, "gradient_checkpointing": True}
+            training = FEW_STEPS | packs | {"gradient_accumulation_steps": PARTS // count}
+            speed = {"packing": 2048, "loss_chunk": 1024}
+            runs.append(Run("full fine-tuning", "sft.yaml", FULL_ZERO_3, speed, training, count))
+    if 4 in counts and 4 * gpu_bytes >= least:
+        published = FEW_STEPS | {"gradient_checkpointing": True}
+        runs.append(Run("full fine-tuning, published recipe", "sft.yaml", FULL_ZERO_3, PLAIN, published, 4))
+    return runs
+
+
+def dry_runs(counts: Sequence[int]) -> list[Run]:
+    """List the same ways for the embedded model on CPU ranks, at most two of them: each rank is a whole job."""
+    runs = []
+    for count in (count for count in counts if count <= 2):
+        training = FEW_STEPS | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": PARTS // count}
+        runs.append(Run("LoRA, bf16", "lora_tiny.yaml", training=training, ranks=count))
+        runs.append(Run("LoRA, fp8", "lora_tiny.yaml", speed={"fp8": True}, training=training, ranks=count))
+        runs.append(Run("full fine-tuning", "sft.yaml", FULL_ZERO_3, training=training, ranks=count))
+    return runs
+
+
+def label_of(run: Run) -> str:
+    """Return the run's key in the results file."""
+    return f"{run.name}, N = {run.ranks}"
+
+
+def side_by_side(runs: Sequence[Run], gpus: int) -> list[list[Run]]:
+    """Group runs that can be made at once on ``gpus`` GPUs, none of which two runs use."""
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: -run.ranks):
+        free = (group for group in groups if sum(other.ranks for other in group) + run.ranks <= gpus)
+        group = next(free, None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return groups
+
+
+def measure(
+    groups: Sequence[Sequence[Run]], checkpoint: Path, folder: Path, left: Callable[[], float], rate: float | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Make the runs, a group at a time.
+
+    Args:
+        groups: From :func:`side_by_side`; one run at a time on the CPU.
+        checkpoint: Of the model.
+        folder: For rows, configurations and outputs.
+        left: Seconds until no group may start.
+        rate: TFLOP/s of a bf16 matmul; None without GPUs.
+
+    Returns:
+        An iterator of label and entry as each group ends. A run that failed has the key ``failed``.
+    """
+    write_rows(folder)
+    rows = (folder / "train.json").read_text(encoding="utf-8")
+    (folder / "train.json").write_text(REPEATED * rows, encoding="utf-8")
+    for number, group in enumerate(groups):
+        if left() <= 0:
+            return
+        outputs = [folder / f"run-{number}-{place}" for place in range(len(group))]
+        firsts = [sum(run.ranks for run in group[:place]) for place in range(len(group))]
+        with ThreadPoolExecutor(len(group)) as pool:
+            jobs = [
+                pool.submit(execute, run, _gpus(first, run.ranks) if rate else None, folder, checkpoint, output)
+                for run, first, output in zip(group, firsts, outputs, strict=True)
+            ]
+            try:
+                statuses = [job.result() for job in jobs]
+            except BaseException:  # Ctrl-C; the threads wait for their jobs
+                kill_all()
+                raise
+        for run, status, output in zip(group, statuses, outputs, strict=True):
+            yield label_of(run), _failure(status, output) if status else _entry(run, output, len(group), rate)
+
+
+def _gpus(first: int, count: int) -> str:
+    """Name the GPUs of a run for CUDA_VISIBLE_DEVICES."""
+    return ",".join(map(str, range(first, first + count)))
+
+
+def _failure(status: int, output: Path) -> dict[str, Any]:
+    lines = output.with_suffix(".log").read_text(encoding="utf-8").splitlines()
+    print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
+    errors = [line for line in lines if "error:" in line] or [f"status {status}"]
+    return {"failed": errors[0]}
+
+
+def _entry(run: Run, output: Path, together: int, rate: float | None) -> dict[str, Any]:
+    found = summary(output)
+    entry = {"name": run.name, "config": run.config, "side_by_side": together, **found}
+    entry["tokens_per_step"] = found["tokens_per_second_per_gpu"] * found["ranks"] * found["step_seconds"]
+    if rate:
+        operations = FULL_OPERATIONS if run.deepspeed else LORA_OPERATIONS
+        entry["share_of_product_rate"] = share_of(rate, found) * operations / LORA_OPERATIONS
+    return entry
+
+
+def check_equality(entries: dict[str, dict[str, Any]]) -> None:
+    """Compare the first losses of a way's runs: the same rows and weights, on however many ranks.
+
+    Raises:
+        UserError: Names two that differ by more than 1 %.
+    """
+    first: dict[str, tuple[str, float]] = {}
+    for label, entry in entries.items():
+        if "failed" in entry:
+            continue
+        other, loss = first.setdefault(entry["name"], (label, entry["loss"][0]))
+        if abs(entry["loss"][0] - loss) > 0.01 * loss:
+            raise UserError(f"{label}: first loss {entry['loss'][0]:.4f}, {other}: {loss:.4f}; they must be the same")
