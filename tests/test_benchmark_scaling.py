@@ -68,7 +68,7 @@ def test_the_job_accepts_every_run_and_none_shares_a_gpu(script, tmp_path):
     assert sorted(id(run) for group in groups for run in group) == sorted(map(id, runs))
     assert all(sum(run.ranks for run in group) <= 8 for group in groups)
     tokens = set()
-    for run in runs + script.scaling_job.dry_runs([1, 2]):
+    for run in runs + script.scaling_job.dry_runs(2):
         config = read_finetune_config(
             load_benchmark("finetune_6b").write_config(tmp_path / "run.yaml", run.config, run.training, run.speed)
         )

@@ -5,8 +5,8 @@
 
 Both parts write into one results file, after each run; each takes about ten minutes on eight GPUs with 80 GiB. Runs of
 the job that fit next to each other are made at once. If CHECKPOINT does not exist, one with random weights is written
-there. ``--resume`` keeps the runs that are in the file. ``--dry`` shows that everything is correct, in two minutes
-without a GPU: tiny models on eight CPU ranks (``--dry 2``: on two), each compared with one process.
+there. ``--resume`` keeps the runs that are in the file. ``--dry`` shows without a GPU that everything is correct: tiny
+models on eight CPU ranks (``--dry 2``: on two), compared with one process. The job then runs on one rank and on two.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def measure_job(
     """Yield label and entry of each run of the job; on GPUs, first measure the matmul's rate."""
     gpus = describe_machine().gpus
     if arguments.dry:
-        groups = [[run] for run in scaling_job.dry_runs(counts) if wanted(scaling_job.label_of(run))]
+        groups = [[run] for run in scaling_job.dry_runs(min(arguments.dry, 2)) if wanted(scaling_job.label_of(run))]
         checkpoint, rate = TINY_MODEL, None
     else:
         checkpoint = arguments.checkpoint
@@ -129,6 +129,9 @@ def line_of(label: str, entry: dict[str, Any]) -> str:
         parts.append(f"{entry['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU")
     if "share_of_product_rate" in entry:
         parts.append(f"{entry['share_of_product_rate']:.0%} of the matmul's rate")
+    nvml = entry.get("nvml_peak_gib", [None])
+    if None not in nvml:
+        parts.append(f"NVML {max(nvml):.2f} GiB")
     if "states_formula" in entry:
         parts.append(f"model states of {max(entry['states_counted']):,} bytes, formula {entry['states_formula']:,}")
     if "meshes" in entry:
@@ -162,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     path = arguments.results or (DRY_RESULTS if arguments.dry else SCALING_RESULTS)
     content = open_results(path, arguments)
     runs = content[arguments.part]
-    counts = [count for count in COUNTS if count <= (arguments.dry or gpus)]
+    counts = [count for count in COUNTS if count in (1, arguments.dry) or (count <= gpus and not arguments.dry)]
 
     def wanted(label: str) -> bool:
         done = label in runs and "failed" not in runs[label]

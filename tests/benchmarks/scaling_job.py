@@ -50,10 +50,10 @@ def planned_runs(counts: Sequence[int], gpu_bytes: int) -> list[Run]:
     return runs
 
 
-def dry_runs(counts: Sequence[int]) -> list[Run]:
-    """List the same ways for the embedded model on CPU ranks, at most two of them: each rank is a whole job."""
+def dry_runs(most: int) -> list[Run]:
+    """List the same ways for the embedded model on one CPU rank and on ``most``, 1 or 2."""
     runs = []
-    for count in (count for count in counts if count <= 2):
+    for count in range(1, most + 1):
         training = FEW_STEPS | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": PARTS // count}
         runs.append(Run("LoRA, bf16", "lora_tiny.yaml", training=training, ranks=count))
         runs.append(Run("LoRA, fp8", "lora_tiny.yaml", speed={"fp8": True}, training=training, ranks=count))
