@@ -31,6 +31,10 @@ class TestNotebook:
         assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
         assert not [out for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
 
+    def test_no_two_cells_have_the_same_id(self, path):  # outputs are carried over by id
+        ids = [cell["id"] for kind in ("code", "markdown") for cell in cells(path, kind)]
+        assert len(ids) == len(set(ids))
+
     def test_its_cells_are_short_and_few(self, path):
         lengths = [len(source(cell).splitlines()) for cell in cells(path, "code")]
         assert len(lengths) <= 60 and max(lengths) <= 30 and median(lengths) <= 8

@@ -8,7 +8,7 @@ WRONG = {
             "    for turn in range(n - 1):\n        parts[(rank - turn) % n] += pass_on(parts[(rank - turn + 1) % n])"
         ),
         "it called all-reduce": "def reduce_scatter(parts):\n    for part in parts:\n        dist.all_reduce(part)",
-        "raised NameError: name 'pats' is not defined (line": (
+        "raised NameError: name 'pats' is not defined": (
             "def reduce_scatter(parts):\n    parts[0] += pass_on(pats[0])"
         ),
         "it does not return: rank 0": (
