@@ -54,7 +54,7 @@ class _Seen:
 
 
 class _FromSource(SourceFileLoader):
-    """Import the modules beside the program. An error names its line, as in the program itself.
+    """Import the modules next to the program. An error names its line, as in the program itself.
 
     Bytecode is left alone: a file that is written twice within a second looks unchanged.
     """

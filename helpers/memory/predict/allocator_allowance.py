@@ -59,8 +59,8 @@ def _left_by_flattening(step: Step, sizes: Mapping[str, int]) -> int:
     memory. Second, this rank's flat gradients once more. That these are the two is inferred: ZeRO-1 and ZeRO-2 held
     4.00 bytes per parameter beyond their tensors (notebooks/results/prediction.json), 6.00 with buckets of 1 GB.
 
-    Those runs peaked in the optimizer's step. If ZeRO-1 or ZeRO-2 peak before it, activations lie where the flat
-    gradients were: chapters 06 and 07 held 2.2 bytes per parameter, of which the built ones are 2. And expandable
+    Those runs peaked in the optimizer's step. If ZeRO-1 or ZeRO-2 peak before it, activations use the memory of the
+    flat gradients: chapters 06 and 07 held 2.2 bytes per parameter, of which the built ones are 2. And expandable
     segments leave one free block as large as the fp32 gradients, with which DeepSpeed initialises Adam's states. If
     activations leave enough of it, the flat gradients lie there: "wide, full, ZeRO-2, checkpointing" held 2.0.
     """
@@ -71,7 +71,7 @@ def _left_by_flattening(step: Step, sizes: Mapping[str, int]) -> int:
     gradients = max(states.kept, states.resident.get("gradients", 0))
     built = partition * c.trainable_bytes
     if c.strategy.zero_stage < 3:
-        # What reductions make lies where the flat gradients will be, and is gone by then.
+        # Reductions use the memory of the later flat gradients, and free it before.
         before = max(size for phase, size in sizes.items() if phase not in (STEP, *REDUCTIONS))
         room = built + gradients // c.trainable_bytes * FP32 - gradients
         if before > sizes[STEP] or (c.expandable_segments and before - sum(states.resident.values()) <= room):

@@ -1,4 +1,4 @@
-"""Predict what ZeRO-1 and ZeRO-2 hold of gradients when they reduce them: whole ones, copies, and a norm's fp64.
+"""Predict what ZeRO-1 and ZeRO-2 hold of gradients when they reduce them: full gradients, copies, and a norm in fp64.
 
 Read off DeepSpeed 0.19's runtime/zero/stage_1_and_2.py; tests/test_reduced.py watches DeepSpeed do it.
 """
@@ -8,14 +8,14 @@ from helpers.memory.predict.states import FP64, States, largest_trained
 
 
 def beside_bucket(configuration: Configuration, elements: int) -> int:
-    """Count the bytes of a gradient that is reduced where it is, or moves from the bucket to host memory.
+    """Count the bytes of a gradient that is reduced in place, or moves from the bucket to host memory.
 
-    A gradient larger than the bucket stays whole. If the optimizer is in host memory, the norm of this rank's part is
+    A gradient larger than the bucket is not copied. If the optimizer is in host memory, the norm of this rank's part is
     computed first, from a copy in fp64 (``set_norm_for_param_grad_in_gpu``).
 
     Args:
         configuration: The job.
-        elements: Of the gradient.
+        elements: Number of elements of the gradient.
 
     Returns:
         Bytes.
@@ -29,8 +29,8 @@ def beside_bucket(configuration: Configuration, elements: int) -> int:
 def at_output(configuration: Configuration, states: States) -> int:
     """Count the gradients when that of the output layer is reduced.
 
-    It is whole until the last norm's arrives; if the bucket takes it in, until it has been copied. In the first case
-    this rank's partition exists already.
+    It stays until the last norm's gradient arrives, or, if it fits the bucket, until it has been copied there. In the
+    first case this rank's partition exists already.
     """
     c, elements = configuration, configuration.shape.embedding
     if fits_bucket(c):
@@ -47,15 +47,15 @@ def fits_bucket(configuration: Configuration) -> bool:
 
 
 def at_embedding(configuration: Configuration) -> int:
-    """Count the embedding's gradient, the last one: whole, before the bucket or this rank's partition takes it in."""
+    """Count the embedding's gradient, the last one, before it is copied to the bucket or this rank's partition."""
     c, elements = configuration, configuration.shape.embedding
     return max(elements * c.trainable_bytes, beside_bucket(c, elements))
 
 
 def after_backward(configuration: Configuration, states: States) -> int:
-    """Count the gradients when ZeRO-1 without overlap_comm reduces them: its own partition appears beside all of them.
+    """Count the gradients when ZeRO-1 without overlap_comm reduces them: its own partition exists next to all of them.
 
-    Those that the bucket has taken in are gone by then.
+    Those copied to the bucket have been freed by then.
     """
     c = configuration
     bucketed = min(states.buckets, c.trainable_parameters * c.trainable_bytes)

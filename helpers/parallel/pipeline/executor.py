@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.errors import UserError
+from helpers.parallel.clock import synchronize
 from helpers.parallel.pipeline.deferred_gradients import defer_weight_gradients
 from helpers.parallel.pipeline.schedules import Action, Schedule
 from helpers.parallel.pipeline.stages import Stage, causal_lm_loss
@@ -237,13 +238,9 @@ class _Run:
     @contextmanager
     def _timed(self, action: Action) -> Iterator[None]:
         """Record what runs in the block, GPU work included, and make it last at least its pace."""
-        self._synchronize()
+        synchronize(self._executor._device)
         start = time.monotonic()  # the machine's clock, so that times of different processes compare
         yield
-        self._synchronize()
+        synchronize(self._executor._device)
         time.sleep(max(0.0, self._executor._pace.get(action.kind, 0.0) - (time.monotonic() - start)))
         self._spans.append(TimedAction(action, start, time.monotonic()))
-
-    def _synchronize(self) -> None:
-        if self._executor._device.type == "cuda":
-            torch.cuda.current_stream(self._executor._device).synchronize()
