@@ -12,6 +12,8 @@ from conftest import needs_gpu
 from peft import LoraConfig, get_peft_model
 from small_finetune import ROOT, adapter, largest_difference, prepare, write_config
 from torch import nn
+from transformers.models.glm.configuration_glm import GlmConfig
+from transformers.models.glm.modeling_glm import GlmMLP
 
 from helpers.config.finetune import SpeedOptions, parse_finetune_config, read_finetune_config
 from helpers.errors import UserError
@@ -32,6 +34,7 @@ from helpers.quantization import fp8_loading
 from helpers.quantization.fp8 import E4M3, LARGEST, Fp8Linear, round_rows
 from helpers.quantization.fp8_joined import join_products
 from helpers.quantization.fp8_loading import Fp8Config
+from helpers.quantization.fp8_swiglu import Fp8MLP, fuse_mlp
 from helpers.quantization.library import exclude_frozen_from_ddp
 
 INPUTS, OUTPUTS = 64, 48
@@ -241,6 +244,76 @@ def test_matrices_of_other_types_are_not_joined():
     readers.k = nn.Linear(INPUTS, 16)
     join_products(list(readers.children()))
     assert [type(layer) for layer in readers.children()] == [Fp8Linear, nn.Linear, Fp8Linear]
+
+
+def mlp_in_fp8(width=32, dtype=torch.float32, device="cpu"):
+    """An MLP of ChatGLM3's form with its matrices in fp8."""
+    torch.manual_seed(0)
+    mlp = GlmMLP(GlmConfig(hidden_size=INPUTS, intermediate_size=width, hidden_act="silu")).to(dtype)
+    mlp.gate_up_proj, mlp.down_proj = Fp8Linear.rounded(mlp.gate_up_proj), Fp8Linear.rounded(mlp.down_proj)
+    return mlp.to(device)
+
+
+def outputs_and_gradients(mlp, x, gradient):
+    x = x.clone().requires_grad_()
+    output = mlp(x)
+    return output.detach(), torch.autograd.grad(output, x, gradient)[0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_mlp_that_rounds_in_one_pass_computes_the_same_and_keeps_only_what_silu_reads(transposed):
+    mlp, fused = mlp_in_fp8(), mlp_in_fp8()
+    fuse_mlp(fused)
+    assert type(fused) is Fp8MLP
+    if transposed:
+        fused.gate_up_proj.keep_transposed()
+        fused.down_proj.keep_transposed()
+    x, gradient = torch.randn(2, 9, INPUTS), torch.randn(2, 9, INPUTS)
+    x[0, 2], x[0, 3, 5], gradient[1, 4], gradient[1, 5, 6] = 0, float("nan"), 0, float("inf")
+    for found, right in zip(
+        outputs_and_gradients(fused, x, gradient), outputs_and_gradients(mlp, x, gradient), strict=True
+    ):
+        assert torch.equal(found.isnan(), right.isnan()) and 0 < right.isnan().sum() < right.numel()
+        # A number between two codes may be rounded to the other one if the last bit of the row's largest differs.
+        assert (found - right).nan_to_num().norm() <= 2**-7 * right.nan_to_num().norm()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        fused(x.requires_grad_())
+    assert [tensor.shape for tensor in saved if tensor.dtype == torch.float32 and tensor.shape[1] > 1] == [(18, 64)]
+
+
+@pytest.mark.parametrize("other", ["an adapter", "a bias", "bf16"])
+def test_an_mlp_with_anything_else_than_frozen_matrices_in_fp8_is_left_as_it_is(other):
+    mlp = mlp_in_fp8()
+    if other == "an adapter":
+        get_peft_model(mlp, LoraConfig(r=2, target_modules=["down_proj"]))
+    else:
+        linear = nn.Linear(INPUTS, 64, bias=other == "a bias")
+        mlp.gate_up_proj = Fp8Linear.rounded(linear) if linear.bias is not None else linear
+    fuse_mlp(mlp)
+    assert type(mlp) is GlmMLP
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("width", [32, 13696])
+def test_a_gpu_rounds_an_mlp_in_one_pass_as_the_emulation_does(width, compiled):
+    if obstacle_on(torch.device("cuda")):
+        pytest.skip("this GPU cannot multiply in fp8")
+    results = []
+    for device in ("cpu", "cuda"):
+        mlp = mlp_in_fp8(width, torch.bfloat16, device)
+        fuse_mlp(mlp)
+        run = torch.compile(mlp, fullgraph=True) if compiled and device == "cuda" else mlp
+        generator = torch.Generator().manual_seed(1)
+        x, gradient = (torch.randn(16, INPUTS, generator=generator).bfloat16() for _ in range(2))
+        x[3], x[4, 5], gradient[5], gradient[6, 7] = 0, float("nan"), 0, float("inf")
+        results.append(
+            [tensor.cpu().float() for tensor in outputs_and_gradients(run, x.to(device), gradient.to(device))]
+        )
+    for right, found in zip(*results, strict=True):
+        assert torch.equal(right.isnan(), found.isnan())
+        assert (found - right).nan_to_num().norm() <= 2**-6 * right.nan_to_num().norm()
 
 
 @needs_gpu

@@ -23,6 +23,7 @@ VOCAB = 65024
         ("torch_attn::_varlen_attn", [], step_kinds.ATTENTION),
         ("triton_red_fused__to_copy_abs_add_amax_div_mean_mul_pow_rsqrt_3", [], step_kinds.NORMS),
         ("triton_red_fused__to_copy_amax_div_mul_silu_split_4", [[4096, 27392]], step_kinds.SWIGLU),
+        ("_swiglu_gradient_rows_0", [[4096, 13696], [4096, 27392], [27392, 1]], step_kinds.SWIGLU),
         ("triton_poi_fused_native_dropout_0", [], step_kinds.NORMS),
         ("triton_red_fused_abs_amax_clamp_div_2", [], step_kinds.ROUNDING),
         ("triton_poi_fused_clone_t_7", [[27392, 4096]], step_kinds.TRANSPOSED),

@@ -59,3 +59,8 @@ def share_dropout(modules: list[nn.Module]) -> None:
         holders[0][name] = _First(holders[0][name], drawn)
         for holder in holders[1:]:
             holder[name] = _Again(drawn, last=holder is holders[-1])
+
+
+def shares_dropout(module: LoraLayer, name: str) -> bool:
+    """Tell whether the adapter ``name`` of ``module`` shares its dropout."""
+    return isinstance(module.lora_dropout[name], (_First, _Again))

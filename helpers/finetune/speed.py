@@ -12,12 +12,14 @@ from helpers.activations.compiled import recompute_inputs
 from helpers.activations.swiglu import RecomputingMLP
 from helpers.config.finetune import SpeedOptions
 from helpers.finetune import packed_attention
+from helpers.finetune.joined_adapters import join_adapters
 from helpers.finetune.method import Model, base_network, has_prefix
 from helpers.finetune.shared_dropout import share_dropout
 from helpers.libraries.deepspeed import gather_whole_layers
 from helpers.memory.units import GIB
 from helpers.quantization.fp8 import Fp8Linear
 from helpers.quantization.fp8_joined import join_products
+from helpers.quantization.fp8_swiglu import Fp8MLP, fuse_mlp
 
 SDPA = "sdpa"  # transformers' name for what every model starts with; used for padded batches and generation
 # SDPA without a padding mask. Examples are padded on the right, where causal attention never looks. transformers builds
@@ -70,8 +72,12 @@ def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = Fal
         readers = [attention.q_proj, attention.k_proj, attention.v_proj]
         if speed.shared_dropout:
             share_dropout(readers)
+            join_adapters(readers)
         if speed.fp8:
             join_products([getattr(reader, "base_layer", reader) for reader in readers])
+    if speed.fp8:
+        for layer in base.model.layers:
+            fuse_mlp(layer.mlp)
     if speed.fp8_transposed:
         for module in base.model.layers.modules():
             if isinstance(module, Fp8Linear):
@@ -89,7 +95,8 @@ def apply_speed_options(model: Model, speed: SpeedOptions, *, zero_3: bool = Fal
             layer.forward = torch.compile(layer.forward, backend=backend)
     else:  # the compiler decides by itself what backward recomputes
         for layer in base.model.layers:
-            layer.mlp.__class__ = RecomputingMLP
+            if not isinstance(layer.mlp, Fp8MLP):
+                layer.mlp.__class__ = RecomputingMLP
 
 
 @contextmanager

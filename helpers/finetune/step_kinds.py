@@ -53,6 +53,8 @@ def kind_of(name: str, shapes: Sequence[Any], vocab: int) -> str:
         return ADAPTERS if sides and min(sides) <= LARGEST_RANK else MATMULS
     if re.search("adam|_foreach|optimizer", name, re.IGNORECASE):
         return OPTIMIZER
+    if "swiglu" in name:  # helpers.quantization.fp8_swiglu_kernels
+        return SWIGLU
     if not _FUSED.match(name):
         return REST
     fused = _FUSED.sub("", name)

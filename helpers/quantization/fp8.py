@@ -65,6 +65,37 @@ def multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: to
         return (a.float() @ b.float().t() * a_scales * b_scales.t()).to(dtype)
 
 
+def round_gradient(gradient: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply a matrix's scales into the gradient of its outputs, and round the rows, for :func:`multiply_back`.
+
+    Args:
+        gradient: Any floating-point type [rows, outputs].
+        scales: Of the matrix's rows in fp32 [outputs, 1].
+
+    Returns:
+        Codes [rows, outputs] and scales [rows, 1].
+    """
+    return round_rows(gradient * scales.t())  # in fp32, as the scales are
+
+
+def multiply_back(rows: Tensor, row_scales: Tensor, matrix: Tensor, is_transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Compute the gradient of a matmul's inputs from that of its outputs.
+
+    Args:
+        rows: Of the gradient, rounded by :func:`round_gradient` [rows, outputs].
+        row_scales: Of these rows [rows, 1].
+        matrix: Codes of the matrix [outputs, inputs], or transposed and contiguous [inputs, outputs].
+        is_transposed: Which of the two; the first is transposed here, because a GPU's kernel reads it that way.
+        dtype: Of the result.
+
+    Returns:
+        The gradient [rows, inputs].
+    """
+    transposed = matrix if is_transposed else matrix.t().contiguous()
+    ones = torch.ones(transposed.shape[0], 1, device=row_scales.device, dtype=torch.float32)
+    return multiply(rows, row_scales, transposed, ones, dtype)
+
+
 class _Product(torch.autograd.Function):
     """x Wᵀ for a frozen W. Backward needs W and no activation, so forward saves no new tensor."""
 
@@ -72,17 +103,15 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, transposed: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes if transposed is None else transposed, scales)
         ctx.is_transposed = transposed is not None
-        rows, row_scales = round_rows(x.flatten(0, -2))
-        return multiply(rows, row_scales, codes, scales, x.dtype).view(*x.shape[:-1], codes.shape[0])
+        product = multiply(*round_rows(x.flatten(0, -2)), codes, scales, x.dtype)
+        return product.view(*x.shape[:-1], codes.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        codes, scales = ctx.saved_tensors
-        transposed = codes if ctx.is_transposed else codes.t().contiguous()
-        rows, row_scales = round_rows(gradient.flatten(0, -2) * scales.t())  # in fp32, as the scales are
-        ones = torch.ones(transposed.shape[0], 1, device=scales.device)
-        product = multiply(rows, row_scales, transposed, ones, gradient.dtype)
-        return product.view(*gradient.shape[:-1], transposed.shape[0]), None, None, None
+        matrix, scales = ctx.saved_tensors
+        rounded = round_gradient(gradient.flatten(0, -2), scales)
+        product = multiply_back(*rounded, matrix, ctx.is_transposed, gradient.dtype)
+        return product.view(*gradient.shape[:-1], product.shape[1]), None, None, None
 
 
 def multiply_frozen(x: Tensor, codes: Tensor, scales: Tensor, transposed: Tensor | None = None) -> Tensor:
