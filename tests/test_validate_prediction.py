@@ -78,10 +78,11 @@ def test_it_runs_from_end_to_end_and_goes_on_where_it_was(script, tmp_path, caps
         for found in (lambda c: c.packed, lambda c: c.padded)
     )
     monkeypatch.setattr(script, "run", in_this_process)
-    script.main(["--dry", "--results", str(path), "--cases", packed, padded])
+    script.main(["--dry", "--results", str(path), "--commit", "abc", "--cases", packed, padded])
     entries = json.loads(path.read_text())["configurations"]
     assert entries.keys() == {packed, padded}
     for name, entry in entries.items():
+        assert entry["commit"] == "abc"
         assert entry["held_out"] == CASES[name].held_out and entry["error_percent"] is None  # no GPU
         assert all(rank["parameters"] > rank["optimizer states"] > 0 for rank in entry["measured"])
         assert sum(entry["predicted"].values()) == entry["predicted_total"]
@@ -145,8 +146,7 @@ def test_an_interrupted_run_goes_on_with_the_held_out_cases_first(script, tmp_pa
     first, *_ = script.parts_of(path, 2)
     done, failed = [n for n, case in script.held_out_first(CASES).items() if n.startswith("1 x") and case.held_out][:2]
     script.benchmark.write(first, {"configurations": {done: {}, failed: {"failed": "x"}}})
-    gpus = (Gpu("H100", 80 * 2**30, (9, 0)),) * 2
-    monkeypatch.setattr(script, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=gpus))
+    two_gpus(script, monkeypatch)
     monkeypatch.setattr(script, "side_by_side", lambda cases, *_: asked.extend(cases.values()))
     monkeypatch.setattr(script, "work_through", lambda cases, *_: asked.extend(cases.values()))
     script.main(["--resume", "--results", str(path)])
@@ -158,6 +158,33 @@ def test_an_interrupted_run_goes_on_with_the_held_out_cases_first(script, tmp_pa
             assert of_ranks.pop() == CASES[failed]  # it may fail again
         order = [(not case.held_out, case.configuration.compiled) for case in of_ranks]
         assert order == sorted(order)
+
+
+def two_gpus(script, monkeypatch):
+    gpus = (Gpu("H100", 80 * 2**30, (9, 0)),) * 2
+    monkeypatch.setattr(script, "describe_machine", lambda: dataclasses.replace(describe_machine(), gpus=gpus))
+
+
+def test_a_gpu_for_which_no_case_is_left_gets_no_process(script, tmp_path, monkeypatch):
+    path, started = tmp_path / "all.json", []
+    two_gpus(script, monkeypatch)
+    monkeypatch.setattr(script, "start_server", lambda: None)
+
+    def start(command, env):
+        started.append((env["CUDA_VISIBLE_DEVICES"], command[command.index("--commit") + 1 :]))
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(Popen=start))
+    one = next(n for n in CASES if n.startswith("1 x"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    script.side_by_side({one: CASES[one]}, 2, path, 1.0, "abc")
+    assert started == [("4", ["abc", "--cases", one])]
+    together = []
+    monkeypatch.setattr(script, "work_through", lambda cases, *_: together.extend(cases))
+    script.benchmark.write(path, {"configurations": {n: {} for n in CASES if n.startswith("1 x")}})
+    monkeypatch.setattr(script, "summary", lambda _: [])
+    script.main(["--resume", "--results", str(path)])
+    assert len(started) == 1 and together == [n for n in script.held_out_first(CASES) if n.startswith("2 x")]
 
 
 def test_a_case_that_fails_unexpectedly_does_not_end_the_others(script, monkeypatch):

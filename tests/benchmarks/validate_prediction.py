@@ -26,6 +26,7 @@ import cloudpickle
 
 sys.path.insert(0, str(Path(__file__).parent))
 import prediction as benchmark
+from finetune_6b import commit
 from prediction_cases import Case, cases
 
 from helpers.errors import UserError, exit_with_one_line
@@ -142,8 +143,11 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["configurations"] if path.is_file() else {}
 
 
-def work_through(chosen: dict[str, Case], path: Path, end: float) -> None:
-    """Measure cases until ``end`` (time.monotonic) and write the file after each."""
+def work_through(chosen: dict[str, Case], path: Path, end: float, commit: str | None) -> None:
+    """Measure cases until ``end`` (time.monotonic) and write the file after each.
+
+    Each entry names the ``commit`` that measured it, because a file may hold runs of several.
+    """
     entries = read(path)
     machine = dataclasses.asdict(describe_machine())
     for name, case in chosen.items():
@@ -152,7 +156,7 @@ def work_through(chosen: dict[str, Case], path: Path, end: float) -> None:
         start = time.monotonic()
         if start > end:
             return
-        entries[name] = measure(case)
+        entries[name] = measure(case) | {"commit": commit}
         benchmark.write(path, {"machine": machine, "configurations": entries})
         error = entries[name].get("error_percent")
         result = "failed" if "failed" in entries[name] else "" if error is None else f"{error:+.2f} %"
@@ -164,12 +168,16 @@ def measured_in(entries: dict[str, dict[str, Any]]) -> set[str]:
     return {name for name, entry in entries.items() if "failed" not in entry}
 
 
-def side_by_side(chosen: dict[str, Case], gpus: int, path: Path, seconds: float) -> None:
-    """Let one process per GPU work through a share of the cases, each in a file of its own; then join the files."""
+def side_by_side(chosen: dict[str, Case], gpus: int, path: Path, seconds: float, commit: str | None) -> None:
+    """Let one process per GPU work through a share of the cases, each in a file of its own; then join the files.
+
+    A GPU for which no case is left gets no process.
+    """
     start_server()  # this process's own, which imports the libraries meanwhile
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     parts = parts_of(path, gpus)
     names = list(chosen)
+    known = [] if commit is None else ["--commit", commit]
     jobs = [
         subprocess.Popen(
             [
@@ -180,12 +188,13 @@ def side_by_side(chosen: dict[str, Case], gpus: int, path: Path, seconds: float)
                 "--seconds",
                 str(seconds),
                 "--resume",
+                *known,
                 "--cases",
                 *names[gpu::gpus],
             ],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": visible[gpu]},
         )
-        for gpu, part in enumerate(parts)
+        for gpu, part in enumerate(parts[: len(names)])
     ]
     try:
         statuses = [job.wait() for job in jobs]
@@ -229,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="predict the recorded runs again, measure nothing")
     parser.add_argument("--trace", action="store_true", help="with --again: simulate the allocator where possible")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     end = start + arguments.seconds
@@ -252,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         wanted = {n: case for n, case in chosen.items() if not arguments.cases or n in arguments.cases}
         if not arguments.dry:
             run(benchmark.warm_up, 1, timeout=TIMEOUT_SECONDS)
-        work_through(wanted, arguments.results, end)
+        work_through(wanted, arguments.results, end, arguments.commit)
         return
     if any(part.is_file() for part in parts_of(arguments.results, gpus)):  # of a run that was interrupted
         join(arguments.results, parts_of(arguments.results, gpus))
@@ -265,8 +275,9 @@ def main(argv: list[str] | None = None) -> None:
     together = {n: case for n, case in missing.items() if case.configuration.strategy.world_size == 2 and gpus > 1}
     # Offloaded optimizers step on the host, where a shell's single thread would take most of the time.
     with environment({"OMP_NUM_THREADS": str(max(1, describe_machine().cpu_cores // gpus))}):
-        side_by_side(alone, gpus, arguments.results, arguments.seconds / 2)
-        work_through(together, arguments.results, end)
+        if alone:
+            side_by_side(alone, gpus, arguments.results, arguments.seconds / 2, arguments.commit)
+        work_through(together, arguments.results, end, arguments.commit)
     entries = read(arguments.results)
     print("\n".join(summary(entries)))
     done = len(measured_in(entries)) - len(measured_in(before))
