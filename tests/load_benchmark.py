@@ -1,6 +1,7 @@
 """Import a benchmark for tests."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,10 @@ def load_benchmark(name: str) -> ModuleType:
 
     cloudpickle then sends its functions to ranks by value, as it does if the file is run as a script.
     """
-    path = Path(__file__).parent / "benchmarks" / f"{name}.py"
+    folder = Path(__file__).parent / "benchmarks"
+    if str(folder) not in sys.path:  # benchmarks import one another
+        sys.path.append(str(folder))
+    path = folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,14 +1,17 @@
-"""The benchmark of the 6B fine-tune: what it plans, and that every planned configuration is one the job accepts."""
+"""The benchmarks of the 6B fine-tune: what they plan, and that every planned configuration is one the job accepts."""
 
+import json
 import signal
 import subprocess
 
 import pytest
 from load_benchmark import load_benchmark
 
+from helpers.assets import TINY_MODEL
 from helpers.config.compatibility import check_quantization, check_speed
 from helpers.config.deepspeed import read_deepspeed_config
 from helpers.config.finetune import read_finetune_config
+from helpers.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -16,35 +19,65 @@ def script():
     return load_benchmark("finetune_6b")
 
 
+@pytest.fixture(scope="module")
+def speed():
+    return load_benchmark("speed_6b")
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    return load_benchmark("jobs_6b")
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 4])
-def test_every_way_runs_on_one_gpu_and_on_all(script, gpus):
+def test_every_way_runs_on_one_gpu_and_on_all(script, jobs, gpus):
     runs = script.planned_runs(gpus)
-    labels = [script.label_of(run, gpus) for run in runs]
+    labels = [script.label_of(run) for run in runs]
     assert len(set(labels)) == len(labels)
     for way in script.WAYS:
         assert f"{way.name}, 1 GPU" in labels
         assert gpus == 1 or f"{way.name}, {gpus} GPUs" in labels
-    batches = list(script.batches(runs, gpus))
-    assert [run for batch in batches for run in batch] == runs
-    assert all(len(batch) <= gpus and (len(batch) == 1 or {run.ranks for run in batch} == {1}) for batch in batches)
+    groups = jobs.side_by_side(runs, gpus)
+    assert [run for group in groups for run in group] == runs
+    assert all(sum(run.ranks for run in group) <= gpus for group in groups)
 
 
-def test_an_interrupted_benchmark_leaves_no_job_behind(script):
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_the_speed_benchmark_divides_the_same_packs_between_all_gpus(speed, gpus):
+    runs = {run.name: run for run in speed.planned_runs(gpus)}
+    assert len(runs) == len(speed.planned_runs(gpus))
+    for name in ("8 packs a step, every GPU", "fp8, 8 packs a step, every GPU"):
+        assert runs[name].ranks * runs[name].training["gradient_accumulation_steps"] == 8
+    assert all(run.ranks == 1 for name, run in runs.items() if "every GPU" not in name)
+    assert set(speed.PROFILED) <= set(runs)
+
+
+def test_what_an_interrupted_benchmark_measured_is_kept_unless_the_code_is_another(jobs, tmp_path):
+    path = tmp_path / "results.json"
+    assert jobs.kept_runs(path, "abc") == {}
+    runs = {"a": {"rate": 1.5, "machine": {"gpus": 2}}, "b": {"rate": 2.5, "machine": {"gpus": 2}}}
+    jobs.write_results(path, TINY_MODEL, runs, commit="abc")
+    assert jobs.kept_runs(path, "abc") == runs and json.loads(path.read_text(encoding="utf-8"))["random_weights"]
+    with pytest.raises(UserError, match="is of commit abc; start again without --resume"):
+        jobs.kept_runs(path, "def")
+
+
+def test_an_interrupted_benchmark_leaves_no_job_behind(jobs):
     job = subprocess.Popen(["sh", "-c", "sleep 600 & wait"], stdout=subprocess.PIPE, start_new_session=True)
-    script.RUNNING.append(job)
-    script.kill_all()
+    jobs.RUNNING.append(job)
+    jobs.kill_all()
     assert job.stdout.read() == b""  # the end of the file: nobody holds it any more
-    assert job.wait() == -signal.SIGKILL and not script.RUNNING
+    assert job.wait() == -signal.SIGKILL and not jobs.RUNNING
 
 
-def test_the_job_accepts_every_configuration(script, tmp_path):
-    for run in script.planned_runs(2):
+def test_the_job_accepts_every_configuration(script, speed, jobs, tmp_path):
+    for run in (*script.planned_runs(2), *speed.planned_runs(2), *speed.LONG):
         config = read_finetune_config(
-            script.write_config(tmp_path / "run.yaml", run.config, {"max_steps": 5} | run.training, run.speed)
+            jobs.write_config(tmp_path / "run.yaml", run.config, {"max_steps": 5} | run.training, run.speed)
         )
         deepspeed = read_deepspeed_config(run.deepspeed) if run.deepspeed else None
         check_quantization(config.quantization_bit, deepspeed)
         check_speed(config, deepspeed)
-        assert (config.data.val_file is not None) == (run is script.RECORDED_RUN)
-        if run.speed is script.PLAIN:
+        assert (config.data.val_file is not None) == (run.name == script.RECORDED)
+        if run.speed == jobs.PLAIN:
             assert config.speed.loss_chunk is None and config.speed.padding_mask

@@ -1,8 +1,6 @@
 """The benchmark of scaling: two CPU ranks are correct, the job accepts its runs, the pages wait for its results."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,6 @@ from helpers.errors import UserError
 from helpers.finetune.scaling import scaling_figure, scaling_table
 
 GPU_BYTES = 80 * 10**9
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))  # it imports other benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +61,13 @@ def test_one_line_for_what_cannot_run(script, monkeypatch):
 def test_the_job_accepts_every_run_and_none_shares_a_gpu(script, tmp_path):
     runs = script.scaling_job.planned_runs([1, 2, 4, 8], GPU_BYTES)
     assert len({script.scaling_job.label_of(run) for run in runs}) == len(runs) == 12
-    groups = script.scaling_job.side_by_side(runs, 8)
+    groups = script.side_by_side(runs, 8)
     assert sorted(id(run) for group in groups for run in group) == sorted(map(id, runs))
     assert all(sum(run.ranks for run in group) <= 8 for group in groups)
     tokens = set()
     for run in runs + script.scaling_job.dry_runs(2):
         config = read_finetune_config(
-            load_benchmark("finetune_6b").write_config(tmp_path / "run.yaml", run.config, run.training, run.speed)
+            load_benchmark("jobs_6b").write_config(tmp_path / "run.yaml", run.config, run.training, run.speed)
         )
         deepspeed = read_deepspeed_config(run.deepspeed) if run.deepspeed else None
         check_quantization(config.quantization_bit, deepspeed)
@@ -98,6 +95,11 @@ def job_run(name, ranks, rate):
         "nvml_before_gib": [0.5] * ranks,
         "nvml_peak_gib": [20.5] * ranks,
     }
+
+
+def test_the_line_of_a_run_shows_gpu_memory_only_where_there_is_a_gpu(script):
+    assert script.line_of("LoRA", job_run("LoRA", 1, 1000.0)).endswith("matmul's rate; NVML 20.50 GiB")
+    assert "NVML" not in script.line_of("LoRA", job_run("LoRA", 0, 1000.0))
 
 
 def test_the_table_and_the_figure_show_what_was_measured():

@@ -21,7 +21,7 @@ def seconds(tmp_path_factory):
     found = {}
     for name, run in read_results()["runs"].items():
         way = ways[run["name"]]
-        script.write_config(path, way.config, way.training, way.speed)
+        load_benchmark("jobs_6b").write_config(path, way.config, way.training, way.speed)
         job = read_job(path, way.deepspeed, shape=ModelShape(), world_size=run["ranks"], sequence_length=150)
         found[name] = step_seconds(job, traffic(job)), run["step_seconds"]
     return found

@@ -41,7 +41,7 @@ from fault_kinds import (  # noqa: E402
     run_file_status,
     verdict_of_result,
 )
-from finetune_6b import commit  # noqa: E402
+from jobs_6b import commit  # noqa: E402
 
 from helpers.files import atomic_write  # noqa: E402
 from helpers.hardware import describe_machine  # noqa: E402

@@ -17,7 +17,7 @@ from typing import Any
 
 import bitsandbytes
 import yaml
-from finetune_6b import ROOT, commit
+from jobs_6b import ROOT, commit
 from same_finetune import run_job
 
 from helpers.files import atomic_write

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_6b import ROOT, commit, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
+from jobs_6b import ROOT, commit, ensure_checkpoint, mean_tokens, summary, write_config, write_results, write_rows
 
 from helpers.errors import UserError, exit_with_one_line
 from helpers.finetune.full_results import FULL_RESULTS

@@ -24,7 +24,7 @@ import cloudpickle
 import scaling_job
 import scaling_mesh
 import scaling_zero
-from finetune_6b import commit, ensure_checkpoint
+from jobs_6b import commit, ensure_checkpoint, side_by_side
 from speed_6b import matmul_tflops
 
 from helpers.assets import TINY_MODEL
@@ -112,7 +112,7 @@ def measure_job(
     else:
         checkpoint = arguments.checkpoint
         runs = scaling_job.planned_runs(counts, min(gpu.total_bytes or 0 for gpu in gpus))
-        groups = scaling_job.side_by_side([run for run in runs if wanted(scaling_job.label_of(run))], len(gpus))
+        groups = side_by_side([run for run in runs if wanted(scaling_job.label_of(run))], len(gpus))
         ensure_checkpoint(checkpoint)
         rate = content["product_tflops"] = matmul_tflops()
         content["random_weights"] = not is_published_tokenizer(checkpoint / "tokenizer.model")
@@ -129,8 +129,7 @@ def line_of(label: str, entry: dict[str, Any]) -> str:
         parts.append(f"{entry['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU")
     if "share_of_product_rate" in entry:
         parts.append(f"{entry['share_of_product_rate']:.0%} of the matmul's rate")
-    nvml = entry.get("nvml_peak_gib", [None])
-    if None not in nvml:
+    if nvml := entry.get("nvml_peak_gib"):  # empty without a GPU
         parts.append(f"NVML {max(nvml):.2f} GiB")
     if "states_formula" in entry:
         parts.append(f"model states of {max(entry['states_counted']):,} bytes, formula {entry['states_formula']:,}")

@@ -1,12 +1,10 @@
 """The 6B job at a fixed number of tokens per step on 1, 2, 4 and 8 GPUs: what ``scaling.py --part job`` runs."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from finetune_6b import PLAIN, ROOT, Run, execute, kill_all, summary, write_rows
+from jobs_6b import PLAIN, ROOT, Run, execute, summary, write_rows
 from speed_6b import share_of
 
 from helpers.errors import UserError
@@ -66,26 +64,13 @@ def label_of(run: Run) -> str:
     return f"{run.name}, N = {run.ranks}"
 
 
-def side_by_side(runs: Sequence[Run], gpus: int) -> list[list[Run]]:
-    """Group runs that can be made at once on ``gpus`` GPUs, none of which two runs use."""
-    groups: list[list[Run]] = []
-    for run in sorted(runs, key=lambda run: -run.ranks):
-        free = (group for group in groups if sum(other.ranks for other in group) + run.ranks <= gpus)
-        group = next(free, None)
-        if group is None:
-            groups.append([run])
-        else:
-            group.append(run)
-    return groups
-
-
 def measure(
     groups: Sequence[Sequence[Run]], checkpoint: Path, folder: Path, left: Callable[[], float], rate: float | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Make the runs, a group at a time.
 
     Args:
-        groups: From :func:`side_by_side`; one run at a time on the CPU.
+        groups: From ``jobs_6b.side_by_side``; one run each on the CPU.
         checkpoint: Of the model.
         folder: For rows, configurations and outputs.
         left: Seconds until no group may start.
@@ -97,35 +82,13 @@ def measure(
     write_rows(folder)
     rows = (folder / "train.json").read_text(encoding="utf-8")
     (folder / "train.json").write_text(REPEATED * rows, encoding="utf-8")
-    for number, group in enumerate(groups):
+    made = execute(groups, folder, checkpoint, folder)
+    for group in groups:
         if left() <= 0:
             return
-        outputs = [folder / f"run-{number}-{place}" for place in range(len(group))]
-        firsts = [sum(run.ranks for run in group[:place]) for place in range(len(group))]
-        with ThreadPoolExecutor(len(group)) as pool:
-            jobs = [
-                pool.submit(execute, run, _gpus(first, run.ranks) if rate else None, folder, checkpoint, output)
-                for run, first, output in zip(group, firsts, outputs, strict=True)
-            ]
-            try:
-                statuses = [job.result() for job in jobs]
-            except BaseException:  # Ctrl-C; the threads wait for their jobs
-                kill_all()
-                raise
-        for run, status, output in zip(group, statuses, outputs, strict=True):
-            yield label_of(run), _failure(status, output) if status else _entry(run, output, len(group), rate)
-
-
-def _gpus(first: int, count: int) -> str:
-    """Name the GPUs of a run for CUDA_VISIBLE_DEVICES."""
-    return ",".join(map(str, range(first, first + count)))
-
-
-def _failure(status: int, output: Path) -> dict[str, Any]:
-    lines = output.with_suffix(".log").read_text(encoding="utf-8").splitlines()
-    print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
-    errors = [line for line in lines if "error:" in line] or [f"status {status}"]
-    return {"failed": errors[0]}
+        for run, outcome in zip(group, next(made), strict=True):
+            failed = isinstance(outcome, str)
+            yield label_of(run), {"failed": outcome} if failed else _entry(run, outcome, len(group), rate)
 
 
 def _entry(run: Run, output: Path, together: int, rate: float | None) -> dict[str, Any]:
