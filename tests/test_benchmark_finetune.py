@@ -3,15 +3,18 @@
 import json
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from load_benchmark import load_benchmark
+from small_finetune import TRAIN
 
 from helpers.assets import TINY_MODEL
 from helpers.config.compatibility import check_quantization, check_speed
 from helpers.config.deepspeed import read_deepspeed_config
 from helpers.config.finetune import read_finetune_config
 from helpers.errors import UserError
+from helpers.finetune.recorder import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,7 @@ def test_every_way_runs_on_one_gpu_and_on_all(script, jobs, gpus):
     for way in script.WAYS:
         assert f"{way.name}, 1 GPU" in labels
         assert gpus == 1 or f"{way.name}, {gpus} GPUs" in labels
+    assert gpus == 1 or {f"{run.name}, {gpus} GPUs" for run in script.ON_ALL_GPUS} <= set(labels)
     groups = jobs.side_by_side(runs, gpus)
     assert [run for group in groups for run in group] == runs
     assert all(sum(run.ranks for run in group) <= gpus for group in groups)
@@ -50,6 +54,20 @@ def test_the_speed_benchmark_divides_the_same_packs_between_all_gpus(speed, gpus
         assert runs[name].ranks * runs[name].training["gradient_accumulation_steps"] == 8
     assert all(run.ranks == 1 for name, run in runs.items() if "every GPU" not in name)
     assert set(speed.PROFILED) <= set(runs)
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_as_ddp_does(jobs, rank_server, tmp_path):
+    jobs.write_rows(tmp_path)
+    few = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no"}
+    config = jobs.write_config(tmp_path / "run.yaml", "lora_tiny.yaml", few, {})
+    losses = []
+    for script in (TRAIN, Path(jobs.__file__).with_name("fsdp2_train.py")):
+        output = tmp_path / script.stem
+        done = rank_server.run(script, tmp_path, TINY_MODEL, config, "--output-dir", output, nprocs=2)
+        assert done.returncode == 0, done.stderr
+        losses.append([record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record])
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_what_an_interrupted_benchmark_measured_is_kept_unless_the_code_is_another(jobs, tmp_path):

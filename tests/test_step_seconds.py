@@ -16,10 +16,12 @@ from helpers.parallel.step_time import rank_correlation
 def seconds(tmp_path_factory):
     """Predicted and measured seconds of the committed runs of the 6B job, by run."""
     script = load_benchmark("finetune_6b")
-    ways = {way.name: way for way in [*script.WAYS, script.RECORDED_RUN]}
+    ways = {way.name: way for way in [*script.WAYS, *script.ON_ALL_GPUS] if way.script is None}  # the command's own
     path = tmp_path_factory.mktemp("configs") / "lora.yaml"
     found = {}
     for name, run in read_results()["runs"].items():
+        if run["name"] not in ways:
+            continue
         way = ways[run["name"]]
         load_benchmark("jobs_6b").write_config(path, way.config, way.training, way.speed)
         job = read_job(path, way.deepspeed, shape=ModelShape(), world_size=run["ranks"], sequence_length=150)

@@ -67,7 +67,10 @@ WAYS = [
 ]
 # Random weights never end an answer, so its length is limited.
 EVALUATION = {"eval_strategy": "steps", "eval_steps": STEPS // 2, "save_steps": STEPS // 2}
-RECORDED_RUN = Run(RECORDED, training=EVALUATION | {"generation_config": {"max_new_tokens": 48}})
+ON_ALL_GPUS = [
+    Run("lora_fast.yaml, FSDP2", "lora_fast.yaml", script=Path(__file__).with_name("fsdp2_train.py")),
+    Run(RECORDED, training=EVALUATION | {"generation_config": {"max_new_tokens": 48}}),
+]
 
 
 def save_timeline(output_dir: Path, checkpoint: Path, path: Path) -> None:
@@ -87,15 +90,15 @@ def label_of(run: Run) -> str:
 
 
 def planned_runs(gpus: int) -> list[Run]:
-    """List every way on all GPUs, the recorded run, and every way on one GPU."""
-    together = [replace(run, ranks=gpus) for run in (*WAYS, RECORDED_RUN)] if gpus > 1 else []
+    """List every way on all GPUs, what is made on all GPUs only, and every way on one GPU."""
+    together = [replace(run, ranks=gpus) for run in (*WAYS, *ON_ALL_GPUS)] if gpus > 1 else []
     return [replace(run, training=FEW_STEPS | run.training) for run in (*together, *WAYS)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--only", nargs="+", help="texts in the names of the runs to make")
+    parser.add_argument("--only", nargs="+", help="texts in the labels of the runs to make, as: 'DDP, 2 GPUs'")
     parser.add_argument("--resume", action="store_true", help="keep the runs in the results file, make the others")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
@@ -106,8 +109,12 @@ def main() -> None:
         raise UserError("no GPU here; this measures the 6B model on GPUs")
     ensure_checkpoint(arguments.checkpoint)
     runs = kept_runs(arguments.results, arguments.commit) if arguments.resume else {}
-    wanted = [run for run in planned_runs(gpus) if not arguments.only or any(t in run.name for t in arguments.only)]
-    groups = side_by_side([run for run in wanted if label_of(run) not in runs], gpus)
+    todo = [
+        run
+        for run in planned_runs(gpus)
+        if label_of(run) not in runs and (not arguments.only or any(text in label_of(run) for text in arguments.only))
+    ]
+    groups = side_by_side(todo, gpus)
     failed = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
