@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # 32 MiB in fp64.
@@ -65,6 +65,21 @@ def forget_inputs_of_frozen_layers() -> None:
     Linear.setup_context = staticmethod(setup_context)
 
 
+def add_biases_in_new_tensors() -> None:
+    """Let ZeRO-3's linear layers not change their output in place to add a bias.
+
+    The compiler of torch 2.11 differentiates that wrongly, without an error: in compiled layers the gradients of q, k
+    and v, and all that follow from them, would be those of another function. torch 2.13 is right either way.
+    """
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as Linear
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = input.matmul(weight.t())
+        return output if bias is None else output + bias.to(output.dtype)
+
+    Linear.forward = staticmethod(forward)
+
+
 def compute_norms_in_parts() -> None:
     """Let ZeRO-3 with an offloaded optimizer compute a gradient's norm a few million elements at a time.
 
@@ -107,6 +122,7 @@ def configure_deepspeed(device: torch.device) -> None:
     skip_cpu_collectives()
     share_world_group()
     forget_inputs_of_frozen_layers()
+    add_biases_in_new_tensors()
     import deepspeed
     from deepspeed.utils import logger
 
