@@ -182,7 +182,8 @@ def _finish(
     )
     if evaluation:
         print(evaluation)
-    if predicted and timeline.gpus:
+    # A job on the CPU leaves the GPUs alone, and what others free may hide what this one took.
+    if predicted and predicted.gpu_bytes is not None and any(gpu.delta for gpu in timeline.gpus):
         print(predicted.compared_with(*peaks_and_phase(job.output_dir, timeline)))
     files = ", ".join(sorted(p.name for p in job.output_dir.iterdir() if p.name != LOCK))
     print(f"written to {job.output_dir}: {files}", flush=True)
