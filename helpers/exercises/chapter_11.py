@@ -216,15 +216,15 @@ def activation_gib(plain_gib: float, checkpointed_gib: float) -> None:
 
 
 def _decisions(answer: Callable[..., Any], shape: ModelShape, length: int) -> list[tuple[Any, int, bool]]:
-    """Run a network with the policy: each operator of forward, the width of its result, and whether it is kept."""
+    """Run a network with the policy: each operator of forward, a matmul's width, and whether the result is kept."""
     decided: list[tuple[Any, int, bool]] = []
 
     def policy(context: Any, operator: Any, *inputs: Any, **options: Any) -> Any:
         decision = answer(context, operator, *inputs, **options)
         if not context.is_recompute:
-            output = context.op_output
             keeps = decision in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
-            decided.append((operator, output.shape[-1] if isinstance(output, torch.Tensor) else 0, keeps))
+            # Not from ``context.op_output``, which torch 2.11 does not have.
+            decided.append((operator, inputs[-1].shape[-1] if operator in MATMULS else 0, keeps))
         return decision
 
     model = build(shape)

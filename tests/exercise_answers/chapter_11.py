@@ -104,7 +104,10 @@ WRONG = {
         "128 wide; the hidden size is 64": ("] > TINY", "] < TINY"),  # keeps the narrow ones
         "it keeps a matmul's output that is 64 wide": ("] > TINY", "] >= TINY"),
         "it recomputes a matmul's output that is 128 wide": ("] > TINY.hidden", "] > 2 * TINY.hidden"),
-        "which is not a matmul": ("operator in MATMULS and ", "isinstance(context.op_output, torch.Tensor) and "),
+        "which is not a matmul": (
+            "operator in MATMULS and ",
+            "isinstance(inputs[-1], torch.Tensor) and inputs[-1].dim() and ",
+        ),
     },
     "weighted": {
         "times the right one": "def weighted(loss, labels):\n    return loss",
