@@ -118,6 +118,15 @@ def on_the_cpu(monkeypatch) -> None:
 
 
 @pytest.fixture
+def deepspeed_on_the_cpu(monkeypatch, on_the_cpu) -> None:
+    """Let DeepSpeed use the CPU in this process, also on a machine with a GPU."""
+    from deepspeed.accelerator import real_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", CPU_Accelerator())
+
+
+@pytest.fixture
 def progress_bars_afterwards() -> Iterator[None]:
     """Undo what a command that ran inside the test did for its own output."""
     import datasets

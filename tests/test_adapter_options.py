@@ -189,7 +189,7 @@ def test_each_variant_is_compared_with_its_true_base_continued_and_exported(name
     path = re.escape(str(small_checkpoint))
     assert re.search(f'"base_model_name_or_path": "{path}"', settings)
     check_comparable(tmp_path / "adapter")
-    again, _ = load_for_inference(tmp_path / "adapter", dtype=torch.float32)
+    again, _ = load_for_inference(tmp_path / "adapter", device="cpu", dtype=torch.float32)
     assert isinstance(again, PeftModel)
     torch.testing.assert_close(logits(again), after, rtol=0, atol=1e-5)
     with again.disable_adapter():

@@ -90,6 +90,7 @@ def test_a_rate_of_a_million_ends_the_job_with_one_line_and_no_checkpoint_of_it(
     monkeypatch.setattr(train, "draw_figures", lambda *_: None)
     monkeypatch.setattr(train, "quiet_libraries", lambda: None)
     training = {"learning_rate": 1.0e6, "adam_epsilon": 1e-8, "max_steps": 5, "save_steps": 2, "eval_strategy": "no"}
+    training["use_cpu"] = True
     config = write_config(tmp_path, training_args=training, data_config={"val_file": None})
     with pytest.raises(
         UserError, match=r"(is nan|is inf|no longer finite).*; .*try a learning_rate below 1e\+06"

@@ -329,7 +329,7 @@ def test_a_gpu_multiplies_what_the_emulation_does(rows):
         x[3], gradient[4], x[5, 7], gradient[6, 7] = 0, 0, float("nan"), float("inf")
     results = []
     for module, device in ((emulated, "cpu"), (layer, "cuda")):
-        moved = x.to(device).requires_grad_()
+        moved = x.to(device, copy=True).requires_grad_()
         output = module(moved)
         output.backward(gradient.to(device))
         results.append((output.detach().cpu().float(), moved.grad.cpu().float()))
@@ -433,7 +433,8 @@ def test_contradictions_are_one_line_before_anything_is_loaded(
 
 @pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": "all-linear"}])
 def test_what_is_not_rounded_may_be_trained_and_every_matrix_adapted(lora, tmp_path, data_dir, small_checkpoint):
-    notes = prepare(data_dir, small_checkpoint, write_config(tmp_path, **SPEED, peft_config=lora)).notes
+    config = write_config(tmp_path, **SPEED, peft_config=lora, training_args={"use_cpu": True})
+    notes = prepare(data_dir, small_checkpoint, config).notes
     assert sum("fp8 is emulated on the CPU" in note for note in notes) == 1
 
 
@@ -557,7 +558,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit_also_if_it_recomputes_laye
     shutil.rmtree(tmp_path / "output" / "checkpoint-4")
     again = trained("--resume", folder=tmp_path, gradient_checkpointing=True)
     assert largest_difference(adapter(run / "checkpoint-4"), adapter(again / "checkpoint-4")) == 0
-    training = {"gradient_accumulation_steps": 2}
+    training = {"gradient_accumulation_steps": 2, "use_cpu": True}
     same, other = (
         prepare(
             data_dir, small_checkpoint, write_config(tmp_path, speed=speed, training_args=training), resume=True

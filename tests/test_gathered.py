@@ -44,7 +44,7 @@ def script():
 
 
 @pytest.fixture
-def two_ranks(monkeypatch):
+def two_ranks(monkeypatch, deepspeed_on_the_cpu):
     """This process as rank 0 of two, whose collectives do nothing: what is gathered does not depend on the numbers."""
     import deepspeed.comm.comm
 

@@ -29,7 +29,7 @@ def script():
 
 
 @pytest.fixture
-def as_rank(monkeypatch):
+def as_rank(monkeypatch, deepspeed_on_the_cpu):
     """This process as a rank of two or as the only one; collectives do nothing."""
     import deepspeed.comm.comm
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_finetune import ONE_RANK, ROOT
+from rank_server import PYTHONPATH
+from small_finetune import ONE_RANK
 
 from helpers.finetune.run_folder import RunFile
 
@@ -46,6 +47,6 @@ def test_the_rank_that_fails_first_writes_the_reason(tmp_path):
 def test_the_file_is_utf_8_whatever_the_locale(tmp_path):
     path = tmp_path / "run.json"
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environment["PYTHONPATH"] = os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)])
     subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, env=environment)
     assert json.loads(path.read_bytes().decode("utf-8")) == {"folder": "输出"}

@@ -19,6 +19,7 @@ from helpers.assets.conversations import SMALL_TALK, UNKNOWN_WORD_ANSWER, sample
 from helpers.chatglm3.chat import encode_conversation
 from helpers.chatglm3.tiny import BATCH_TOKENS, VOCAB_MULTIPLE, batches, build
 from helpers.chatglm3.tokenizer import SPECIAL_TOKENS
+from helpers.ready import _packages
 
 MEGABYTE = 10**6
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(TINY_MODEL / "tokenizer.model"))
@@ -37,6 +38,9 @@ def model():
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory):
     """A checkpoint built by the same code, with three steps of practice."""
+    wanted, found = _packages()["sentencepiece"]
+    if found != wanted:  # 0.2.2 ends the process: "Check failed: freq > 0"
+        pytest.skip(f"the tokenizer is what sentencepiece {wanted} makes of the sentences; this is {found}")
     folder = tmp_path_factory.mktemp("tiny")
     threads = torch.get_num_threads()
     build(folder, steps=3)
