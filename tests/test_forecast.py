@@ -5,13 +5,14 @@ import json
 import re
 
 import pytest
-from small_finetune import prepare, write_config, write_rows
+from small_finetune import ONE_RANK, prepare, write_config, write_rows
 
 from helpers.errors import UserError
 from helpers.finetune import forecast as forecasts
+from helpers.finetune import train
 from helpers.finetune.forecast import forecast, forecast_or_reason
 from helpers.finetune.row_lengths import read_row_lengths, row_lengths
-from helpers.finetune.run_folder import peaks_and_phase
+from helpers.finetune.run_folder import RunFile, peaks_and_phase
 from helpers.hardware import Gpu
 from helpers.memory.predict import ModelShape, machine, predict
 from helpers.memory.predict.lengths import StepLengths, step_lengths
@@ -120,6 +121,16 @@ def test_the_end_compares_with_the_fullest_gpu(job_on):
     assert found.compared_with([predicted / 2, predicted / 1.1], "train") == line
     evaluated = found.compared_with([predicted / 2, predicted / 1.1], "evaluate")
     assert evaluated == f"{line}; the peak came in the phase 'evaluate', and the prediction is for training steps"
+
+
+@pytest.mark.parametrize(("training", "peak"), [({}, 1), ({"use_cpu": True}, 9)])
+def test_a_job_that_took_no_memory_of_a_gpu_is_not_compared(training, peak, job_on, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "draw_figures", lambda *_: None)
+    job = dataclasses.replace(job_on(80, training_args=training), output_dir=tmp_path)
+    timeline = Timeline(100.0, 10.0, [GpuCurve(0, "H100", 80, [1.0, 5.0], [1, peak])], None)
+    run_file = RunFile(tmp_path / "run.json", ONE_RANK, {"status": "interrupted"})
+    train._finish(job, run_file, timeline, None, forecast(job, 1))
+    assert capsys.readouterr().out.startswith(f"written to {tmp_path}: ")
 
 
 def test_the_phase_of_the_peak_is_the_innermost_one_of_the_fullest_gpus_rank(tmp_path):

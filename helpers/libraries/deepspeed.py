@@ -66,10 +66,10 @@ def forget_inputs_of_frozen_layers() -> None:
 
 
 def add_biases_in_new_tensors() -> None:
-    """Let ZeRO-3's linear layers not change their output in place to add a bias.
+    """Let ZeRO-3's linear layers add their bias in a new tensor instead of in place.
 
-    The compiler of torch 2.11 differentiates that wrongly, without an error: in compiled layers the gradients of q, k
-    and v, and all that follow from them, would be those of another function. torch 2.13 is right either way.
+    The compiler of torch 2.11 lets no gradient through an autograd function whose result was changed in place, and
+    reports no error: in compiled layers, q, k and v would pass none on to what comes before them. torch 2.13 does.
     """
     from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as Linear
 
