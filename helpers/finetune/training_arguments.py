@@ -9,7 +9,6 @@ from helpers.finetune.job import Job
 from helpers.finetune.ranks import Ranks
 from helpers.finetune.speed import set_nccl_buffers
 from helpers.libraries.deepspeed import (
-    add_biases_in_new_tensors,
     compute_norms_in_parts,
     forget_inputs_of_frozen_layers,
     share_world_group,
@@ -55,7 +54,6 @@ def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArgu
         share_world_group()
         compute_norms_in_parts()
         forget_inputs_of_frozen_layers()
-        add_biases_in_new_tensors()
         correct_checkpoint_loading()
         if on_cpu:
             skip_cpu_collectives()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 # 32 MiB in fp64.
@@ -65,21 +66,6 @@ def forget_inputs_of_frozen_layers() -> None:
     Linear.setup_context = staticmethod(setup_context)
 
 
-def add_biases_in_new_tensors() -> None:
-    """Let ZeRO-3's linear layers add their bias in a new tensor instead of in place.
-
-    The compiler of torch 2.11 lets no gradient through an autograd function whose result was changed in place, and
-    reports no error: in compiled layers, q, k and v would pass none on to what comes before them. torch 2.13 does.
-    """
-    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3 as Linear
-
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = input.matmul(weight.t())
-        return output if bias is None else output + bias.to(output.dtype)
-
-    Linear.forward = staticmethod(forward)
-
-
 def compute_norms_in_parts() -> None:
     """Let ZeRO-3 with an offloaded optimizer compute a gradient's norm a few million elements at a time.
 
@@ -105,9 +91,23 @@ def gather_whole_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> 
 
     for layer in layers:
         set_z3_leaf_module(layer, True)
+    _keep_torch_linear()
     # DeepSpeed frees a layer in backward when the gradient of its input is there. If the embedding is frozen, the first
     # layer's input has none, and the layer would be freed before its backward begins.
     model.enable_input_require_grads()
+
+
+def _keep_torch_linear() -> None:
+    """Keep DeepSpeed from replacing ``torch.nn.functional.linear`` by its own function, and undo it if it has.
+
+    Compiled, torch's own frees a gathered weight as well: the compiler saves parameters, not views of them. DeepSpeed's
+    asks in backward which parameter it got, so each layer is compiled anew, until the compiler gives up after 8. It
+    also adds biases in place; the compiler of torch 2.11 lets no gradient through such a result, and reports no error.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    original = getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", functional.linear)
+    partition_parameters.zero3_linear_wrap = functional.linear = original
 
 
 def configure_deepspeed(device: torch.device) -> None:
@@ -122,7 +122,6 @@ def configure_deepspeed(device: torch.device) -> None:
     skip_cpu_collectives()
     share_world_group()
     forget_inputs_of_frozen_layers()
-    add_biases_in_new_tensors()
     import deepspeed
     from deepspeed.utils import logger
 
