@@ -239,8 +239,9 @@ def _execute_one(run: Run, first_gpu: int, data: Path, checkpoint: Path, output_
 
 
 def _failure(status: int, output_dir: Path) -> str:
-    lines = output_dir.with_suffix(".log").read_text(encoding="utf-8").splitlines()
-    print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
+    text = output_dir.with_suffix(".log").read_text(encoding="utf-8")
+    print(text, file=sys.stderr, flush=True)
+    lines = text.splitlines()
     return next((line for line in lines if "error:" in line), f"status {status}")
 
 
