@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 
 from helpers.memory.predict import Configuration
 from helpers.memory.predict.build import add_adapter, build_without_adapter
-from helpers.memory.predict.traced import autocast, cuda_attention, fake_batch, fused_dropout
+from helpers.memory.predict.cuda_operators import cuda_attention, fused_dropout
+from helpers.memory.predict.fake_job import autocast, fake_batch
 
 
 def glm(c: Configuration, device: str = "cpu") -> torch.nn.Module:

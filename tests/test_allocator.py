@@ -95,6 +95,43 @@ def test_the_end_of_an_expandable_segment_is_taken_last():
     assert held(allocator) == [[(12 * MIB, True), (48 * MIB, False)]]
 
 
+def test_a_block_belongs_to_the_stream_that_asked_for_it():
+    for expandable in (False, True):
+        allocator = SimulatedAllocator(expandable)
+        allocator.free(allocator.allocate(40 * MIB))
+        allocator.allocate(40 * MIB, stream=1)
+        assert allocator.reserved == reserved_bytes(allocator.segments()) == 80 * MIB
+        allocator.allocate(40 * MIB)
+        assert allocator.reserved == 80 * MIB
+
+
+def test_an_empty_cache_returns_segments_that_are_free_and_no_others():
+    allocator = SimulatedAllocator()
+    gone, half = allocator.allocate(40 * MIB), allocator.allocate(5 * MIB)
+    allocator.allocate(5 * MIB)
+    allocator.free(gone)
+    allocator.free(half)
+    allocator.empty()
+    assert held(allocator) == [[(5 * MIB, False), (5 * MIB, True), (10 * MIB, False)]]
+    assert allocator.reserved == 20 * MIB
+
+
+def test_an_empty_cache_returns_whole_pages_and_later_tensors_fill_the_gap():
+    allocator = SimulatedAllocator(expandable=True)
+    low, gone, high = (allocator.allocate(size * MIB) for size in (10, 70, 30))  # pages of 20, to 120
+    allocator.free(gone)
+    allocator.empty()
+    # Of 10 to 80, the page that the first tensor shares stays, and behind the last one nothing is left.
+    assert held(allocator) == [[(10 * MIB, True), (10 * MIB, False), (30 * MIB, True), (10 * MIB, False)]]
+    assert allocator.reserved == 60 * MIB
+    allocator.allocate(25 * MIB)  # 10 are there, one page is added
+    assert allocator.reserved == 80 * MIB
+    allocator.free(low)
+    allocator.free(high)
+    allocator.allocate(60 * MIB)
+    assert allocator.reserved == 120 * MIB
+
+
 @given(
     steps=st.lists(st.tuples(st.integers(1, 50 * MIB), st.integers(0, 10)), min_size=1, max_size=40),
     expandable=st.booleans(),

@@ -201,9 +201,9 @@ def test_a_case_that_fails_unexpectedly_does_not_end_the_others(script, monkeypa
 
 
 def test_recorded_runs_are_predicted_again_and_the_allocator_simulated_where_it_can_be(script):
-    alone, sharded = (next(n for n in CASES if n.startswith(f"1 x {kind}, 2 layers")) for kind in ("single", "zero-1"))
-    for name, traced in ((alone, True), (sharded, False)):
-        configuration = script.tiny(CASES[name].configuration)
+    alone = next(n for n in CASES if n.startswith("1 x single, 2 layers"))
+    plain = script.tiny(CASES[alone].configuration)
+    for configuration, traced in ((plain, True), (dataclasses.replace(plain, compiled=True), False)):
         predicted = script.benchmark.predict(configuration)
         rank = {"allocated": predicted.allocated, "reserved": predicted.reserved, "nvml": predicted.total}
         entry = {"losses": [], "expandable": True, "measured": [rank]}

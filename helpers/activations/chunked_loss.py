@@ -9,11 +9,11 @@ the loss in bf16, which can be off in the second digit; ours is always fp32. And
 tokens too, unless you select the others first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.errors import UserError
 
@@ -71,6 +71,30 @@ def chunked_cross_entropy(
         target_positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     function = _ChunkedCrossEntropy if head_weight.requires_grad else _FrozenHead
     return function.apply(hidden, head_weight, targets, chunk, target_positions)
+
+
+def call_through(layer: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Compute ``function(*args)`` inside a call of ``layer``.
+
+    ZeRO-3 gathers a layer's weights in hooks that run when the layer is called; the loss reads the weight of the
+    output layer without calling it.
+
+    Args:
+        layer: The layer whose weights ``function`` reads.
+        function: What to compute.
+        args: Its arguments.
+
+    Returns:
+        What ``function`` returned.
+    """
+    replaced = vars(layer).get("forward")  # None unless somebody else has replaced it before
+    setattr(layer, "forward", function)  # noqa: B010 (mypy: a method cannot be assigned to)
+    try:
+        return layer(*args)
+    finally:
+        del layer.forward
+        if replaced is not None:
+            setattr(layer, "forward", replaced)  # noqa: B010
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,30 +1,13 @@
 """ChatGLM3 as the fine-tune trains it: the published network, with a loss that never holds all logits."""
 
-from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from helpers.activations.chunked_loss import IGNORE_INDEX, chunked_cross_entropy
+from helpers.activations.chunked_loss import IGNORE_INDEX, call_through, chunked_cross_entropy
 from helpers.chatglm3.model import ChatGLM3ForCausalLM
-
-
-def _call_through(layer: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return ``function(*args)``, computed inside a call of ``layer``.
-
-    ZeRO-3 gathers a layer's weights in hooks that run when the layer is called; the loss reads the weight of the
-    output layer without calling it.
-    """
-    replaced = vars(layer).get("forward")  # None unless somebody else has replaced it before
-    setattr(layer, "forward", function)  # noqa: B010 (mypy: a method cannot be assigned to)
-    try:
-        return layer(*args)
-    finally:
-        del layer.forward
-        if replaced is not None:
-            setattr(layer, "forward", replaced)  # noqa: B010
 
 
 class TrainedChatGLM3ForCausalLM(ChatGLM3ForCausalLM):
@@ -53,7 +36,7 @@ class TrainedChatGLM3ForCausalLM(ChatGLM3ForCausalLM):
         def loss_of(hidden: Tensor) -> Tensor:
             return chunked_cross_entropy(hidden, self.lm_head.weight, targets, chunk, target_positions)
 
-        loss = _call_through(self.lm_head, loss_of, hidden.flatten(0, 1))
+        loss = call_through(self.lm_head, loss_of, hidden.flatten(0, 1))
         if num_items_in_batch is not None:
             # A mean over this batch becomes its share of the mean over all targets of the step, on all ranks.
             count = target_positions.numel() if target_positions is not None else (targets != IGNORE_INDEX).sum()

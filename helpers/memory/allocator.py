@@ -1,7 +1,7 @@
 """Segments and blocks of a caching allocator: read from torch, or simulated without a GPU.
 
 Real segments come from torch's snapshot. :class:`SimulatedAllocator` follows c10/cuda/CUDACachingAllocator.cpp (torch
-2.11 to 2.13) for one stream and unlimited memory.
+2.11 to 2.13) for unlimited memory.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helpers.errors import UserError
+from helpers.memory.allocator_pools import Piece, Pool, round_up
 from helpers.memory.units import MIB
 
 # Bytes, as in c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize, kSmallSize, kMinLargeAlloc, kSmallBuffer, kLargeBuffer,
@@ -19,6 +20,8 @@ MIN_LARGE_ALLOC = 10 * MIB
 SMALL_BUFFER = 2 * MIB
 LARGE_BUFFER = 20 * MIB
 ROUND_LARGE = 2 * MIB
+# Addresses that an expandable segment reserves, many times a GPU's memory.
+ADDRESSES = LARGE_BUFFER * 2**24
 
 
 def segment_share(size: int) -> int:
@@ -26,12 +29,12 @@ def segment_share(size: int) -> int:
 
     A tensor of 1 to 10 MiB gets a place in a segment of 20 MiB and shares it with as many of its size as fit.
     """
-    size = _round_up(size, MIN_BLOCK_SIZE)
+    size = round_up(size, MIN_BLOCK_SIZE)
     if size <= SMALL_SIZE:
         return size
     if size < MIN_LARGE_ALLOC:
         return LARGE_BUFFER // (LARGE_BUFFER // size)
-    return _round_up(size, ROUND_LARGE)
+    return round_up(size, ROUND_LARGE)
 
 
 @dataclass(frozen=True)
@@ -117,29 +120,35 @@ def from_snapshot(snapshot: Sequence[dict[str, Any]], device: int = 0) -> list[S
 class SimulatedAllocator:
     """Place tensors as torch's caching allocator does, without a GPU.
 
-    Sizes are rounded up to 512 bytes. Tensors of up to 1 MiB have a pool of their own. A tensor gets the smallest free
-    block of its pool that is large enough. The rest of that block stays free if it has at least 512 bytes (small pool)
-    or more than 1 MiB (large pool). If no block is large enough, the driver provides a new segment: 2 MiB for small
-    tensors, 20 MiB for those below 10 MiB, otherwise the size rounded up to 2 MiB. A freed block merges with its free
-    neighbours in the segment. Nothing is ever returned to the driver.
+    Sizes are rounded up to 512 bytes. Each stream has one pool for tensors of up to 1 MiB and one for larger ones. A
+    tensor gets the smallest free block of its pool that is large enough. The rest of that block stays free if it has at
+    least 512 bytes (small pool) or more than 1 MiB (large pool). If no block is large enough, the driver provides a new
+    segment: 2 MiB for small tensors, 20 MiB for those below 10 MiB, otherwise the size rounded up to 2 MiB. A freed
+    block merges with its free neighbours in the segment. Only :meth:`empty` returns memory to the driver.
 
     Args:
-        expandable: Simulate ``expandable_segments:True``. Each pool then has one segment that grows at its end by whole
-            pages of 2 MiB (small pool) or 20 MiB. The free block at that end is used only if no other is large enough.
+        expandable: Simulate ``expandable_segments:True``. Each pool then has one segment that grows by whole pages of
+            2 MiB (small pool) or 20 MiB. A free block that could grow is used only if no other is large enough.
     """
 
     def __init__(self, expandable: bool = False) -> None:
         self._expandable = expandable
-        self._pools: dict[bool, list[list[_Piece]]] = {True: [], False: []}
-        self._placed: dict[int, _Piece] = {}
+        self._pools: dict[tuple[int, bool], Pool] = {}
+        self._placed: dict[int, Piece] = {}
         self._next_address = 0
         self._next_tensor = 0
 
-    def allocate(self, nbytes: int) -> int:
+    @property
+    def reserved(self) -> int:
+        """Bytes that the allocator holds, used by tensors or free."""
+        return sum(pool.reserved for pool in self._pools.values())
+
+    def allocate(self, nbytes: int, stream: int = 0) -> int:
         """Give memory to a tensor.
 
         Args:
             nbytes: Size of the tensor in bytes.
+            stream: Number of the stream that asks for it. No other stream can have the block afterwards.
 
         Returns:
             A handle for :meth:`free`.
@@ -149,13 +158,14 @@ class SimulatedAllocator:
         """
         if nbytes < 1:
             raise UserError(f"SimulatedAllocator: a tensor of {nbytes} bytes; give a number above 0")
-        size = _round_up(nbytes, MIN_BLOCK_SIZE)
+        size = round_up(nbytes, MIN_BLOCK_SIZE)
         small = size <= SMALL_SIZE
-        segment, piece = self._find_free(size, small) or self._grow(size, small)
+        pool = self._pools.setdefault((stream, small), Pool(SMALL_BUFFER if small else LARGE_BUFFER, self._expandable))
+        piece = pool.best_fit(size) or self._grow(pool, size)
         rest = piece.size - size
+        pool.free.discard(piece)
         if rest >= MIN_BLOCK_SIZE if small or self._expandable else rest > SMALL_SIZE:
-            segment.insert(segment.index(piece) + 1, _Piece(piece.address + size, rest))
-            piece.size = size
+            pool.free.add(piece.split(size))
         piece.used = True
         self._next_tensor += 1
         self._placed[self._next_tensor] = piece
@@ -169,12 +179,12 @@ class SimulatedAllocator:
         """
         piece = self._placed.pop(tensor)
         piece.used = False
-        segment = next(s for pool in self._pools.values() for s in pool if any(p is piece for p in s))
-        index = segment.index(piece)
-        # Merge with the next piece, then the previous one with both.
-        for first in (index, index - 1):
-            if 0 <= first and first + 1 < len(segment) and not (segment[first].used or segment[first + 1].used):
-                segment[first].size += segment.pop(first + 1).size
+        piece.pool.merge(piece)
+
+    def empty(self) -> None:
+        """Return free memory to the driver (``torch.cuda.empty_cache``): whole segments, or pages that can grow."""
+        for pool in self._pools.values():
+            pool.empty()
 
     def segments(self) -> list[Segment]:
         """List the segments.
@@ -182,57 +192,20 @@ class SimulatedAllocator:
         Returns:
             All segments, sorted by address.
         """
-        held = [
-            Segment(segment[0].address, tuple(Block(piece.size, piece.used) for piece in segment))
-            for pool in self._pools.values()
-            for segment in pool
-        ]
+        held = []
+        for pool in self._pools.values():
+            for first in pool.segments:
+                blocks = tuple(Block(piece.size, piece.used) for piece in first.onwards() if piece.mapped)
+                if blocks:
+                    held.append(Segment(first.address, blocks))
         return sorted(held, key=lambda segment: segment.address)
 
-    def _find_free(self, size: int, small: bool) -> "tuple[list[_Piece], _Piece] | None":
-        fitting = [
-            (segment, piece)
-            for segment in self._pools[small]
-            for piece in segment
-            if not piece.used and piece.size >= size
-        ]
-
-        def order(found: "tuple[list[_Piece], _Piece]") -> tuple[bool, int, int]:
-            segment, piece = found
-            return self._expandable and piece is segment[-1], piece.size, piece.address
-
-        return min(fitting, key=order, default=None)
-
-    def _grow(self, size: int, small: bool) -> "tuple[list[_Piece], _Piece]":
-        pool = self._pools[small]
-        if self._expandable and pool:
-            segment = pool[0]
-            if segment[-1].used:
-                segment.append(_Piece(segment[-1].address + segment[-1].size, 0))
-            last = segment[-1]
-            last.size += _round_up(size - last.size, SMALL_BUFFER if small else LARGE_BUFFER)
-            return segment, last
+    def _grow(self, pool: Pool, size: int) -> Piece:
         if self._expandable:
-            nbytes = _round_up(size, SMALL_BUFFER if small else LARGE_BUFFER)
-        elif small:
-            nbytes = SMALL_BUFFER
-        else:
-            nbytes = LARGE_BUFFER if size < MIN_LARGE_ALLOC else _round_up(size, ROUND_LARGE)
-        segment = [_Piece(self._next_address, nbytes)]
-        # An expandable segment reserves addresses for the whole GPU, long before it uses them.
-        self._next_address += 2**50 if self._expandable else nbytes
-        pool.append(segment)
-        return segment, segment[0]
-
-
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-class _Piece:
-    """A mutable block: it shrinks when it is split and grows when it merges."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.address = address
-        self.size = size
-        self.used = False
+            if not pool.segments:
+                pool.add_segment(self._next_address, ADDRESSES, mapped=False)
+                self._next_address += ADDRESSES
+            return pool.map(size)
+        nbytes = pool.page if size < MIN_LARGE_ALLOC else round_up(size, ROUND_LARGE)
+        self._next_address += nbytes
+        return pool.add_segment(self._next_address - nbytes, nbytes, mapped=True)

@@ -314,13 +314,13 @@ def record(
     configuration: Configuration,
     measured: list[dict[str, int | None]],
     outcome: dict[str, Any],
-    allowance: int | None = None,
+    reserved: int | None = None,
 ) -> dict:
     """Return one configuration's entry: its prediction, each rank's measured bytes, the errors in percent.
 
-    ``allowance`` is the allocator's, if it was simulated.
+    ``reserved`` is what the allocator held, if it was simulated.
     """
-    prediction = predict(configuration, allowance)
+    prediction = predict(configuration, reserved)
     assert outcome["trained_parameters"] == configuration.trainable_parameters, (
         outcome,
         configuration.trainable_parameters,

@@ -102,18 +102,18 @@ def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> d
     """Return an entry with the same measurements and the current prediction; ``trace`` simulates the allocator."""
     if "failed" in entry:
         return entry
-    allowance = None
+    reserved = None
     if trace:
-        from helpers.memory.predict.traced import traced_allowance  # imports transformers, which takes seconds
+        from helpers.memory.predict import traced  # imports transformers, which takes seconds
 
         with contextlib.suppress(UserError):  # a job that cannot be traced keeps the formula
-            allowance = traced_allowance(configuration)
+            reserved = traced.trace(configuration).reserved
     outcome = {key: entry[key] for key in ("losses", "expandable")}
     outcome["trained_parameters"] = configuration.trainable_parameters
-    made = benchmark.record(configuration, entry["measured"], outcome, allowance)
+    made = benchmark.record(configuration, entry["measured"], outcome, reserved)
     # What the formulas said before anybody saw the measurement stays on record.
     first = entry.get("first_error_percent", entry.get("error_percent"))
-    return entry | made | {"traced": allowance is not None, "first_error_percent": first}
+    return entry | made | {"traced": reserved is not None, "first_error_percent": first}
 
 
 def summary(entries: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,8 +7,11 @@ model_shape.py and configuration.py describe the job. states.py, saved_tensors.p
 constants.py what had to be measured. step.py sums what is alive at each phase, prediction.py finds the largest phase,
 and allocator_allowance.py adds what the allocator may waste. planner.py finds a strategy that fits, jobs.py reads a
 job's own files, validation.py reads the errors of the committed runs. divided.py lays out the ranks of a divided model
-(model_parallel.py). build.py makes the real model, traced.py
-simulates the allocator on it; only these two import torch.
+(model_parallel.py).
+
+build.py makes the real model. traced.py runs it on fake tensors (fake_job.py, cuda_operators.py), under the real
+DeepSpeed if the job uses ZeRO (traced_zero.py), and simulates the allocator on its allocations (allocations.py). Only
+these import torch.
 """
 
 from helpers.memory.predict.configuration import Configuration, Lora, Strategy

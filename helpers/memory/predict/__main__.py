@@ -69,7 +69,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trace",
         action="store_true",
-        help="simulate the allocator on the step's own operators: more exact, and up to half a minute",
+        help="simulate the allocator on the step's own allocations: more exact, and up to half a minute",
     )
     parser.add_argument("--plan", action="store_true", help="with --gpu-memory: sort the strategies for this job")
     parser.add_argument(
@@ -236,12 +236,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--plan needs the memory per GPU; add --gpu-memory 24 for GPUs of 24 GiB")
         print(strategy_list(sort_strategies(configuration, arguments.gpus, int(arguments.gpu_memory * GIB))))
         return
-    allowance = None
+    reserved = None
     if arguments.trace:
-        from helpers.memory.predict.traced import traced_allowance  # imports torch
+        from helpers.memory.predict.traced import trace  # imports torch
 
-        allowance = traced_allowance(configuration)
-    print(prediction_table(configuration, predict(configuration, allowance), typical))
+        reserved = trace(configuration).reserved
+    print(prediction_table(configuration, predict(configuration, reserved), typical))
     if arguments.gpu_memory is not None:
         print(f"a GPU of {arguments.gpu_memory:g} GiB: {fits(configuration, int(arguments.gpu_memory * GIB))}")
     if arguments.config and lengths is None and not arguments.sequence_length and configuration.padded:

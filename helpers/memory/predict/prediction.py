@@ -61,12 +61,12 @@ class Prediction:
         return {name: size for name, size in self.items.items() if backend == "nccl" or name not in GPU_ONLY}
 
 
-def predict(configuration: Configuration, allowance: int | None = None) -> Prediction:
+def predict(configuration: Configuration, reserved: int | None = None) -> Prediction:
     """Predict the memory of one GPU, from the second step on (the first has no optimizer states yet).
 
     Args:
         configuration: The job.
-        allowance: Bytes that the allocator holds beyond the tensors, if traced.py simulated them; None takes a formula.
+        reserved: Bytes that the allocator holds at its peak, if traced.py simulated it; None takes a formula.
 
     Returns:
         The bytes at the peak by item, and the total of every phase.
@@ -75,7 +75,7 @@ def predict(configuration: Configuration, allowance: int | None = None) -> Predi
     tensors = step.phases()
     sizes = {name: sum(held.values()) for name, held in tensors.items()}
     peak_phase = max(sizes, key=lambda name: sizes[name])
-    allowance = allowance_bytes(step, sizes) if allowance is None else allowance
+    allowance = allowance_bytes(step, sizes) if reserved is None else reserved - sizes[peak_phase]
     outside = Counter(_outside_torch(configuration) | {"allocator allowance": allowance})
     held = tensors[peak_phase] + outside
     totals = {name: size + sum(outside.values()) for name, size in sizes.items()}
