@@ -42,6 +42,7 @@ STEPS, LOGGING_STEPS = 20, 4
 FEW_STEPS = {"max_steps": STEPS, "logging_steps": LOGGING_STEPS, "save_steps": STEPS}
 ZERO_2, ZERO_3 = ROOT / "configs" / "ds_zero_2.json", ROOT / "configs" / "ds_zero_3.json"
 LOW_MEMORY_ZERO_3 = ROOT / "configs" / "ds_zero_3_low_memory.json"
+FSDP2_TRAIN = Path(__file__).with_name("fsdp2_train.py")
 RECORDED = "lora.yaml, evaluated and saved"
 
 WAYS = [
@@ -68,7 +69,7 @@ WAYS = [
 # Random weights never end an answer, so its length is limited.
 EVALUATION = {"eval_strategy": "steps", "eval_steps": STEPS // 2, "save_steps": STEPS // 2}
 ON_ALL_GPUS = [
-    Run("lora_fast.yaml, FSDP2", "lora_fast.yaml", script=Path(__file__).with_name("fsdp2_train.py")),
+    Run("lora_fast.yaml, FSDP2", "lora_fast.yaml", training={"save_strategy": "no"}, script=FSDP2_TRAIN),
     Run(RECORDED, training=EVALUATION | {"generation_config": {"max_new_tokens": 48}}),
 ]
 
