@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jupyter_core.paths import jupyter_path
 
 from helpers.errors import UserError
 from helpers.slides.deck import HEIGHT, MOST_CODE, make_deck
@@ -121,7 +122,8 @@ def test_every_chapter_has_a_deck(path):
 
 
 def test_a_page_loads_nothing_and_shows_all_slides_and_figures():
-    pytest.importorskip("nbconvert", reason="a page is written with nbconvert")
+    if not any((Path(folder) / "basic").exists() for folder in jupyter_path("nbconvert", "templates")):
+        pytest.skip("a page is written with a template of nbconvert, which is not installed here")
     path = NOTEBOOKS[0]
     slides = make_deck(json.loads(path.read_text(encoding="utf-8")))[:24]
     text = write_page("title & more", slides, path.parent)
