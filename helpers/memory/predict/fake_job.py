@@ -36,7 +36,10 @@ def fake_tensors() -> Iterator[None]:
 
 
 def fake_model(
-    c: Configuration, device: str, allocations: Allocations, partition: Callable[[nn.Module], Any] | None = None
+    c: Configuration,
+    device: str,
+    allocations: Allocations,
+    partition: Callable[[Iterator[nn.Parameter]], Any] = list,
 ) -> nn.Module:
     """Build the job's model, with its adapter and its loss.
 
@@ -44,7 +47,7 @@ def fake_model(
         c: The job.
         device: Device of the parameters.
         allocations: What follows them.
-        partition: What to do with the network before it gets its adapter; None does nothing.
+        partition: What to do with the network's parameters before it gets its adapter. Each is made when it is taken.
 
     Returns:
         The model, whose output has a ``loss``.
@@ -56,17 +59,21 @@ def fake_model(
     for module in model.modules():
         if c.lean and isinstance(module, modeling_glm.GlmMLP):
             module.__class__ = RecomputingMLP
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(_fake(parameter, device))
-                allocations.follow(module._parameters[name])
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = _fake(buffer, device)
-    if partition is not None:
-        partition(model)
+    partition(_fake_parameters(model, device, allocations))
     with torch.device(device):
         return add_adapter(c, model)
+
+
+def _fake_parameters(model: nn.Module, device: str, allocations: Allocations) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                fake = module._parameters[name] = nn.Parameter(_fake(parameter, device))
+                allocations.follow(fake)
+                yield fake
 
 
 def _fake(tensor: Tensor, device: str) -> Tensor:

@@ -70,11 +70,13 @@ def trace_zero(c: Configuration, rank: int = 0) -> Allocations:
 def _engine(c: Configuration, allocations: Allocations) -> Any:
     settings = _settings(c)
 
-    def partition(model: nn.Module) -> None:
-        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    def partition(parameters: Iterator[nn.Parameter]) -> None:
+        if c.strategy.zero_stage < 3:
+            list(parameters)
+        else:
+            deepspeed.zero.Init(module=_OneByOne(parameters), config_dict_or_path=settings)
 
-    sharded = c.strategy.zero_stage == 3
-    model = fake_model(c, DEVICE, allocations, partition if sharded else None)
+    model = fake_model(c, DEVICE, allocations, partition)
     optimizer = _Adam([p for p in model.parameters() if p.requires_grad])
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
 
@@ -101,6 +103,17 @@ def _settings(c: Configuration) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+
+
+class _OneByOne(nn.Module):
+    """Parameters that exist only when they are taken, as from_pretrained loads them: together they might not fit."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        super().__init__()
+        self._made = parameters
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self._made
 
 
 class _Adam(torch.optim.Optimizer):
