@@ -40,7 +40,13 @@ def test_the_fullest_gpu_and_every_item_count(tmp_path):
         "allocator allowance": -7,
         "CUDA context and NCCL": -2,
     }
-    assert run.worst_item == "allocator allowance"
+    assert run.worst_item == "allocator allowance" and run.traced_error_percent is None
+
+
+def test_a_traced_run_has_a_second_error(tmp_path):
+    write(tmp_path, "prediction_validation.json", {"a": entry(traced_total=78)})
+    (run,) = read_validation(tmp_path)
+    assert (run.error_percent, run.traced_error_percent) == (pytest.approx(-5), pytest.approx(-2.5))
 
 
 def test_under_zero_the_fp32_weights_are_not_among_the_measured_states():

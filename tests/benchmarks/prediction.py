@@ -314,13 +314,9 @@ def record(
     configuration: Configuration,
     measured: list[dict[str, int | None]],
     outcome: dict[str, Any],
-    reserved: int | None = None,
 ) -> dict:
-    """Return one configuration's entry: its prediction, each rank's measured bytes, the errors in percent.
-
-    ``reserved`` is what the allocator held, if it was simulated.
-    """
-    prediction = predict(configuration, reserved)
+    """Return one configuration's entry: its prediction, each rank's measured bytes, the errors in percent."""
+    prediction = predict(configuration)
     assert outcome["trained_parameters"] == configuration.trainable_parameters, (
         outcome,
         configuration.trainable_parameters,

@@ -11,7 +11,6 @@ minute longer.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -33,7 +32,7 @@ from helpers.errors import UserError, exit_with_one_line
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, environment, run
 from helpers.launch.server import start_server
-from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.predict import Configuration, ModelShape, predict
 from helpers.memory.predict.validation import item_errors
 from helpers.memory.units import GIB
 
@@ -99,21 +98,33 @@ def _measure_once(configuration: Configuration, limit: int | None) -> dict[str, 
 
 
 def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> dict[str, Any]:
-    """Return an entry with the same measurements and the current prediction; ``trace`` simulates the allocator."""
+    """Return an entry with the same measurements and the current prediction; ``trace`` adds the one of the trace."""
     if "failed" in entry:
         return entry
-    reserved = None
-    if trace:
-        from helpers.memory.predict import traced  # imports transformers, which takes seconds
-
-        with contextlib.suppress(UserError):  # a job that cannot be traced keeps the formula
-            reserved = traced.trace(configuration).reserved
     outcome = {key: entry[key] for key in ("losses", "expandable")}
     outcome["trained_parameters"] = configuration.trainable_parameters
-    made = benchmark.record(configuration, entry["measured"], outcome, reserved)
+    made = benchmark.record(configuration, entry["measured"], outcome)
     # What the formulas said before anybody saw the measurement stays on record.
     first = entry.get("first_error_percent", entry.get("error_percent"))
-    return entry | made | {"traced": reserved is not None, "first_error_percent": first}
+    return entry | made | {"first_error_percent": first} | (traced(entry, configuration) if trace else {})
+
+
+def traced(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
+    """Predict a run by simulating the allocator; an empty addition if it cannot be traced."""
+    from helpers.memory.predict.traced import trace  # imports transformers, which takes seconds
+
+    try:
+        found = trace(configuration)
+    except UserError:
+        return {}
+    total = predict(configuration, found.reserved).total
+    peaks = [rank["nvml"] for rank in entry["measured"] if rank["nvml"] is not None]
+    return {
+        "traced_allocated": found.allocated,
+        "traced_reserved": found.reserved,
+        "traced_total": total,
+        "traced_error_percent": 100 * (total / max(peaks) - 1) if peaks else None,
+    }
 
 
 def summary(entries: dict[str, dict[str, Any]]) -> list[str]:
@@ -121,12 +132,13 @@ def summary(entries: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     good = {name: e for name, e in entries.items() if e.get("error_percent") is not None}
     for label, chosen in (("all", good), ("held out", {n: e for n, e in good.items() if e["held_out"]})):
-        errors = [e["error_percent"] for e in chosen.values()]
-        if errors:
-            lines.append(
-                f"{label}: {len(errors)} cases, median error {statistics.median(map(abs, errors)):.2f} %, "
-                f"from {min(errors):+.2f} to {max(errors):+.2f} %"
-            )
+        for key, how in (("error_percent", ""), ("traced_error_percent", ", traced")):
+            errors = [e[key] for e in chosen.values() if key in e]
+            if errors:
+                lines.append(
+                    f"{label}{how}: {len(errors)} cases, median error {statistics.median(map(abs, errors)):.2f} %, "
+                    f"from {min(errors):+.2f} to {max(errors):+.2f} %"
+                )
     limited = [e for e in good.values() if "limited" in e]
     right = sum((e["predicted_reserved"] <= e["limited"]["limit"]) == e["limited"]["fitted"] for e in limited)
     lines.append(f"near the capacity: {right} of {len(limited)} verdicts right")
@@ -236,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the cases in the results file")
     parser.add_argument("--seconds", type=float, default=540, help="start no case after so many (540)")
     parser.add_argument("--again", action="store_true", help="predict the recorded runs again, measure nothing")
-    parser.add_argument("--trace", action="store_true", help="with --again: simulate the allocator where possible")
+    parser.add_argument("--trace", action="store_true", help="with --again: also simulate the allocator where possible")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args(argv)

@@ -62,6 +62,7 @@ def _beyond_operators(c: Configuration) -> str:
     reasons = {
         "the compiler decides what compiled layers make": c.compiled,
         "quantised matrices are multiplied by kernels of their own": c.quantized,
+        "adapters that share a dropout keep less": c.shared_dropout,
         "layers' inputs come back from host memory on another stream": c.offloaded_checkpoints,
     }
     return next((reason for reason, applies in reasons.items() if applies), "")

@@ -24,6 +24,7 @@ class ValidatedRun:
         predicted: The prediction.
         measured: NVML's peak, without what was in use before.
         item_errors: Predicted minus measured bytes, for each item that has a measurement of its own.
+        traced: The prediction with a simulated allocator (traced.py); None if the run cannot be traced.
     """
 
     name: str
@@ -32,11 +33,17 @@ class ValidatedRun:
     predicted: int
     measured: int
     item_errors: Mapping[str, int]
+    traced: int | None = None
 
     @property
     def error_percent(self) -> float:
         """The prediction's error in percent of the measurement; above 0 it is too high."""
         return 100 * (self.predicted / self.measured - 1)
+
+    @property
+    def traced_error_percent(self) -> float | None:
+        """The error with a simulated allocator, in the same way; None if there is none."""
+        return None if self.traced is None else 100 * (self.traced / self.measured - 1)
 
     @property
     def worst_item(self) -> str:
@@ -72,6 +79,7 @@ def read_validation(folder: Path) -> list[ValidatedRun]:
                 entry["predicted_total"],
                 rank["nvml"],
                 MappingProxyType(item_errors(entry)),
+                entry.get("traced_total"),
             )
         )
     return runs
