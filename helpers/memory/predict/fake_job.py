@@ -24,13 +24,19 @@ STEPS = 3  # the optimizer's states come with the first; from the second on, blo
 VARYING = (0.75, 1.0, 0.6, 0.9, 1.0, 0.8)
 
 
+class _WithoutDevices(FakeTensorMode):
+    """Touch no device, also on a machine with a GPU: there, torch would first make some tensors for real."""
+
+    avoid_device_init = True  # in FakeTensorMode a property, which asks whether there is a GPU
+
+
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Make fake tensors only, with CUDA's operators, and leave modules where they are: fake ones cannot move."""
     with (
         cuda_operators(),
         mock.patch.object(nn.Module, "to", lambda self, *_, **__: self),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        _WithoutDevices(allow_non_fake_inputs=True),
     ):
         yield
 
