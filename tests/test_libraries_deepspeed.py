@@ -108,11 +108,16 @@ def frozen_embedding():
 def compiled_layers_under_zero_3():
     """Train as one process does and under ZeRO-3 with compiled layers.
 
-    Returns the largest difference, how many matrices stay gathered, of how many, and how often layers were compiled.
+    Returns the largest difference, how many matrices stay gathered, of how many, how often layers were compiled, and
+    the ranges that were marked for Nsight.
     """
     configure_deepspeed(device())
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from torch._dynamo.utils import counters
+
+    ranges = []
+    get_accelerator().range_push = ranges.append
 
     rank, n = dist.get_rank(), dist.get_world_size()
     rows = [batch(TWO_LAYERS, ROWS, LENGTH, step, device()) for step in range(STEPS)]
@@ -145,16 +150,17 @@ def compiled_layers_under_zero_3():
         engine.backward(loss)
         engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return largest_difference(weights(model), weights(alone)), *kept, counters["stats"]["unique_graphs"]
+        return largest_difference(weights(model), weights(alone)), *kept, counters["stats"]["unique_graphs"], ranges
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(shared.case(2, compiled_layers_under_zero_3), id="compiled")])
 def test_compiled_layers_are_gathered_whole_and_freed_before_backward(case):
-    for difference, kept, gathered, compiled in case.results:
+    for difference, kept, gathered, compiled, ranges in case.results:
         assert difference <= 1e-6
         assert kept == 0 and gathered > 4
         assert compiled == 1  # all layers share their code; the compiler gives up after 8 versions
+        assert not ranges
 
 
 def saved_by_a_frozen_and_a_trained_layer():

@@ -13,6 +13,7 @@ from helpers.libraries.deepspeed import (
     forget_inputs_of_frozen_layers,
     share_world_group,
     skip_cpu_collectives,
+    skip_nvtx_ranges,
 )
 from helpers.libraries.deepspeed_checkpoints import correct_checkpoint_loading
 
@@ -52,6 +53,7 @@ def training_arguments(job: Job, ranks: Ranks, notes: list[str]) -> TrainingArgu
     set_nccl_buffers(job.config.speed)
     if job.deepspeed:
         share_world_group()
+        skip_nvtx_ranges()
         compute_norms_in_parts()
         forget_inputs_of_frozen_layers()
         correct_checkpoint_loading()
