@@ -236,14 +236,16 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--plan needs the memory per GPU; add --gpu-memory 24 for GPUs of 24 GiB")
         print(strategy_list(sort_strategies(configuration, arguments.gpus, int(arguments.gpu_memory * GIB))))
         return
-    reserved = None
+    prediction = predict(configuration)
     if arguments.trace:
         from helpers.memory.predict.traced import trace  # imports torch
 
-        reserved = trace(configuration).reserved
-    print(prediction_table(configuration, predict(configuration, reserved), typical))
+        prediction = predict(configuration, trace(configuration).reserved)
+    print(prediction_table(configuration, prediction, typical))
     if arguments.gpu_memory is not None:
-        print(f"a GPU of {arguments.gpu_memory:g} GiB: {fits(configuration, int(arguments.gpu_memory * GIB))}")
+        print(
+            f"a GPU of {arguments.gpu_memory:g} GiB: {fits(configuration, int(arguments.gpu_memory * GIB), prediction)}"
+        )
     if arguments.config and lengths is None and not arguments.sequence_length and configuration.padded:
         print(
             f"{configuration.sequence_length} tokens are the longest that {arguments.config} allows; if your sequences "

@@ -37,11 +37,14 @@ def cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Call the kernel that SDPA chooses on CUDA: efficient with a mask, padded to 16 columns, otherwise flash."""
+    """Call the kernel that SDPA chooses on Hopper: cuDNN's with a mask, otherwise flash; in fp32 another one.
+
+    See ``attention_kernel`` in saved_tensors.py.
+    """
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else q.dtype
     with torch.autocast("cpu", enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if attn_mask is None and dtype == torch.float32:  # flash takes 16 bit only, and efficient no shared keys
+        if attn_mask is None and dtype == torch.float32:  # flash takes 16 bit only
             math = torch.ops.aten._scaled_dot_product_attention_math
             return math(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
         if attn_mask is None:
@@ -50,5 +53,7 @@ def cuda_attention(
         bias = torch.zeros(attn_mask.shape, dtype=dtype, device=q.device)
         bias = bias.masked_fill_(attn_mask.logical_not(), float("-inf"))
         bias = torch.nn.functional.pad(bias, (0, -length % 16))[..., :length].expand(*q.shape[:2], length, length)
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return efficient(q, k, v, bias, True, 0.0, False, scale=scale)[0]
+        if dtype == torch.float32:  # which cuDNN does not take
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[0]
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        return cudnn(q, k, v, bias, True, 0.0, False, False, scale=scale)[0]

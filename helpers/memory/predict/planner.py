@@ -79,12 +79,13 @@ class Candidate:
         return self.fit.prediction
 
 
-def fits(configuration: Configuration, gpu_bytes: int) -> Fit:
+def fits(configuration: Configuration, gpu_bytes: int, prediction: Prediction | None = None) -> Fit:
     """Predict whether a configuration fits a GPU, of which 5 % stay in reserve (constants.py).
 
     Args:
         configuration: The job.
         gpu_bytes: Memory of the GPU in bytes.
+        prediction: Its memory, if it is known better than by formula.
 
     Returns:
         The answer, with the margin and, if it does not fit, the largest item.
@@ -94,7 +95,7 @@ def fits(configuration: Configuration, gpu_bytes: int) -> Fit:
     """
     if gpu_bytes <= 0:
         raise UserError(f"a GPU of {gpu_bytes / GIB:g} GiB holds nothing; give its memory in GiB, for example 24")
-    prediction = predict(configuration)
+    prediction = prediction or predict(configuration)
     usable = int(gpu_bytes * (1 - constants.SAFETY_MARGIN_SHARE))
     remedy = ""
     if prediction.total > usable and not configuration.expandable_segments:
