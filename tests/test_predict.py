@@ -435,6 +435,12 @@ def test_error_bars_are_the_largest_errors_of_the_committed_runs(script, expanda
         (rank,) = (entry if expandable else entry["default_allocator"])["measured"]
         shares.append(rank["nvml"] / predict(dataclasses.replace(c, expandable_segments=expandable)).total - 1)
     bar = error_bar(Configuration(expandable_segments=expandable))
+    validated = json.loads((ROOT / "notebooks/results/prediction_validation.json").read_text(encoding="utf-8"))
+    for name, case in load_benchmark("prediction_cases").cases().items():
+        c, entry = case.configuration, validated["configurations"].get(name, {"failed": "not measured"})
+        comparable = c.strategy.world_size == 1 and c.expandable_segments == expandable and error_bar(c) == bar
+        if comparable and "failed" not in entry:
+            shares.append(entry["measured"][0]["nvml"] / predict(c).total - 1)
     assert 0 <= bar.too_low - max(shares) < 0.01
     assert 0 <= bar.too_high + min(shares) < 0.01
 

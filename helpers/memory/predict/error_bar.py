@@ -46,4 +46,6 @@ def error_bar(configuration: Configuration) -> ErrorBar:
         too_high = max(too_high, constants.ZERO_3_FULL_TOO_HIGH)
     if c.lora is None and c.strategy.zero_stage in (1, 2) and c.strategy.offload_optimizer:
         too_low = max(too_low, constants.OFFLOADED_TOO_LOW)
+    if c.lora is None and c.strategy.zero_stage == 1:
+        too_low = max(too_low, constants.ZERO_1_FULL_TOO_LOW)
     return ErrorBar(too_low, too_high)
