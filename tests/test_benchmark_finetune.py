@@ -15,6 +15,7 @@ from helpers.config.deepspeed import read_deepspeed_config
 from helpers.config.finetune import read_finetune_config
 from helpers.errors import UserError
 from helpers.finetune.recorder import read_metrics
+from helpers.finetune.results import RESULTS, TIMELINE
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,10 @@ def test_every_way_runs_on_one_gpu_and_on_all(script, jobs, gpus):
     groups = jobs.side_by_side(runs, gpus)
     assert [run for group in groups for run in group] == runs
     assert all(sum(run.ranks for run in group) <= gpus for group in groups)
+
+
+def test_the_recorded_run_goes_beside_the_results_where_its_readers_look(script):
+    assert script.timeline_of(RESULTS) == TIMELINE
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])

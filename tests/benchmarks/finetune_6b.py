@@ -35,7 +35,7 @@ from jobs_6b import (
 from helpers.chatglm3.tokenizer import is_published_tokenizer
 from helpers.errors import UserError, exit_with_one_line
 from helpers.files import atomic_write
-from helpers.finetune.results import RESULTS, TIMELINE
+from helpers.finetune.results import RESULTS
 from helpers.memory.phases import across_ranks, read_phases
 
 STEPS, LOGGING_STEPS = 20, 4
@@ -72,6 +72,11 @@ ON_ALL_GPUS = [
     Run("lora_fast.yaml, FSDP2", "lora_fast.yaml", training={"save_strategy": "no"}, script=FSDP2_TRAIN),
     Run(RECORDED, training=EVALUATION | {"generation_config": {"max_new_tokens": 48}}),
 ]
+
+
+def timeline_of(results: Path) -> Path:
+    """Return the file beside the results that gets the recorded run's memory; TIMELINE beside RESULTS."""
+    return results.with_name(f"{results.stem}_timeline.json")
 
 
 def save_timeline(output_dir: Path, checkpoint: Path, path: Path) -> None:
@@ -127,8 +132,8 @@ def main() -> None:
                     failed.append(f"{label} ({outcome})")
                     continue
                 runs[label] = {"name": run.name, "config": run.config, "side_by_side": len(group)} | summary(outcome)
-                if run.name == RECORDED and arguments.results == RESULTS:
-                    save_timeline(outcome, arguments.checkpoint, TIMELINE)
+                if run.name == RECORDED:
+                    save_timeline(outcome, arguments.checkpoint, timeline_of(arguments.results))
                 facts = {"commit": arguments.commit, "mean_tokens": mean_tokens(next(iter(runs.values())))}
                 write_results(arguments.results, arguments.checkpoint, runs, **facts)
     for label, found in runs.items():
