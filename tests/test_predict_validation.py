@@ -44,9 +44,12 @@ def test_the_fullest_gpu_and_every_item_count(tmp_path):
 
 
 def test_a_traced_run_has_a_second_error(tmp_path):
-    write(tmp_path, "prediction_validation.json", {"a": entry(traced_total=78)})
-    (run,) = read_validation(tmp_path)
+    write(tmp_path, "prediction_validation.json", {"a": entry(predicted_reserved=68), "b": entry()})
+    write(tmp_path, "prediction_traced.json", {"a": {"allocated": 60, "reserved": 70}, "not measured": {"reserved": 1}})
+    run, untraced = read_validation(tmp_path)
+    # 8 are outside of torch.
     assert (run.error_percent, run.traced_error_percent) == (pytest.approx(-5), pytest.approx(-2.5))
+    assert untraced.traced is None
 
 
 def test_under_zero_the_fp32_weights_are_not_among_the_measured_states():

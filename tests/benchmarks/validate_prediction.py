@@ -1,7 +1,8 @@
 """Measure the drawn configurations (prediction_cases.py) on GPUs, and compare their memory with its prediction.
 
     python tests/benchmarks/validate_prediction.py [--resume] [--seconds 540] [--only TEXT]
-    python tests/benchmarks/validate_prediction.py --again [--trace]     predict the recorded runs once more
+    python tests/benchmarks/validate_prediction.py --again     predict the recorded runs once more
+    python tests/benchmarks/validate_prediction.py --trace     simulate the allocator for all cases; takes ten minutes
     python tests/benchmarks/validate_prediction.py --dry       tiny models on the CPU: does every case run?
 
 Each case trains a few steps in fresh processes, forked from a server that has imported the libraries. Cases of one GPU
@@ -11,6 +12,7 @@ minute longer.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,8 +34,8 @@ from helpers.errors import UserError, exit_with_one_line
 from helpers.hardware import describe_machine
 from helpers.launch import RankError, environment, run
 from helpers.launch.server import start_server
-from helpers.memory.predict import Configuration, ModelShape, predict
-from helpers.memory.predict.validation import item_errors
+from helpers.memory.predict import Configuration, ModelShape
+from helpers.memory.predict.validation import TRACES, item_errors
 from helpers.memory.units import GIB
 
 RESULTS = benchmark.RESULTS.with_name("prediction_validation.json")
@@ -97,8 +99,8 @@ def _measure_once(configuration: Configuration, limit: int | None) -> dict[str, 
     }
 
 
-def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> dict[str, Any]:
-    """Return an entry with the same measurements and the current prediction; ``trace`` adds the one of the trace."""
+def again(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
+    """Return an entry with the same measurements and the current prediction."""
     if "failed" in entry:
         return entry
     outcome = {key: entry[key] for key in ("losses", "expandable")}
@@ -106,25 +108,19 @@ def again(entry: dict[str, Any], configuration: Configuration, trace: bool) -> d
     made = benchmark.record(configuration, entry["measured"], outcome)
     # What the formulas said before anybody saw the measurement stays on record.
     first = entry.get("first_error_percent", entry.get("error_percent"))
-    return entry | made | {"first_error_percent": first} | (traced(entry, configuration) if trace else {})
+    return entry | made | {"first_error_percent": first}
 
 
-def traced(entry: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
-    """Predict a run by simulating the allocator; an empty addition if it cannot be traced."""
+def write_traces(chosen: dict[str, Case], path: Path) -> None:
+    """Simulate the allocator for every case that can be traced; that needs no measurement and no GPU."""
     from helpers.memory.predict.traced import trace  # imports transformers, which takes seconds
 
-    try:
-        found = trace(configuration)
-    except UserError:
-        return {}
-    total = predict(configuration, found.reserved).total
-    peaks = [rank["nvml"] for rank in entry["measured"] if rank["nvml"] is not None]
-    return {
-        "traced_allocated": found.allocated,
-        "traced_reserved": found.reserved,
-        "traced_total": total,
-        "traced_error_percent": 100 * (total / max(peaks) - 1) if peaks else None,
-    }
+    traces = {}
+    for name, case in chosen.items():
+        with contextlib.suppress(UserError):  # it cannot be traced
+            traces[name] = dataclasses.asdict(trace(case.configuration))
+            print(f"{traces[name]['reserved'] / GIB:6.2f} GiB {name}", flush=True)
+    benchmark.write(path, {"configurations": traces})
 
 
 def summary(entries: dict[str, dict[str, Any]]) -> list[str]:
@@ -132,13 +128,12 @@ def summary(entries: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     good = {name: e for name, e in entries.items() if e.get("error_percent") is not None}
     for label, chosen in (("all", good), ("held out", {n: e for n, e in good.items() if e["held_out"]})):
-        for key, how in (("error_percent", ""), ("traced_error_percent", ", traced")):
-            errors = [e[key] for e in chosen.values() if key in e]
-            if errors:
-                lines.append(
-                    f"{label}{how}: {len(errors)} cases, median error {statistics.median(map(abs, errors)):.2f} %, "
-                    f"from {min(errors):+.2f} to {max(errors):+.2f} %"
-                )
+        errors = [e["error_percent"] for e in chosen.values()]
+        if errors:
+            lines.append(
+                f"{label}: {len(errors)} cases, median error {statistics.median(map(abs, errors)):.2f} %, "
+                f"from {min(errors):+.2f} to {max(errors):+.2f} %"
+            )
     limited = [e for e in good.values() if "limited" in e]
     right = sum((e["predicted_reserved"] <= e["limited"]["limit"]) == e["limited"]["fitted"] for e in limited)
     lines.append(f"near the capacity: {right} of {len(limited)} verdicts right")
@@ -248,17 +243,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the cases in the results file")
     parser.add_argument("--seconds", type=float, default=540, help="start no case after so many (540)")
     parser.add_argument("--again", action="store_true", help="predict the recorded runs again, measure nothing")
-    parser.add_argument("--trace", action="store_true", help="with --again: also simulate the allocator where possible")
+    parser.add_argument("--trace", action="store_true", help="simulate the allocator for all cases, measure nothing")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--commit", default=commit(), help="of this code; needed outside of a git checkout only")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     end = start + arguments.seconds
     chosen = {n: case for n, case in held_out_first(cases()).items() if arguments.only in n}
+    if arguments.trace:
+        write_traces(chosen, arguments.results.with_name(TRACES))
+        return
     if arguments.again:
         content = json.loads(arguments.results.read_text(encoding="utf-8"))
         content["configurations"] = {
-            n: again(e, cases()[n].configuration, arguments.trace) for n, e in content["configurations"].items()
+            n: again(e, cases()[n].configuration) for n, e in content["configurations"].items()
         }
         benchmark.write(arguments.results, content)
         print("\n".join(summary(content["configurations"])))

@@ -11,6 +11,8 @@ from helpers.files import read_json_object
 # The first that exists counts. Of the second, what was added when the formulas were finished and never used for them:
 FILES = ("prediction_validation.json", "prediction.json")
 ADDED_LATER = ("LoRA, 16-bit weights, one long row", "6B LoRA, ZeRO-2, published buckets")
+# What traced.py said about the drawn configurations.
+TRACES = "prediction_traced.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def read_validation(folder: Path) -> list[ValidatedRun]:
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), folder / FILES[-1])
     content = read_json_object(path, f"no measurements in {path}; tests/benchmarks/prediction.py writes them")
-    runs = []
+    runs, traces = [], _read_traces(folder)
     for name, entry in content["configurations"].items():
         if "failed" in entry or any(rank["nvml"] is None for rank in entry["measured"]):
             continue
@@ -79,10 +81,18 @@ def read_validation(folder: Path) -> list[ValidatedRun]:
                 entry["predicted_total"],
                 rank["nvml"],
                 MappingProxyType(item_errors(entry)),
-                entry.get("traced_total"),
+                traces[name] + entry["predicted_total"] - entry["predicted_reserved"] if name in traces else None,
             )
         )
     return runs
+
+
+def _read_traces(folder: Path) -> dict[str, int]:
+    """Read the bytes that the simulated allocator held, by the name of the configuration; none without the file."""
+    if not (folder / TRACES).is_file():
+        return {}
+    content = read_json_object(folder / TRACES, "tests/benchmarks/validate_prediction.py --trace writes it")
+    return {name: found["reserved"] for name, found in content["configurations"].items()}
 
 
 def item_errors(entry: Mapping[str, Any]) -> dict[str, int]:
