@@ -68,6 +68,20 @@ def write_formula(translator: HTML5Translator, node: nodes.math | nodes.math_blo
     raise nodes.SkipNode
 
 
+def describe_figures(app: Sphinx, page: nodes.document) -> None:
+    """Give each figure of a notebook its text, which MyST-NB leaves out: what a cell would print in its place.
+
+    Args:
+        app: The application.
+        page: The page, changed in place.
+    """
+    for output in page.findall(nodes.container):
+        if output.get("nb_element") == "mime_bundle":
+            printed = [part.astext() for part in output.children if part.get("mime_type") == "text/plain"]
+            for image in output.findall(nodes.image):
+                image["alt"] = " ".join(printed)
+
+
 def add_index(app: Sphinx, error: Exception | None) -> None:
     """Copy the front page to where servers look for it.
 
@@ -90,5 +104,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """
     app.add_html_math_renderer("drawn", (write_formula, None), (write_formula, None))
     app.connect("source-read", add_navigation)
+    app.connect("doctree-read", describe_figures)
     app.connect("build-finished", add_index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -396,7 +396,8 @@ def test_an_unknown_picture_format_is_named(tmp_path, name):
 
 
 def test_notebooks_get_a_png_of_modest_size():
-    picture = memory_timeline(timeline(8), [], "a run")._repr_png_()
+    picture, described = memory_timeline(timeline(8), [], "a run")._repr_png_()
+    assert described == {"alt": "figure: a run"}
     assert picture.startswith(b"\x89PNG") and len(picture) < 100_000
 
 

@@ -26,6 +26,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.links, self.loaded, self.ids, self.formulas, self.viewport = [], [], set(), 0, False
+        self.undescribed = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -36,6 +37,9 @@ class Page(HTMLParser):
         elif tag in ("img", "script") and found.get("src"):
             self.loaded.append(found["src"])
             self.formulas += found.get("class") == "math"
+            named = not found["src"].startswith("data:") and found.get("alt", "") in found["src"]  # a figure's hash
+            if tag == "img" and (named or not found.get("alt")):
+                self.undescribed.append(found["src"][:80])
         elif tag == "link" and found.get("rel") in ("stylesheet", "icon"):
             self.loaded.append(found["href"])
         self.viewport |= found.get("name") == "viewport"
@@ -69,6 +73,7 @@ def test_links_and_pictures_exist_and_nothing_comes_from_other_hosts(site, pages
             if not target.exists() or (parts.fragment and unquote(parts.fragment) not in anchors):
                 broken.append((path.name, address))
     assert not broken
+    assert not [picture for page in pages.values() for picture in page.undescribed]
 
 
 def test_every_chapter_is_there_with_formulas_drawn_and_fits_a_phone(site, pages):

@@ -73,16 +73,19 @@ DPI = 110
 
 
 class CourseFigure(Figure):
-    """A matplotlib figure that notebooks display as PNG, without pyplot."""
+    """A matplotlib figure that notebooks display as PNG, without pyplot, and describe by its title."""
 
-    def _repr_png_(self) -> bytes:
+    def __repr__(self) -> str:
+        return f"figure: {self.get_suptitle()}"
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=DPI)
         # 256 colours look the same and take a third of the bytes; a notebook must stay small.
         palette = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
         buffer = io.BytesIO()
         palette.save(buffer, format="png", optimize=True)
-        return buffer.getvalue()
+        return buffer.getvalue(), {"alt": repr(self)}
 
 
 def save_figure(fig: Figure, path: str | Path) -> None:
