@@ -114,10 +114,11 @@ def test_several_processes_read_what_one_reads(split, tmp_path, tokenizer, monke
     assert several.report == alone.report
 
 
-def test_the_callers_progress_bars_are_as_before(split):
-    assert not datasets.are_progress_bars_disabled()
+@pytest.mark.parametrize("disabled", [True, False])
+def test_the_callers_progress_bars_are_as_before(split, progress_bars_afterwards, disabled):
+    (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
     split(ADVERT)
-    assert not datasets.are_progress_bars_disabled()
+    assert datasets.are_progress_bars_disabled() == disabled
 
 
 # What is wrong with a row
