@@ -39,6 +39,7 @@ from helpers.memory.predict.planner import fits, sort_strategies, traffic
 from helpers.memory.predict.saved_tensors import attention_kernel, saved_by_model, total_bytes
 from helpers.memory.predict.states import states
 from helpers.memory.predict.step import EMBEDDING, FIRST_GRADIENT, LOSS, LOSS_BACKWARD, STEP, Step
+from helpers.memory.predict.validation import read_validation
 from helpers.memory.units import GIB, MIB
 
 
@@ -441,6 +442,13 @@ def test_error_bars_are_the_largest_errors_of_the_committed_runs(script, expanda
         comparable = c.strategy.world_size == 1 and c.expandable_segments == expandable and error_bar(c) == bar
         if comparable and "failed" not in entry:
             shares.append(entry["measured"][0]["nvml"] / predict(c).total - 1)
+    assert 0 <= bar.too_low - max(shares) < 0.01
+    assert 0 <= bar.too_high + min(shares) < 0.01
+
+
+def test_the_error_bar_of_a_trace_covers_the_committed_runs():
+    shares = [run.measured / run.traced - 1 for run in read_validation(ROOT / "notebooks/results") if run.traced]
+    bar = error_bar(Configuration(), traced=True)
     assert 0 <= bar.too_low - max(shares) < 0.01
     assert 0 <= bar.too_high + min(shares) < 0.01
 

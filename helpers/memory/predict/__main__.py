@@ -179,13 +179,16 @@ def _divided(arguments: argparse.Namespace) -> str:
     return divided_table(configuration, kind, arguments.gpus, ranks)
 
 
-def prediction_table(configuration: Configuration, prediction: Prediction, typical: Prediction | None = None) -> str:
+def prediction_table(
+    configuration: Configuration, prediction: Prediction, typical: Prediction | None = None, *, traced: bool = False
+) -> str:
     """Lay out the items at the peak, and the total of each phase, in GiB.
 
     Args:
         configuration: The job in its worst step.
         prediction: Its memory.
         typical: The memory of a typical step, for a second column; None if all steps are alike.
+        traced: Whether the allocator was simulated.
 
     Returns:
         The table.
@@ -197,7 +200,7 @@ def prediction_table(configuration: Configuration, prediction: Prediction, typic
     def row(name: str, width: int, sizes: list[int]) -> str:
         return f"  {name:<{width}}" + "".join(f"{size / GIB:>{8 if i == 0 else 14}.2f}" for i, size in enumerate(sizes))
 
-    bar = error_bar(c)
+    bar = error_bar(c, traced=traced)
     lines = [
         f"{trains} ({c.trainable_parameters:,} of {c.shape.parameters:,}), {label(c)}, {c.precision}, "
         f"{c.micro_batch_size} sequences x {c.sequence_length} tokens, {c.strategy.world_size} GPU(s)",
@@ -241,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         from helpers.memory.predict.traced import trace  # imports torch
 
         prediction = predict(configuration, trace(configuration).reserved)
-    print(prediction_table(configuration, prediction, typical))
+    print(prediction_table(configuration, prediction, typical, traced=arguments.trace))
     if arguments.gpu_memory is not None:
         print(
             f"a GPU of {arguments.gpu_memory:g} GiB: {fits(configuration, int(arguments.gpu_memory * GIB), prediction)}"

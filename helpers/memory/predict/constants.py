@@ -38,6 +38,8 @@ SAFETY_MARGIN_SHARE = 0.05
 # prediction: how much more a run needed, and how much less. tests/test_predict.py computes them again.
 ERRORS_EXPANDABLE = (0.06, 0.038)
 ERRORS_DEFAULT_ALLOCATOR = (0.13, 0.05)
+# The same for predictions with a simulated allocator (prediction_traced.json).
+ERRORS_TRACED = (0.005, 0.027)
 # ZeRO-3's prefetch leaves holes that nothing here derives. The 6B job with checkpointing on two H100s, limits of 2e8,
 # a prefetch of 5e7: NVML 9.43 GiB, predicted 8.52. Without a prefetch 8.61, predicted 8.50.
 PREFETCHED_TOO_LOW = 0.11

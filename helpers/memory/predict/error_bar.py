@@ -27,15 +27,18 @@ class ErrorBar:
         return int(predicted * (1 + self.too_low))
 
 
-def error_bar(configuration: Configuration) -> ErrorBar:
+def error_bar(configuration: Configuration, *, traced: bool = False) -> ErrorBar:
     """Look up how good predictions for such a configuration are.
 
     Args:
         configuration: The job. With the default allocator, or a prefetch of ZeRO-3, fragmentation is harder to predict.
+        traced: Whether the allocator was simulated (traced.py).
 
     Returns:
         The largest errors, from the runs that constants.py names.
     """
+    if traced:
+        return ErrorBar(*constants.ERRORS_TRACED)
     c, errors = configuration, constants.ERRORS_DEFAULT_ALLOCATOR
     if c.expandable_segments:
         errors = constants.ERRORS_EXPANDABLE
