@@ -51,4 +51,6 @@ def error_bar(configuration: Configuration, *, traced: bool = False) -> ErrorBar
         too_low = max(too_low, constants.OFFLOADED_TOO_LOW)
     if c.lora is None and c.strategy.zero_stage == 1:
         too_low = max(too_low, constants.ZERO_1_FULL_TOO_LOW)
+    if c.lora is None and c.strategy.zero_stage == 2:
+        too_high = max(too_high, constants.ZERO_2_FULL_TOO_HIGH)
     return ErrorBar(too_low, too_high)
