@@ -807,6 +807,9 @@ def test_packs_are_all_alike(capsys):
         (["--full", "--r", "8"], "--r belongs to LoRA"),
         ([str(ROOT / "configs/lora.yaml"), "--micro-batch-size", "2"], "--micro-batch-size contradicts"),
         (["--gpu-memory", "-1"], "-1 GiB"),
+        (["--gpu-memory", "nan"], "nan GiB; give its memory in GiB, for example 24"),
+        (["--gpu-memory", "inf"], "inf GiB"),
+        (["--gpu-memory", "24", "--plan", "--trace"], "drop --trace"),
         (["--model", "nowhere"], "no model configuration nowhere"),
     ],
 )

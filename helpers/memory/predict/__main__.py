@@ -7,6 +7,7 @@ python -m helpers.memory.predict --full --gpus 4 --strategy pp      or tp, fsdp2
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantization-bits", type=int, choices=(8, 4), help="quantise the frozen matrices")
     parser.add_argument("--fp8", action="store_true", default=None, help="or round them to fp8, in compiled layers")
     return parser.parse_args(argv)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what would only fail after a trace, or be ignored."""
+    memory = arguments.gpu_memory
+    if memory is not None and not 0 < memory < math.inf:
+        raise UserError(f"--gpu-memory: a GPU cannot have {memory:g} GiB; give its memory in GiB, for example 24")
+    if arguments.plan and memory is None:
+        raise UserError("--plan needs the memory per GPU; add --gpu-memory 24 for GPUs of 24 GiB")
+    if arguments.plan and arguments.trace:
+        raise UserError("--plan compares strategies by the formulas; drop --trace, and trace the one you choose")
 
 
 def _lengths(arguments: argparse.Namespace, configuration: Configuration) -> StepLengths | None:
@@ -225,6 +237,7 @@ def strategy_list(candidates: list[Candidate]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     arguments = _arguments(argv)
+    _check(arguments)
     if arguments.strategy in DIVIDED and not arguments.config:
         print(_divided(arguments))
         return
@@ -235,8 +248,6 @@ def main(argv: list[str] | None = None) -> None:
         typical = predict(replace(configuration, sequence_length=lengths.typical))
         configuration = replace(configuration, sequence_length=lengths.worst)
     if arguments.plan:
-        if arguments.gpu_memory is None:
-            raise UserError("--plan needs the memory per GPU; add --gpu-memory 24 for GPUs of 24 GiB")
         print(strategy_list(sort_strategies(configuration, arguments.gpus, int(arguments.gpu_memory * GIB))))
         return
     prediction = predict(configuration)
