@@ -33,9 +33,9 @@ class Attention(nn.Module):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
 
 
-def model(dropout=RATE, targets=("q_proj", "k_proj", "v_proj"), share=True, join=False):
+def model(dropout=RATE, targets=("q_proj", "k_proj", "v_proj"), share=True, join=False, dora=False):
     torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_dropout=dropout, target_modules=list(targets), init_lora_weights=False)
+    config = LoraConfig(r=2, lora_dropout=dropout, target_modules=list(targets), init_lora_weights=False, use_dora=dora)
     adapted = get_peft_model(Attention(), config)
     network = adapted.base_model.model
     if share:
@@ -108,6 +108,16 @@ def test_joined_adapters_are_one_product_under_the_names_they_had():
 def test_what_has_nothing_to_share_stays_as_it_was(options):
     shared, plain = model(join=True, **options), model(share=False, **options)
     assert [type(m) for m in shared.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_dora_which_also_multiplies_the_identity_shares_its_dropout_and_is_not_joined():
+    x = torch.randn(WIDTH, WIDTH)
+    outputs = []
+    for join in (False, True):
+        adapted = model(join=join, dora=True)
+        torch.manual_seed(1)
+        outputs.append(adapted(x))
+    assert torch.equal(*outputs)
 
 
 def test_two_of_three_share_as_well():

@@ -47,7 +47,7 @@ class _Next(nn.Linear):
 def join_adapters(modules: list[nn.Module]) -> None:
     """Let the first adapter of ``modules`` multiply for those that share its dropout.
 
-    Each keeps its parameters, under the same names.
+    Each keeps its parameters, under the same names. PEFT's variants of LoRA, such as DoRA, stay as they are.
 
     Args:
         modules: Matrices that read the same input, in the order in which they are called, after
@@ -58,6 +58,8 @@ def join_adapters(modules: list[nn.Module]) -> None:
         sharing = [module for module in adapted if name in module.lora_dropout and shares_dropout(module, name)]
         matrices: list[Any] = [module.lora_A[name] for module in sharing]
         if not all(type(matrix) is nn.Linear and matrix.bias is None for matrix in matrices):
+            continue
+        if any(name in module.lora_variant for module in sharing):  # DoRA multiplies the matrix by others as well
             continue
         joined = _Joined(matrices)
         for place, matrix in enumerate(matrices):
