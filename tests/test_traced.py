@@ -63,6 +63,7 @@ def test_the_job_is_traced_as_it_is():
     found = trace(job)
     assert found.reserved >= found.allocated > 0
     assert found != trace(plain)
+    assert trace(dataclasses.replace(job, lora=None)).allocated > found.allocated  # the model itself, without PEFT
 
 
 @pytest.mark.parametrize("kind", ["zero-2", "zero-3"])

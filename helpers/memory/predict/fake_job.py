@@ -92,7 +92,7 @@ class _LossInChunks(modeling_glm.GlmForCausalLM):
     loss_chunk: int
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, **_: Any
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> CausalLMOutputWithPast:
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         targets = labels.flatten()
