@@ -7,7 +7,7 @@ configurations added later are within 2 %. With the default allocator the runs a
 from collections.abc import Mapping
 
 from helpers.memory.allocator import LARGE_BUFFER, SMALL_BUFFER, segment_share
-from helpers.memory.predict import constants
+from helpers.memory.predict import constants, flat_tensors
 from helpers.memory.predict.saved_tensors import FP32, saved_checkpoints, total_bytes
 from helpers.memory.predict.step import LOSS_BACKWARD, REDUCTIONS, STEP, Step
 
@@ -20,6 +20,8 @@ def allowance_bytes(step: Step, sizes: Mapping[str, int]) -> int:
     the block of the 16-bit logits once the loss asks for fp32 ones, or what flattening left behind. Only the larger of
     the two counts, because the other can be placed inside it.
 
+    DeepSpeed's flat tensors of all parameters are simulated one by one (flat_tensors.py).
+
     The default allocator, moreover, cannot join free blocks of different segments. Only the clear causes are derived
     here; the rest depends on the order of every allocation.
 
@@ -27,7 +29,12 @@ def allowance_bytes(step: Step, sizes: Mapping[str, int]) -> int:
         step: The step of the configuration.
         sizes: Bytes of tensors at each phase of the step.
     """
-    if step.configuration.expandable_segments:
+    c = step.configuration
+    if c.expandable_segments:
+        offloads = c.strategy.offload_optimizer or c.strategy.offload_parameters
+        if c.strategy.zero_stage and c.lora is None and not offloads:
+            most = max(sizes.values())
+            return max(flat_tensors.reserved_bytes(step, sizes) - most, _logits_block(step)) + SMALL_BUFFER
         holes = max(_logits_block(step), _left_by_flattening(step, sizes)) + _fetched_early(step)
         return -max(sizes.values()) % LARGE_BUFFER + SMALL_BUFFER + holes
     return _fragmented(step) + _left_by_flattening(step, sizes) + _fetched_early(step) + _beside_buckets(step, sizes)

@@ -196,6 +196,9 @@ def not_saved_by_first_layer(configuration: Configuration) -> list[SavedTensor]:
         _norm_input(c, c.compiled),
         SavedTensor("norm 1/rms", c.tokens * FP32),
     ]
+    if _saves_inputs(c) and (c.lora.dropout or c.trainable_bytes != c.compute_bytes):  # adapters keep copies
+        copies = 3 if casts_weights(c) else 1
+        first.append(SavedTensor("matrix input", c.tokens * c.shape.hidden * c.compute_bytes, copies))
     for target in c.lora.targets:
         if target in ATTENTION_INPUTS:
             columns = c.shape.linears[target][1]

@@ -33,7 +33,7 @@ class States:
         kept: Gradients that are left when the optimizer's step begins.
         step: Allocated during the optimizer step only, besides the gradients.
         buckets: Allocated from the first gradient to the end of backward.
-        replaced: DDP's first buckets, which stay allocated in the second step until its first gradient is reduced.
+        replaced: DDP's first buckets, which may stay allocated until the second backward has ended.
         at_once: Whether ``gradients`` are allocated whole at the first one.
     """
 
@@ -130,9 +130,9 @@ def _replicated(c: Configuration) -> States:
     (torch/csrc/distributed/c10d/reducer.cpp). The first ones stay allocated for a while. ProcessGroupNCCL.cpp stashes
     what a collective uses (``stashed_for_allocator_safety_``), and DDP waits for the collective's future, which does
     not clear the stash. NCCL's watchdog hands the stash over, every 100 ms; the next collective after that drops it.
-    The time per step decides if that happens before the second step's logits, so this predicts the larger case. In full
-    training an H100 held one more copy of the gradients (notebooks/results/prediction.json); over gloo it did not.
-    That the stash is the reason is inferred.
+    The time per step decides if that happens before the second backward ends, so this predicts the larger case, as
+    traced.py does. In full training an H100 held one more copy of the gradients at the loss
+    (notebooks/results/prediction.json); over gloo it did not. That the stash is the reason is inferred.
     """
     trained = c.trainable_parameters * c.trainable_bytes
     buckets = trained if c.strategy.kind == "ddp" else 0
@@ -177,19 +177,19 @@ def _zero_1_2(c: Configuration) -> States:
     )
 
 
-def _largest_sub_group(c: Configuration) -> int:
-    """Count this rank's elements of ZeRO-3's largest sub-group, which takes whole parameters until it is full."""
+def sub_groups(configuration: Configuration) -> list[int]:
+    """Count this rank's elements of each of ZeRO-3's sub-groups, which take whole parameters until they are full."""
+    c = configuration
     if c.lora:
-        return -(-c.trainable_parameters // c.strategy.world_size)
+        return [-(-c.trainable_parameters // c.strategy.world_size)]
     layer = [rows * columns for rows, columns in c.shape.linears.values()]
     ends = [c.shape.embedding] if c.shape.tied else [c.shape.embedding] * 2
-    largest = group = 0
+    groups = [0]
     for size in (*ends[:1], *layer * c.shape.layers, *ends[1:]):
-        group += -(-size // c.strategy.world_size)
-        largest = max(largest, group)
-        if group >= c.strategy.sub_group_size:
-            group = 0
-    return largest
+        if groups[-1] >= c.strategy.sub_group_size:
+            groups.append(0)
+        groups[-1] += -(-size // c.strategy.world_size)
+    return groups
 
 
 def largest_trained(configuration: Configuration) -> int:
@@ -234,5 +234,5 @@ def _zero_3(c: Configuration) -> States:
     }
     flat = c.residual_bytes if c.residual_bytes < FP32 else 0
     norm = FP64 * -(-largest_trained(c) // world_size)  # of a gradient's part (get_grad_norm_direct)
-    step = max((flat + FP32) * min(_largest_sub_group(c), partition), norm) if on_gpu else 0
+    step = max((flat + FP32) * min(max(sub_groups(c)), partition), norm) if on_gpu else 0
     return States(MappingProxyType(resident), gradients=0, kept=0, step=step)

@@ -10,7 +10,7 @@ DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py; tests/test_predict.py m
 
 from collections import Counter
 
-from helpers.memory.predict import constants, gathered, reduced
+from helpers.memory.predict import constants, gathered, in_flight, reduced
 from helpers.memory.predict.configuration import Configuration
 from helpers.memory.predict.saved_tensors import (
     ATTENTION_INPUTS,
@@ -26,6 +26,7 @@ from helpers.memory.predict.saved_tensors import (
 )
 from helpers.memory.predict.states import states
 
+LAST_FORWARD = "forward of the last layer"
 LOSS = "end of forward, loss"
 LOSS_BACKWARD = "backward of the loss"
 OUTPUT_BACKWARD = "backward of the output layer"
@@ -82,13 +83,16 @@ class Step:
             LOSS: self._loss() + self._replaced,
             LOSS_BACKWARD: self._loss_backward() + self._replaced,
             OUTPUT_BACKWARD: self._output_backward() + self._replaced,
-            LAST_LAYER: self._last_layer(),
-            FIRST_LAYER: self._first_layer(),
+            LAST_LAYER: self._last_layer() + self._replaced,
+            FIRST_LAYER: self._first_layer() + self._replaced,
         }
+        c = self.configuration
+        if c.loss_chunk and not c.checkpointing:  # all logits would need more, and so does recomputing a layer
+            found = {LAST_FORWARD: self._last_forward() + self._replaced} | found
         if self._late_buckets():
             found[FIRST_GRADIENT] = self._first_gradient()
-        if self.configuration.lora is None:
-            found[EMBEDDING] = self._embedding()
+        if c.lora is None:
+            found[EMBEDDING] = self._embedding() + self._replaced
         return found | self._reductions() | {STEP: self._optimizer()}
 
     def _gathered(self, *parts: str) -> Counter[str]:
@@ -109,6 +113,13 @@ class Step:
         if not c.checkpointing:
             return self._forward()
         return self._passing + _by_item([*saved_checkpoints(c), *saved_by_bitsandbytes(c)])
+
+    def _last_forward(self) -> Counter[str]:
+        """Sum forward of the last MLP, which can be the peak if the loss is computed in chunks."""
+        c = self.configuration
+        held = self._passing + _by_item(self.saved) + self._gathered(gathered.FORWARD)
+        held["activations"] += in_flight.last_forward(c) - c.tokens * c.shape.hidden * FP32  # the last norm's input
+        return held
 
     def _loss(self) -> Counter[str]:
         """Sum the end of forward: 16-bit logits, their fp32 copy, log-softmax (ForCausalLMLoss in loss_utils.py).
@@ -152,11 +163,17 @@ class Step:
         return held + Counter({"logits and loss": 3 * FP32 * self.logits})
 
     def _output_backward(self) -> Counter[str]:
-        """Sum backward of the output layer; autocast computes its gradient in 16 bit, then casts it."""
+        """Sum backward of the output layer.
+
+        Autocast computes its gradient in 16 bit. When that is cast, logits and the weight's 16-bit copy are gone.
+        """
         c = self.configuration
-        size = 0 if c.lora else c.trainable_bytes + (c.compute_bytes if casts_weights(c) else 0)
+        size = 0 if c.lora else c.compute_bytes if casts_weights(c) else c.trainable_bytes
         logits = self.logits * c.compute_bytes
         made = Counter({"logits and loss": logits, "gradients": c.shape.embedding * size})
+        if not c.lora and casts_weights(c):
+            cast = Counter({"gradients": c.shape.embedding * c.trainable_bytes})
+            made = max(made, cast, key=Counter.total)
         return self._forward() + self._gathered(gathered.OUTPUT_BACKWARD) + made
 
     def _last_layer(self) -> Counter[str]:
@@ -175,7 +192,7 @@ class Step:
         its MLP exists by then. It takes the larger of both moments.
         """
         c = self.configuration
-        backward = self._gathered(f"{layer}, {gathered.MLP}") + Counter({"activations": self._layer_backward()})
+        backward = self._gathered(f"{layer}, {gathered.MLP}") + Counter({"activations": in_flight.layer_backward(c)})
         if not c.checkpointing:
             return backward
         made = c.tokens * (c.shape.hidden * c.residual_bytes + c.shape.intermediate * c.compute_bytes)
@@ -198,7 +215,9 @@ class Step:
         if not self.states.at_once or c.lora:
             return {}
         made = Counter({"gradients": reduced.at_output(c, self.states)})
-        made += self._recomputed() if c.strategy.offload_optimizer and reduced.fits_bucket(c) else Counter()
+        if c.strategy.offload_optimizer and reduced.fits_bucket(c):  # within a layer, by a gradient beyond the bucket
+            beyond = c.shape.hidden * c.shape.intermediate * c.trainable_bytes
+            made += self._recomputed() + Counter({"gradients": beyond})
         found = {OUTPUT_REDUCED: self._behind_output() + self._buckets + made}
         if (ranks := c.strategy.world_size) > 1:  # the last rank's parameters end when backward has done its share
             left = total_bytes(self.saved) * (ranks - 1) // ranks
@@ -271,28 +290,6 @@ class Step:
             return Counter()
         at_once = self.states.kept if self.states.at_once and done > 0 else 0
         return Counter({"gradients": at_once + min(most - at_once, done * c.trainable_bytes)})
-
-    def _layer_backward(self) -> int:
-        """Sum the gradients in flight within a layer: the larger of its MLP's and its norm's.
-
-        MLP: the gradients of down_proj's input and of both factors of SwiGLU; a saved down_proj input is freed by then.
-        Norm: the factors of x · 1/rms and of its square, five tensors in fp32. Both: the residual stream's gradient.
-        """
-        c = self.configuration
-        narrow = c.tokens * c.shape.intermediate * c.compute_bytes
-        saved_input = c.lora is None or c.strategy.zero_stage == 3
-        mlp = (2 if saved_input and not c.lean else 3) * narrow
-        norm = 5 * c.tokens * c.shape.hidden * FP32
-        weights = 2 * c.shape.hidden * c.shape.intermediate
-        # bitsandbytes dequantises the matrix to 16 bit for the matmul.
-        dequantised = weights * c.compute_bytes if c.quantization_bits < 16 else 0
-        if c.fp8:
-            # When gate_up_proj multiplies, its gradient in fp8 is where down_proj's was, and the matrix is transposed.
-            # Before that, the rounding may have had its input and the magnitudes in fp32.
-            in_fp32 = 2 * FP32 * 2 * c.tokens * c.shape.intermediate - narrow
-            transposed = 0 if c.fp8_transposed else weights
-            mlp += transposed if c.fused_rounding else max(transposed, in_fp32)
-        return max(mlp, norm) + c.tokens * c.shape.hidden * c.residual_bytes + dequantised
 
 
 def _by_item(saved: list[SavedTensor]) -> Counter[str]:
