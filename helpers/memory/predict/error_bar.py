@@ -45,6 +45,8 @@ def error_bar(configuration: Configuration, *, traced: bool = False) -> ErrorBar
     too_low, too_high = errors
     if c.strategy.zero_stage == 3 and c.strategy.world_size > 1 and c.strategy.prefetch_bucket_size:
         too_low = max(too_low, constants.PREFETCHED_TOO_LOW)
+    if c.strategy.zero_stage == 3 and not c.expandable_segments:
+        too_low = max(too_low, constants.ZERO_3_DEFAULT_ALLOCATOR_TOO_LOW)
     if c.lora is None and c.strategy.zero_stage in (1, 2) and c.strategy.offload_optimizer:
         too_low = max(too_low, constants.OFFLOADED_TOO_LOW)
     if c.lora is None and c.strategy.zero_stage == 1:
