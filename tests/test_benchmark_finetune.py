@@ -75,6 +75,13 @@ def test_fsdp2_trains_as_ddp_does(jobs, rank_server, tmp_path):
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+def test_a_name_that_is_in_no_label_is_refused(jobs):
+    runs = {"DDP, 1 GPU": jobs.Run("DDP"), "DDP, 2 GPUs": jobs.Run("DDP", ranks=2)}
+    assert jobs.choose(runs, None) == runs and list(jobs.choose(runs, ["2 GPUs"])) == ["DDP, 2 GPUs"]
+    with pytest.raises(UserError, match=r"--only 'ZeRO' is in no label of a run; the labels are: DDP, 1 GPU; DDP, 2"):
+        jobs.choose(runs, ["DDP", "ZeRO"])
+
+
 def test_what_an_interrupted_benchmark_measured_is_kept_unless_the_code_is_another(jobs, tmp_path):
     path = tmp_path / "results.json"
     assert jobs.kept_runs(path, "abc") == {}

@@ -21,6 +21,7 @@ from jobs_6b import (
     PUBLISHED_ZERO_2,
     ROOT,
     Run,
+    choose,
     commit,
     ensure_checkpoint,
     execute,
@@ -113,14 +114,10 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     if not gpus:
         raise UserError("no GPU here; this measures the 6B model on GPUs")
+    chosen = choose({label_of(run): run for run in planned_runs(gpus)}, arguments.only)
     ensure_checkpoint(arguments.checkpoint)
     runs = kept_runs(arguments.results, arguments.commit) if arguments.resume else {}
-    todo = [
-        run
-        for run in planned_runs(gpus)
-        if label_of(run) not in runs and (not arguments.only or any(text in label_of(run) for text in arguments.only))
-    ]
-    groups = side_by_side(todo, gpus)
+    groups = side_by_side([run for label, run in chosen.items() if label not in runs], gpus)
     failed = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

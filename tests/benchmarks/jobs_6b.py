@@ -167,6 +167,18 @@ def write_results(path: Path, checkpoint: Path, runs: dict[str, dict[str, Any]],
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def choose(runs: dict[str, Run], texts: Sequence[str] | None) -> dict[str, Run]:
+    """Return the runs, by label, whose label contains one of the texts of ``--only``; all if there is no text.
+
+    Raises:
+        UserError: A text is in no label.
+    """
+    for text in texts or []:
+        if not any(text in label for label in runs):
+            raise UserError(f"--only {text!r} is in no label of a run; the labels are: {'; '.join(runs)}")
+    return {label: run for label, run in runs.items() if not texts or any(text in label for text in texts)}
+
+
 def side_by_side(runs: Sequence[Run], gpus: int) -> list[list[Run]]:
     """Group runs that can be made at once on ``gpus`` GPUs, each of which one run uses; the widest runs come first."""
     groups: list[list[Run]] = []

@@ -26,6 +26,7 @@ from jobs_6b import (
     PLAIN,
     PUBLISHED_ZERO_2,
     Run,
+    choose,
     commit,
     ensure_checkpoint,
     execute,
@@ -144,20 +145,20 @@ def main() -> None:
     if not gpus:
         raise UserError("no GPU here; this measures the 6B model on GPUs")
     results = arguments.results or (LOSS_RESULTS if arguments.losses else SPEED_RESULTS)
+    chosen = choose({run.name: run for run in (LONG if arguments.losses else planned_runs(gpus))}, arguments.only)
     ensure_checkpoint(arguments.checkpoint)
     runs = kept_runs(results, arguments.commit) if arguments.resume else {}
     rate = json.loads(results.read_text(encoding="utf-8"))["product_tflops"] if runs else matmul_tflops()
     print(f"8192 x 8192 x 8192 in bf16: {rate:.0f} TFLOP/s", flush=True)
-    todo = [
-        run
-        for run in (LONG if arguments.losses else planned_runs(gpus))
-        if run.name not in runs and (not arguments.only or any(text in run.name for text in arguments.only))
-    ]
-    facts = {"commit": arguments.commit, "product_tflops": rate}
+
+    def save() -> None:
+        facts = {"product_tflops": rate, "mean_tokens": mean_tokens(next(iter(runs.values())))}
+        write_results(results, arguments.checkpoint, runs, commit=arguments.commit, **facts)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)
-        groups = side_by_side(todo, gpus)
+        groups = side_by_side([run for label, run in chosen.items() if label not in runs], gpus)
         for group, outcomes in zip(groups, execute(groups, folder, arguments.checkpoint, folder), strict=True):
             for run, outcome in zip(group, outcomes, strict=True):
                 if isinstance(outcome, str):
@@ -166,11 +167,10 @@ def main() -> None:
                 training = {key: value for key, value in run.training.items() if key not in FEW_STEPS}
                 changes = {"speed": run.speed, "training": training}
                 runs[run.name] = found | changes | {"share_of_product_rate": share_of(rate, found)}
-            facts["mean_tokens"] = mean_tokens(next(iter(runs.values())))
-            write_results(results, arguments.checkpoint, runs, **facts)
+                save()
         if arguments.profile:
             add_profiles(runs, gpus, folder, arguments.checkpoint)
-            write_results(results, arguments.checkpoint, runs, **facts)
+            save()
     for name, run in runs.items():
         print(
             f"{name:42} {run['tokens_per_second_per_gpu']:8,.0f} tokens/s per GPU, "
