@@ -33,7 +33,7 @@ class States:
         kept: Gradients that are left when the optimizer's step begins.
         step: Allocated during the optimizer step only, besides the gradients.
         buckets: Allocated from the first gradient to the end of backward.
-        replaced: DDP's first buckets, which may stay allocated until the second backward has ended.
+        replaced: DDP's first buckets, which stay allocated in the second step until its first gradient is reduced.
         at_once: Whether ``gradients`` are allocated whole at the first one.
     """
 
@@ -130,9 +130,9 @@ def _replicated(c: Configuration) -> States:
     (torch/csrc/distributed/c10d/reducer.cpp). The first ones stay allocated for a while. ProcessGroupNCCL.cpp stashes
     what a collective uses (``stashed_for_allocator_safety_``), and DDP waits for the collective's future, which does
     not clear the stash. NCCL's watchdog hands the stash over, every 100 ms; the next collective after that drops it.
-    The time per step decides if that happens before the second backward ends, so this predicts the larger case, as
-    traced.py does. In full training an H100 held one more copy of the gradients at the loss
-    (notebooks/results/prediction.json); over gloo it did not. That the stash is the reason is inferred.
+    The time per step decides if that happens before the second step's logits, so this predicts the larger case. In full
+    training an H100 held one more copy of the gradients (notebooks/results/prediction.json); over gloo it did not.
+    That the stash is the reason is inferred.
     """
     trained = c.trainable_parameters * c.trainable_bytes
     buckets = trained if c.strategy.kind == "ddp" else 0

@@ -83,8 +83,8 @@ class Step:
             LOSS: self._loss() + self._replaced,
             LOSS_BACKWARD: self._loss_backward() + self._replaced,
             OUTPUT_BACKWARD: self._output_backward() + self._replaced,
-            LAST_LAYER: self._last_layer() + self._replaced,
-            FIRST_LAYER: self._first_layer() + self._replaced,
+            LAST_LAYER: self._last_layer(),
+            FIRST_LAYER: self._first_layer(),
         }
         c = self.configuration
         if c.loss_chunk and not c.checkpointing:  # all logits would need more, and so does recomputing a layer
@@ -92,7 +92,7 @@ class Step:
         if self._late_buckets():
             found[FIRST_GRADIENT] = self._first_gradient()
         if c.lora is None:
-            found[EMBEDDING] = self._embedding() + self._replaced
+            found[EMBEDDING] = self._embedding()
         return found | self._reductions() | {STEP: self._optimizer()}
 
     def _gathered(self, *parts: str) -> Counter[str]:
