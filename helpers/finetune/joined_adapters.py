@@ -1,6 +1,6 @@
 """Adapters that read the same input, multiplied as one: less memory traffic, and a third of the kernels.
 
-An adapter's first matrix has ``r`` rows, so its product takes as long as reading the input does, forward and twice
+An adapter's first matrix has ``r`` rows, so its matmul takes as long as reading the input does, forward and twice
 backward. Joined, the adapters of q, k and v read it once, and add one gradient to it instead of three.
 """
 

@@ -54,7 +54,7 @@ def round_swiglu_gradient(gradient: Tensor, gate_up: Tensor, scales: Tensor) -> 
 
 
 class _Mlp(torch.autograd.Function):
-    """Both products with SiLU in between. Only ``gate_up`` is kept for backward, as without fp8."""
+    """Both matmuls with SiLU in between. Only ``gate_up`` is kept for backward, as without fp8."""
 
     @staticmethod
     def forward(

@@ -264,21 +264,11 @@ def bytes_on(device: torch.device, values: Iterable[Any]) -> int:
 
 def deepspeed_config(c: Configuration) -> dict[str, Any]:
     """Return the DeepSpeed settings of a configuration."""
-    strategy = c.strategy
     return {
         "train_micro_batch_size_per_gpu": c.micro_batch_size,
         "bf16": {"enabled": c.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": strategy.zero_stage,
-            "reduce_bucket_size": strategy.reduce_bucket_size,
-            "overlap_comm": strategy.overlap_comm,
-            "stage3_max_live_parameters": strategy.max_live_parameters,
-            "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
-            "stage3_max_reuse_distance": strategy.max_reuse_distance,
-            "sub_group_size": strategy.sub_group_size,
-        }
-        | ({"offload_optimizer": {"device": "cpu"}} if strategy.offload_optimizer else {}),
+        "zero_optimization": c.strategy.zero_optimization(),
         # torch's Adam on the CPU, which need not be compiled first.
         "zero_force_ds_cpu_optimizer": False,
     }

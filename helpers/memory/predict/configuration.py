@@ -1,6 +1,7 @@
 """Describe the job that is predicted for: what is trained, how, on how many GPUs. Plain numbers, checked."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from helpers.errors import UserError
 from helpers.memory.predict.machine import MachineConstants
@@ -91,6 +92,26 @@ class Strategy:
     def zero_stage(self) -> int:
         """ZeRO stage; 0 without DeepSpeed."""
         return int(self.kind[-1]) if self.kind.startswith("zero") else 0
+
+    def zero_optimization(self) -> dict[str, Any]:
+        """Write this strategy as DeepSpeed does; jobs.py reads it.
+
+        Returns:
+            The block ``zero_optimization`` of a DeepSpeed file.
+        """
+        block: dict[str, Any] = {
+            "stage": self.zero_stage,
+            "reduce_bucket_size": self.reduce_bucket_size,
+            "overlap_comm": self.overlap_comm,
+            "stage3_max_live_parameters": self.max_live_parameters,
+            "stage3_prefetch_bucket_size": self.prefetch_bucket_size,
+            "stage3_max_reuse_distance": self.max_reuse_distance,
+            "sub_group_size": self.sub_group_size,
+        }
+        for name, offloaded in (("optimizer", self.offload_optimizer), ("param", self.offload_parameters)):
+            if offloaded:
+                block[f"offload_{name}"] = {"device": "cpu"}
+        return block
 
 
 @dataclass(frozen=True)

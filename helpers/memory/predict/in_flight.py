@@ -1,8 +1,7 @@
 """Predict what a layer makes and frees again: tensors in flight, which autograd does not save."""
 
 from helpers.memory.predict.configuration import Configuration
-
-FP32 = 4
+from helpers.memory.predict.saved_tensors import FP32
 
 
 def last_forward(configuration: Configuration) -> int:

@@ -82,26 +82,13 @@ def _engine(c: Configuration, allocations: Allocations) -> Any:
 
 
 def _settings(c: Configuration) -> dict[str, Any]:
-    strategy = c.strategy
-    zero: dict[str, Any] = {
-        "stage": strategy.zero_stage,
-        "reduce_bucket_size": strategy.reduce_bucket_size,
-        "overlap_comm": strategy.overlap_comm,
-        "stage3_max_live_parameters": strategy.max_live_parameters,
-        "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
-        "stage3_max_reuse_distance": strategy.max_reuse_distance,
-        "sub_group_size": strategy.sub_group_size,
-    }
-    for name, offloaded in (("optimizer", strategy.offload_optimizer), ("param", strategy.offload_parameters)):
-        if offloaded:
-            zero[f"offload_{name}"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": c.micro_batch_size,
         "gradient_accumulation_steps": c.gradient_accumulation_steps,
         "bf16": {"enabled": c.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
+        "zero_optimization": c.strategy.zero_optimization(),
     }
 
 
