@@ -76,8 +76,10 @@ def _import_everything() -> None:
     import helpers
 
     for module in pkgutil.walk_packages(helpers.__path__, "helpers."):
+        # Kernels for GPUs need Triton, which torch's builds for CPUs lack: a notebook that uses it imports it itself.
         if not module.name.endswith(".__main__"):
-            importlib.import_module(module.name)
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
 
