@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -108,8 +109,8 @@ def frozen_embedding():
 def compiled_layers_under_zero_3():
     """Train as one process does and under ZeRO-3 with compiled layers.
 
-    Returns the largest difference, how many matrices stay gathered, of how many, how often layers were compiled, and
-    the ranges that were marked for Nsight.
+    Returns the largest difference, how many matrices stay gathered, of how many, how often layers were compiled, the
+    ranges that were marked for Nsight, and how often each layer's parameters were listed after DeepSpeed's start.
     """
     configure_deepspeed(device())
     import deepspeed
@@ -132,9 +133,10 @@ def compiled_layers_under_zero_3():
     matrices = []
     for layer in model.model.layers:
         forward = torch.compile(layer.forward, backend="aot_eager")
+        own = [parameter for parameter in layer.parameters() if parameter.dim() > 1]
 
-        def remember(*args, layer=layer, forward=forward, **kwargs):
-            matrices.extend(StorageWeakRef(p.data.untyped_storage()) for p in layer.parameters() if p.dim() > 1)
+        def remember(*args, own=own, forward=forward, **kwargs):
+            matrices.extend(StorageWeakRef(parameter.data.untyped_storage()) for parameter in own)
             return forward(*args, **kwargs)
 
         layer.forward = remember
@@ -143,24 +145,35 @@ def compiled_layers_under_zero_3():
     config["zero_optimization"] |= {f"stage3_{name}": 0 for name in ("max_live_parameters", "max_reuse_distance")}
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for step in rows:
-        matrices.clear()
-        loss = engine(**{key: value.chunk(n)[rank] for key, value in step.items()}).loss
-        kept = sum(not reference.expired() for reference in matrices), len(matrices)
-        engine.backward(loss)
-        engine.step()
+    listed = dict.fromkeys(model.model.layers, 0)
+    named_parameters = torch.nn.Module.named_parameters
+
+    def count(module, *args, **kwargs):
+        if module in listed:
+            listed[module] += 1
+        return named_parameters(module, *args, **kwargs)
+
+    with mock.patch.object(torch.nn.Module, "named_parameters", count):
+        for step in rows:
+            matrices.clear()
+            loss = engine(**{key: value.chunk(n)[rank] for key, value in step.items()}).loss
+            kept = sum(not reference.expired() for reference in matrices), len(matrices)
+            engine.backward(loss)
+            engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return largest_difference(weights(model), weights(alone)), *kept, counters["stats"]["unique_graphs"], ranges
+        difference = largest_difference(weights(model), weights(alone))
+    return difference, *kept, counters["stats"]["unique_graphs"], ranges, list(listed.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(shared.case(2, compiled_layers_under_zero_3), id="compiled")])
 def test_compiled_layers_are_gathered_whole_and_freed_before_backward(case):
-    for difference, kept, gathered, compiled, ranges in case.results:
+    for difference, kept, gathered, compiled, ranges, listed in case.results:
         assert difference <= 1e-6
         assert kept == 0 and gathered > 4
         assert compiled == 1  # all layers share their code; the compiler gives up after 8 versions
         assert not ranges
+        assert listed == [1, 1]  # and not four times in each of the steps
 
 
 def saved_by_a_frozen_and_a_trained_layer():

@@ -82,6 +82,7 @@ class LoraTrainer(ContinuedTrainer):
         self.max_new_tokens = max_new_tokens
         self.base_format = base_format
         self.facts = facts or {}
+        self._all_in_training_mode = False
         self.base_folder = base_folder
         self.finite_check = FiniteCheck(self.processing_class)
         self.add_callback(self.finite_check)  # after the Recorder, which writes the step down
@@ -112,7 +113,14 @@ class LoraTrainer(ContinuedTrainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         input_ids = inputs["input_ids"]
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._all_in_training_mode:
+            # The Trainer calls it in every step, and it goes through a thousand modules: milliseconds of the host.
+            vars(model)["train"] = lambda: model
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            vars(model).pop("train", None)
+        self._all_in_training_mode = True
         self.finite_check.add(self.state.global_step + 1, loss, input_ids)
         return loss
 
@@ -141,6 +149,7 @@ class LoraTrainer(ContinuedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        self._all_in_training_mode = False
         # Its data loader draws a seed: training goes on as if there had been no evaluation.
         with phase("evaluate"), evaluation_mode(self.model), torch.random.fork_rng(devices=[]):
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

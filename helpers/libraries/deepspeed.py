@@ -1,8 +1,10 @@
 """Work around what DeepSpeed does by default when it starts; nothing here imports it before that."""
 
+import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -103,6 +105,7 @@ def gather_whole_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> 
     for layer in layers:
         set_z3_leaf_module(layer, True)
     _keep_torch_linear()
+    _remember_parameters()
     # DeepSpeed frees a layer in backward when the gradient of its input is there. If the embedding is frozen, the first
     # layer's input has none, and the layer would be freed before its backward begins.
     model.enable_input_require_grads()
@@ -119,6 +122,25 @@ def _keep_torch_linear() -> None:
 
     original = getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", functional.linear)
     partition_parameters.zero3_linear_wrap = functional.linear = original
+
+
+def _remember_parameters() -> None:
+    """Let ZeRO-3 list the parameters of a module once, and not four times per step and layer.
+
+    It goes through the 25 modules of a layer each time: a sixth of what Python needs for a step of 28 compiled layers
+    (measured with two ranks on a CPU).
+    """
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    known: WeakKeyDictionary[nn.Module, dict[bool, list[nn.Parameter]]] = WeakKeyDictionary()
+
+    def iter_params(module: Any, recurse: bool = False) -> Iterator[nn.Parameter]:
+        lists = known.setdefault(module, {})
+        if recurse not in lists:
+            lists[recurse] = list(module.parameters(recurse=recurse))
+        return itertools.chain(lists[recurse], (parameter for _, parameter in module.ds_external_parameters()))
+
+    parameter_offload.iter_params = partitioned_param_coordinator.iter_params = iter_params
 
 
 def configure_deepspeed(device: torch.device) -> None:
