@@ -8,6 +8,7 @@ python -m helpers.memory.predict --full --gpus 4 --strategy pp      or tp, fsdp2
 
 import argparse
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     prediction = predict(configuration)
     if arguments.trace:
+        print("tracing a few steps; this may take a minute", file=sys.stderr)
         from helpers.memory.predict.traced import trace  # imports torch
 
         prediction = predict(configuration, trace(configuration).reserved)
