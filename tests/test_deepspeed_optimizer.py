@@ -88,20 +88,6 @@ def test_what_a_file_leaves_open_is_auto(content, added):
     assert with_defaults(completed, Path("ds.json"), notes) == completed and notes == []
 
 
-@pytest.mark.parametrize(
-    ("zero", "compiled", "threshold"),
-    [
-        ({"stage": 3}, True, 0),
-        ({"stage": 3}, False, None),
-        ({"stage": 3, "stage3_param_persistence_threshold": 1e4}, True, 1e4),
-        ({"stage": 2}, True, None),
-    ],
-)
-def test_compiled_layers_share_a_message_with_small_parameters(zero, compiled, threshold):
-    completed = with_defaults({"zero_optimization": zero}, Path("ds.json"), [], compiled=compiled)
-    assert completed["zero_optimization"].get("stage3_param_persistence_threshold") == threshold
-
-
 TRAINING = {"learning_rate": 1e-4, "max_steps": 100, "warmup_steps": 0.1}
 
 

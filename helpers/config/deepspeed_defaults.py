@@ -2,9 +2,6 @@
 
 Without ``gradient_clipping`` DeepSpeed does not clip, without ``gradient_accumulation_steps`` it steps after each
 micro-batch, without ``lr`` it takes 1e-3, and without any batch size it does not start.
-
-By default ZeRO-3 leaves small parameters whole, and gathers each of them by itself after every step. A compiled layer
-is gathered in one message, and its small parameters can travel in it.
 """
 
 import copy
@@ -29,25 +26,19 @@ SCHEDULER_PARAMS = {
 }
 
 
-def with_defaults(
-    deepspeed: Mapping[str, Any], path: Path, notes: list[str], *, compiled: bool = False
-) -> dict[str, Any]:
+def with_defaults(deepspeed: Mapping[str, Any], path: Path, notes: list[str]) -> dict[str, Any]:
     """Add what a DeepSpeed file leaves open.
 
     Args:
         deepspeed: Its contents; not modified.
         path: The file, for the note.
         notes: Gets a line if something was left open that DeepSpeed would decide otherwise.
-        compiled: Whether the layers are compiled.
 
     Returns:
-        A copy with "auto" where ``training_args`` decide, and ZeRO-0 if the file names no stage. With compiled layers,
-        ZeRO-3 shards parameters of any size.
+        A copy with "auto" where ``training_args`` decide, and ZeRO-0 if the file names no stage.
     """
     completed = copy.deepcopy(dict(deepspeed))
     completed.setdefault("zero_optimization", {"stage": 0})
-    if compiled and zero_stage(completed) == 3:
-        completed["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
     missing = [key for key in SIZES if key not in completed]
     completed |= dict.fromkeys(missing, AUTO)
     for block, known in (("optimizer", OPTIMIZER_PARAMS), ("scheduler", SCHEDULER_PARAMS)):

@@ -204,7 +204,7 @@ def prepare(
     hardware = "no" if config.training.get("use_cpu") else mixed_precision(machine)
     precision = choose_precision(config.training, deepspeed, hardware)
     if deepspeed is not None and deepspeed_file is not None:
-        deepspeed = with_defaults(deepspeed, deepspeed_file, notes, compiled=config.speed.compile_layers)
+        deepspeed = with_defaults(deepspeed, deepspeed_file, notes)
         check_deepspeed_optimizer(deepspeed, config.training, deepspeed_file, notes)
         found = contradictions(deepspeed, config.training, ranks.world_size)
         if found:
