@@ -4,9 +4,12 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
+from conftest import LIMIT
 from small_finetune import ONE_RANK, write_config
 
 from helpers.errors import UserError
@@ -140,3 +143,25 @@ def test_a_worker_that_is_killed_ends_the_job_and_run_json_says_so(tmp_path, dat
     assert done.returncode != 0 and "DataLoader worker" in done.stderr
     run = json.loads((output / "run.json").read_text())
     assert run["status"] == "failed" and "DataLoader worker" in run["error"]
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_rank_although_its_workers_ignore_signals(tmp_path, data_dir, small_checkpoint):
+    """The traceback holds the loader until Python ends, and Python waits for workers. The rank server does not."""
+    script = tmp_path / "error_in_a_step.py"
+    script.write_text(
+        "from helpers.finetune import train, trainer\n"
+        "trainer.LoraTrainer.floating_point_ops = lambda *_: 1 / 0\n"
+        "train.main()\n"
+    )
+    config = write_config(tmp_path, training_args={"dataloader_num_workers": 1, "eval_strategy": "no"})
+    output = tmp_path / "output"
+    done = subprocess.run(
+        [sys.executable, script, data_dir, small_checkpoint, config, "--output-dir", output],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert json.loads((output / "run.json").read_text())["status"] == "failed"

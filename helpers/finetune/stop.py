@@ -1,5 +1,6 @@
 """What Ctrl-C, SIGTERM and SIGHUP do: save a checkpoint while training, and end at once before and after it."""
 
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,18 @@ def ignore_signals_in_worker(start: Callable[[int], object] | None, worker: int)
     ignore_signals()
     if start is not None:
         start(worker)
+
+
+def kill_workers() -> None:
+    """Kill the data loader's workers that are left when Python ends.
+
+    Something may hold their loader until then: the traceback of an error, or FSDP2's hooks. Python would end them with
+    a signal that they ignore (:func:`ignore_signals_in_worker`), and wait for them for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports a worker that ends
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class StopOnSignal(TrainerCallback):

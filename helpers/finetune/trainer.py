@@ -1,5 +1,6 @@
 """Extend transformers' Trainer: small atomic checkpoints, offloading, scored answers."""
 
+import atexit
 import shutil
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from helpers.finetune.output_disk import check_still_there, disk_error, is_disk_
 from helpers.finetune.packing import PackCollator
 from helpers.finetune.recorder import WorkCounter, gather_objects
 from helpers.finetune.speed import evaluation_mode
-from helpers.finetune.stop import ignore_signals_in_worker
+from helpers.finetune.stop import ignore_signals_in_worker, kill_workers
 from helpers.finetune.whole_model import write_trained
 from helpers.memory.phases import phase
 
@@ -100,6 +101,7 @@ class LoraTrainer(ContinuedTrainer):
             self.data_collator = padding
         inner: Any = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts this one's workers
         inner.worker_init_fn = partial(ignore_signals_in_worker, inner.worker_init_fn)
+        atexit.register(kill_workers)
         # It draws its workers' seeds here, once an epoch or once at all, and not from the numbers of dropout.
         inner.generator = torch.Generator()
         return loader
